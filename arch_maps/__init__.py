@@ -1,0 +1,1 @@
+"""Declarative maps from Hugging Face checkpoints to the layouts that MLX runtimes read."""

@@ -1,0 +1,1 @@
+"""Audio-encoder parts."""

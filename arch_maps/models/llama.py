@@ -1,0 +1,36 @@
+"""Llama 2, 3, 3.1, 3.2 and what shares its code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from arch_maps import config as spell
+from arch_maps.facts import Facts
+from arch_maps.registry import ArchMap
+from arch_maps.rules import Layout, Mount
+from arch_maps.text import llama
+
+
+def _tensors(root: Mount, facts: Facts, _: Layout) -> None:
+    llama.causal_lm(root, llama.sizes(facts))
+
+
+def _config(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    out = spell.start(config)
+    s = llama.sizes(facts)
+    llama.spell_config(out, facts, s, max_positions=2048)
+    out.update(attention_bias=s.attention_bias, mlp_bias=s.mlp_bias, rope_traditional=False)
+    # The runtimes also read Mistral's sliding-window keys for this type; the reference does not.
+    out["layer_types"] = ["full_attention"] * s.layers
+    out["sliding_window"] = None
+    return out
+
+
+MAP = ArchMap(
+    model_type="llama",
+    tensors=_tensors,
+    config=_config,
+    layouts=(Layout("transformers", {}),),
+    runtimes=("mlx-vlm", "mlx-lm"),
+    parts=("text.llama",),
+)

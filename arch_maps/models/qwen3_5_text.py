@@ -1,0 +1,37 @@
+"""Qwen3.5 text-only releases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from arch_maps import config as spell
+from arch_maps.facts import Facts
+from arch_maps.registry import ArchMap
+from arch_maps.rules import Layout, Mount
+from arch_maps.text import qwen3_5
+
+
+def _tensors(root: Mount, facts: Facts, _: Layout) -> None:
+    s = qwen3_5.sizes(facts)
+    # The runtime adds 1 to the norms of every checkpoint that lacks this prefix.
+    qwen3_5.stack(root.at(source="model", target="language_model.model"), s)
+    tied = "model.embed_tokens.weight" if qwen3_5.tied(facts) else None
+    root.at(source="", target="language_model").head("lm_head", s.vocab, s.hidden, tied_to=tied)
+    if facts.data.get("mtp_num_hidden_layers"):
+        qwen3_5.drop_mtp(root, s, facts.count("mtp_num_hidden_layers"))
+
+
+def _config(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    out = spell.start(config)
+    qwen3_5.spell_config(out, facts, tied=qwen3_5.tied(facts))
+    return out
+
+
+MAP = ArchMap(
+    model_type="qwen3_5_text",
+    tensors=_tensors,
+    config=_config,
+    layouts=(Layout("transformers", {}),),
+    runtimes=("mlx-vlm",),
+    parts=("text.qwen3_5",),
+)

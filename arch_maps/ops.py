@@ -1,0 +1,269 @@
+"""Tensor expressions: what an output tensor is made of, row by row, and how to undo it.
+
+An expression is a small immutable tree with source tensors at its leaves. Each node knows its
+output shape, which rows of its children a range of its own rows needs, and its inverse (or that
+it has none). Nothing here reads a file: ``evaluate`` asks a ``RowReader`` for rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+class RowReader(Protocol):
+    """Gives rows ``[start, stop)`` along axis 0 of a named tensor; a scalar has one row."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return rows ``[start, stop)`` of the tensor ``name`` in its own dtype."""
+
+
+def row_count(shape: Shape) -> int:
+    """Rows along axis 0; a scalar counts as one row."""
+    return shape[0] if shape else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A tensor of the checkpoint that is read, with the shape that the map declares for it."""
+
+    name: str
+    shape: Shape
+
+    def rows(self, reader: RowReader, start: int, stop: int) -> np.ndarray:
+        """Read rows ``[start, stop)``."""
+        return reader.read_rows(self.name, start, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Permute:
+    """Axes reordered as ``numpy.transpose(x, axes)``."""
+
+    x: Expr
+    axes: tuple[int, ...]
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the result."""
+        return tuple(self.x.shape[axis] for axis in self.axes)
+
+    @property
+    def row_local(self) -> bool:
+        """Whether output rows need only the same rows of the input."""
+        return self.axes[0] == 0
+
+    def rows(self, reader: RowReader, start: int, stop: int) -> np.ndarray:
+        """Rows ``[start, stop)`` of the result."""
+        if self.row_local:
+            return evaluate(self.x, reader, start, stop).transpose(self.axes)
+        return evaluate(self.x, reader).transpose(self.axes)[start:stop]
+
+
+@dataclass(frozen=True, slots=True)
+class Reshape:
+    """The same elements in C order under another shape."""
+
+    x: Expr
+    shape: Shape
+
+    def __post_init__(self) -> None:
+        assert math.prod(self.shape) == math.prod(self.x.shape), (self.shape, self.x.shape)
+
+    def rows(self, reader: RowReader, start: int, stop: int) -> np.ndarray:
+        """Rows ``[start, stop)`` of the result."""
+        wide = math.prod(self.shape[1:])
+        narrow = math.prod(self.x.shape[1:])
+        if narrow == 0 or wide == 0:
+            return evaluate(self.x, reader).reshape(self.shape)[start:stop]
+        first, last = start * wide, stop * wide  # in elements
+        lead, end = first // narrow, -(-last // narrow)
+        flat = evaluate(self.x, reader, lead, end).reshape(-1)
+        picked = flat[first - lead * narrow : last - lead * narrow]
+        return picked.reshape(stop - start, *self.shape[1:]) if self.shape else picked.reshape(())
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Elements ``[start, stop)`` along one axis."""
+
+    x: Expr
+    axis: int
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.start < self.stop <= self.x.shape[self.axis], self
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the result."""
+        return _with_axis(self.x.shape, self.axis, self.stop - self.start)
+
+    def rows(self, reader: RowReader, start: int, stop: int) -> np.ndarray:
+        """Rows ``[start, stop)`` of the result."""
+        if self.axis == 0:
+            return evaluate(self.x, reader, start + self.start, stop + self.start)
+        index = (slice(None),) * self.axis + (slice(self.start, self.stop),)
+        return evaluate(self.x, reader, start, stop)[index]
+
+
+@dataclass(frozen=True, slots=True)
+class Concat:
+    """Inputs joined along one axis."""
+
+    parts: tuple[Expr, ...]
+    axis: int = 0
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the result."""
+        total = sum(part.shape[self.axis] for part in self.parts)
+        return _with_axis(self.parts[0].shape, self.axis, total)
+
+    def spans(self) -> Iterator[tuple[Expr, int, int]]:
+        """Yield each input with its range along the axis."""
+        at = 0
+        for part in self.parts:
+            size = part.shape[self.axis]
+            yield part, at, at + size
+            at += size
+
+    def rows(self, reader: RowReader, start: int, stop: int) -> np.ndarray:
+        """Rows ``[start, stop)`` of the result."""
+        if self.axis != 0:
+            pieces = [evaluate(part, reader, start, stop) for part in self.parts]
+        else:
+            pieces = [
+                evaluate(part, reader, max(start, low) - low, min(stop, high) - low)
+                for part, low, high in self.spans()
+                if low < stop and high > start
+            ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Inputs of one shape joined along a new axis."""
+
+    parts: tuple[Expr, ...]
+    axis: int = 0
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the result."""
+        shape = self.parts[0].shape
+        return (*shape[: self.axis], len(self.parts), *shape[self.axis :])
+
+    def rows(self, reader: RowReader, start: int, stop: int) -> np.ndarray:
+        """Rows ``[start, stop)`` of the result."""
+        if self.axis == 0:
+            return np.stack([evaluate(part, reader) for part in self.parts[start:stop]])
+        pieces = [evaluate(part, reader, start, stop) for part in self.parts]
+        return np.stack(pieces, axis=self.axis)
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """``x * scale + offset`` in float32, rounded once when the result is stored."""
+
+    x: Expr
+    scale: float = 1.0
+    offset: float = 0.0
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the result."""
+        return self.x.shape
+
+    def rows(self, reader: RowReader, start: int, stop: int) -> np.ndarray:
+        """Rows ``[start, stop)`` of the result, in float32."""
+        value = evaluate(self.x, reader, start, stop).astype(np.float32)
+        if self.scale != 1.0:
+            value = value * np.float32(self.scale)
+        return value + np.float32(self.offset) if self.offset else value
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A float32 tensor of one value; it reads nothing and inverts to nothing."""
+
+    shape: Shape
+    value: float
+
+    def rows(self, reader: RowReader, start: int, stop: int) -> np.ndarray:
+        """Rows ``[start, stop)`` of the result."""
+        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+        return np.full(shape, self.value, np.float32)
+
+
+Expr = Source | Permute | Reshape | Slice | Concat | Stack | Affine | Constant
+
+
+def evaluate(expr: Expr, reader: RowReader, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Return rows ``[start, stop)`` of ``expr`` (all of them by default)."""
+    return expr.rows(reader, start, row_count(expr.shape) if stop is None else stop)
+
+
+def children(expr: Expr) -> tuple[Expr, ...]:
+    """Direct inputs of a node."""
+    if isinstance(expr, Concat | Stack):
+        return expr.parts
+    return () if isinstance(expr, Source | Constant) else (expr.x,)
+
+
+def sources(expr: Expr) -> Iterator[Source]:
+    """Yield every leaf that reads a tensor, left to right, repeats included."""
+    if isinstance(expr, Source):
+        yield expr
+    for child in children(expr):
+        yield from sources(child)
+
+
+def streamable(expr: Expr) -> bool:
+    """Whether rows can be made without holding a whole input tensor in memory."""
+    if isinstance(expr, Permute) and not expr.row_local:
+        return False
+    return all(streamable(child) for child in children(expr))
+
+
+def exact(expr: Expr) -> bool:
+    """Whether the result holds the bits of its inputs (only moves, no arithmetic)."""
+    return not isinstance(expr, Affine | Constant) and all(map(exact, children(expr)))
+
+
+def passes_through(expr: Expr) -> bool:
+    """Whether the result is one source tensor byte for byte (reshapes included)."""
+    if isinstance(expr, Reshape):
+        return passes_through(expr.x)
+    return isinstance(expr, Source)
+
+
+def describe(expr: Expr) -> str:
+    """One line of text for plans and tables."""
+    match expr:
+        case Source():
+            return expr.name
+        case Permute():
+            return f"permute({describe(expr.x)}, {','.join(map(str, expr.axes))})"
+        case Reshape():
+            return f"reshape({describe(expr.x)}, {'x'.join(map(str, expr.shape))})"
+        case Slice():
+            return f"slice({describe(expr.x)}, axis={expr.axis}, {expr.start}:{expr.stop})"
+        case Concat() | Stack():
+            word = "concat" if isinstance(expr, Concat) else "stack"
+            inner = ", ".join(map(describe, expr.parts))
+            return f"{word}([{inner}], axis={expr.axis})"
+        case Affine():
+            return f"affine({describe(expr.x)}, *{expr.scale:g} +{expr.offset:g})"
+        case Constant():
+            return f"constant({'x'.join(map(str, expr.shape))}, {expr.value:g})"
+
+
+def _with_axis(shape: Shape, axis: int, size: int) -> Shape:
+    return (*shape[:axis], size, *shape[axis + 1 :])

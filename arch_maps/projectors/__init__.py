@@ -1,0 +1,1 @@
+"""Parts between an encoder and the language model."""

@@ -1,0 +1,200 @@
+"""The rule language: what every tensor of a release becomes, stated through mounts.
+
+A part is a function that takes a ``Mount`` and sizes and names its tensors relative to it; only
+the model that mounts the part knows where it lives on either side. Names expand from the config,
+so there are no patterns and no matching order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+from arch_maps.ops import Affine, Expr, Permute, Shape, Source
+
+Part = Literal["text", "vision", "audio", "projector"]
+
+
+class Kind(StrEnum):
+    """What a tensor is; it decides quantization and storage, not the computation."""
+
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    GATE = "gate"
+    """A routing or decay projection: small, sensitive, never quantized."""
+    NORM = "norm"
+    BIAS = "bias"
+    CONV = "conv"
+    POSITION = "position"
+    """A learned table that is added, not looked up by token: never quantized."""
+    STATE = "state"
+    """Recurrence parameters that the runtimes keep in the precision of the release."""
+
+
+QUANTIZABLE = frozenset({Kind.LINEAR, Kind.EMBEDDING, Kind.HEAD})
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One target parameter: its runtime name, how it is made, and what it is."""
+
+    target: str
+    expr: Expr
+    kind: Kind
+    part: Part
+
+    @property
+    def module(self) -> str:
+        """Path of the runtime module that owns the parameter."""
+        return self.target.rpartition(".")[0]
+
+    @property
+    def quantizable(self) -> bool:
+        """Whether the map lets this tensor be quantized (matrices of the text part)."""
+        return (
+            self.part == "text"
+            and self.kind in QUANTIZABLE
+            and self.target.endswith(".weight")
+            and len(self.expr.shape) >= 2
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A source tensor that the target has no place for, and why."""
+
+    name: str
+    reason: str
+    shape: Shape | None = None
+    same_as: str | None = None
+    """Source tensor that it must equal, bit for bit (a tied head)."""
+    required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One generation of source names: where each mounted part lives."""
+
+    name: str
+    prefixes: dict[str, str]
+
+    def __getitem__(self, part: str) -> str:
+        """Source prefix of the part."""
+        return self.prefixes[part]
+
+
+@dataclass(slots=True)
+class Tensors:
+    """Rules and drops as a map writes them down."""
+
+    rules: list[Rule] = field(default_factory=list)
+    drops: list[Drop] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A place in both trees; every method adds the rules of one module below it."""
+
+    out: Tensors
+    source: str = ""
+    target: str = ""
+    part: Part = "text"
+
+    def __truediv__(self, name: str) -> Mount:
+        """The child module ``name``, called the same on both sides."""
+        return Mount(
+            out=self.out,
+            source=_join(self.source, name),
+            target=_join(self.target, name),
+            part=self.part,
+        )
+
+    def at(self, *, source: str, target: str, part: Part | None = None) -> Mount:
+        """The child that is called ``source`` there and ``target`` here."""
+        return Mount(
+            out=self.out,
+            source=_join(self.source, source),
+            target=_join(self.target, target),
+            part=part or self.part,
+        )
+
+    def layers(self, name: str, count: int) -> Iterator[tuple[int, Mount]]:
+        """The children ``name.0`` .. ``name.{count-1}`` with their indices."""
+        for index in range(count):
+            yield index, self / f"{name}.{index}"
+
+    def input(self, name: str, *shape: int) -> Source:
+        """The source tensor ``name`` below this mount."""
+        return Source(_join(self.source, name), shape)
+
+    def rule(self, name: str, expr: Expr, kind: Kind) -> None:
+        """Fill the target parameter ``name`` with ``expr``."""
+        self.out.rules.append(Rule(_join(self.target, name), expr, kind, self.part))
+
+    def tensor(self, name: str, *shape: int, kind: Kind) -> None:
+        """A tensor with the same name and layout on both sides."""
+        self.rule(name, self.input(name, *shape), kind)
+
+    def linear(
+        self, name: str, out: int, inp: int, *, bias: bool = False, kind: Kind = Kind.LINEAR
+    ) -> None:
+        """A dense layer: ``weight`` [out, inp] and optionally ``bias`` [out]."""
+        self.tensor(f"{name}.weight", out, inp, kind=kind)
+        if bias:
+            self.tensor(f"{name}.bias", out, kind=Kind.BIAS)
+
+    def embedding(self, name: str, count: int, size: int, kind: Kind = Kind.EMBEDDING) -> None:
+        """A look-up table ``weight`` [count, size]."""
+        self.tensor(f"{name}.weight", count, size, kind=kind)
+
+    def norm(self, name: str, size: int, *, bias: bool = False, offset: float = 0.0) -> None:
+        """A norm's ``weight`` [size]; ``offset`` where torch multiplies by (offset + weight)."""
+        weight: Expr = self.input(f"{name}.weight", size)
+        if offset:
+            weight = Affine(weight, offset=offset)
+        self.rule(f"{name}.weight", weight, Kind.NORM)
+        if bias:
+            self.tensor(f"{name}.bias", size, kind=Kind.BIAS)
+
+    def conv(self, name: str, out: int, inp: int, *kernel: int, bias: bool = False) -> None:
+        """A convolution: torch [out, in, *kernel] becomes channels-last [out, *kernel, in]."""
+        weight = self.input(f"{name}.weight", out, inp, *kernel)
+        axes = (0, *range(2, 2 + len(kernel)), 1)
+        self.rule(f"{name}.weight", Permute(weight, axes), Kind.CONV)
+        if bias:
+            self.tensor(f"{name}.bias", out, kind=Kind.BIAS)
+
+    def drop(
+        self,
+        name: str,
+        reason: str,
+        *shape: int,
+        same_as: str | None = None,
+        required: bool = False,
+    ) -> None:
+        """Leave out the source tensor ``name`` below this mount; it may be absent."""
+        self.out.drops.append(
+            Drop(_join(self.source, name), reason, shape or None, same_as, required)
+        )
+
+    def head(self, name: str, vocab: int, size: int, *, tied_to: str | None) -> None:
+        """The output projection, or its drop when it is tied to the embedding ``tied_to``."""
+        if tied_to is None:
+            self.linear(name, vocab, size, kind=Kind.HEAD)
+        else:
+            reason = "tied to the input embedding; the runtime reuses that table"
+            self.drop(f"{name}.weight", reason, vocab, size, same_as=tied_to)
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def targets(rules: Sequence[Rule]) -> dict[str, Rule]:
+    """Rules by target name; a target filled twice is a fault of the map."""
+    by_name = {rule.target: rule for rule in rules}
+    assert len(by_name) == len(rules), "a map fills a target parameter twice"
+    return by_name

@@ -1,0 +1,60 @@
+"""The Qwen vision tower from Qwen3-VL on: 3-D patches, learned positions, fused qkv, one merger."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from arch_maps.facts import Facts
+from arch_maps.rules import Kind, Mount
+
+_EXACT = "the runtimes compute tanh GELU whatever it says"
+
+
+def tower(at: Mount, facts: Facts) -> None:
+    """Patch embedding, positions, blocks and the final merger, below ``at``."""
+    hidden = facts.size("hidden_size")
+    inner = facts.size("intermediate_size")
+    patch = facts.size("patch_size", 16)
+    merged = hidden * facts.size("spatial_merge_size", 2) * facts.size("spatial_merge_size", 2)
+    at.conv(
+        "patch_embed.proj",
+        hidden,
+        facts.size("in_channels", 3),
+        facts.size("temporal_patch_size", 2),
+        patch,
+        patch,
+        bias=True,
+    )
+    positions = facts.size("num_position_embeddings", 2304)
+    at.embedding("pos_embed", positions, hidden, kind=Kind.POSITION)
+    for _, block in at.layers("blocks", facts.count("depth")):
+        block.norm("norm1", hidden, bias=True)
+        block.norm("norm2", hidden, bias=True)
+        block.linear("attn.qkv", 3 * hidden, hidden, bias=True)
+        block.linear("attn.proj", hidden, hidden, bias=True)
+        block.linear("mlp.linear_fc1", inner, hidden, bias=True)
+        block.linear("mlp.linear_fc2", hidden, inner, bias=True)
+    merger = at.at(source="merger", target="merger", part="projector")
+    merger.norm("norm", hidden, bias=True)
+    merger.linear("linear_fc1", merged, merged, bias=True)
+    merger.linear("linear_fc2", facts.size("out_hidden_size"), merged, bias=True)
+
+
+def spell_config(config: dict[str, Any], facts: Facts, *, model_type: str) -> None:
+    """Write the tower's facts as the runtimes read them, in place."""
+    facts.expect("hidden_act", "gelu_pytorch_tanh", default="gelu_pytorch_tanh", why=_EXACT)
+    if facts.data.get("deepstack_visual_indexes"):
+        facts.problem(
+            f"config.json: {facts.path}deepstack_visual_indexes is not empty; this tower has none"
+        )
+    config.update(
+        model_type=model_type,
+        patch_size=int(facts.size("patch_size", 16)),
+        spatial_patch_size=int(facts.size("patch_size", 16)),
+        spatial_merge_size=int(facts.size("spatial_merge_size", 2)),
+        temporal_patch_size=int(facts.size("temporal_patch_size", 2)),
+        in_channels=int(facts.size("in_channels", 3)),
+        num_heads=int(facts.size("num_heads", 16)),
+        num_position_embeddings=int(facts.size("num_position_embeddings", 2304)),
+        deepstack_visual_indexes=[],
+    )
