@@ -1,0 +1,1 @@
+"""From a Hugging Face release to a proven, published MLX checkpoint."""

@@ -1,0 +1,42 @@
+"""What this program raises: one class per exit status, each message one readable paragraph."""
+
+from collections.abc import Iterable
+
+
+class ConvertError(Exception):
+    """A failure with a message made for the user; `exit_code` is the process exit status."""
+
+    exit_code = 1
+
+
+class UsageError(ConvertError):
+    """The command line or an argument cannot be honoured."""
+
+    exit_code = 2
+
+
+class PlanError(ConvertError):
+    """An unsupported or faulty source; holds every problem found, not just the first."""
+
+    exit_code = 3
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems: tuple[str, ...] = (
+            (problems,) if isinstance(problems, str) else tuple(problems)
+        )
+        super().__init__(*self.problems)
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
+
+
+class GateError(ConvertError):
+    """The checkpoint is sound but did not meet a gate that publishing requires."""
+
+    exit_code = 4
+
+
+class HubError(ConvertError):
+    """The hub or the network refused; the message says what to do and never holds a token."""
+
+    exit_code = 5

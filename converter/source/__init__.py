@@ -1,0 +1,24 @@
+"""Sources: a release's config and tensors, known from headers alone, and their bytes on demand."""
+
+from converter.source.folder import open_folder
+from converter.source.header import Header, TensorInfo, fetch_header, parse_header, read_header
+from converter.source.index import Selection, WeightIndex, parse_index, select_weights
+from converter.source.model import Source, SourceFile, build_source
+from converter.source.reader import Reader
+
+__all__ = [
+    "Header",
+    "Reader",
+    "Selection",
+    "Source",
+    "SourceFile",
+    "TensorInfo",
+    "WeightIndex",
+    "build_source",
+    "fetch_header",
+    "open_folder",
+    "parse_header",
+    "parse_index",
+    "read_header",
+    "select_weights",
+]

@@ -1,0 +1,154 @@
+"""A source: what a release holds, checked across its files, before any tensor is read."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from converter.errors import PlanError
+from converter.source.header import Header, TensorInfo, quote
+from converter.source.index import Kind, WeightIndex, case_collisions
+from converter.source.reader import Reader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceFile:
+    """A weight file: its path (None while remote), size in bytes and sha256 of its header."""
+
+    path: Path | None
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A release: config, tensors by name, and the weight files they lie in."""
+
+    root: Path | None
+    kind: Kind
+    tensors: Mapping[str, TensorInfo]
+    config: dict[str, Any]
+    files: Mapping[str, SourceFile]
+    weight_files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    scratch: object = None
+    """Keeps unpacked copies of pickled tensors alive as long as the source."""
+
+    def open(self) -> Reader:
+        """A reader of the tensors' bytes; every weight file must be local."""
+        remote = [name for name, file in self.files.items() if file.path is None]
+        assert not remote, f"not downloaded: {remote}"
+        files = {name: (f.path, f.size) for name, f in self.files.items() if f.path is not None}
+        return Reader(self.tensors, files, scratch=self.scratch)
+
+    def located(self, root: Path) -> "Source":
+        """The same source once its weight files have been downloaded under ``root``."""
+        files = {name: replace(file, path=root / name) for name, file in self.files.items()}
+        return replace(self, root=root, files=files)
+
+    def fingerprint(self) -> dict[str, tuple[str, int]]:
+        """Each weight file's header sha256 and size: a cheap identity without reading tensors."""
+        return {
+            name: (self.files[name].digest, self.files[name].size) for name in self.weight_files
+        }
+
+
+def build_source(
+    *,
+    where: str,
+    config: dict[str, Any],
+    headers: Mapping[str, Header],
+    index: WeightIndex | None = None,
+    kind: Kind = "safetensors",
+    root: Path | None = None,
+    paths: Mapping[str, Path] | None = None,
+    notes: Iterable[str] = (),
+    problems: Iterable[str] = (),
+    broken: Collection[str] = (),
+    allow_mlx: bool = False,
+) -> Source:
+    """A source from checked headers alone, local or remote; ``where`` names it in errors.
+
+    ``headers`` holds the shards of ``index`` that exist, or the single file when there is no
+    index. ``problems`` were found on the way; files in ``broken`` are among them and not
+    reported again. Raises PlanError with those and every disagreement of index and shards.
+    """
+    problems = [*problems, *case_collisions(headers)]
+    owners: dict[str, list[str]] = {}
+    for file, header in sorted(headers.items()):
+        for name in header.tensors:
+            owners.setdefault(name, []).append(file)
+    problems += [
+        f"{quote(name)}: in more than one shard: {', '.join(files)}"
+        for name, files in sorted(owners.items())
+        if len(files) > 1
+    ]
+    if index is not None:
+        problems += _index_problems(index, headers, owners, broken)
+    if not owners and not problems:
+        problems.append(f"{where}: no tensors in {', '.join(sorted(headers)) or 'any file'}")
+    if not allow_mlx and (reason := mlx_reason(config, headers)):
+        problems.append(
+            f"{where}: already an MLX checkpoint ({reason}); give the original release, or use "
+            "-d / --to torch to convert this one back"
+        )
+    if problems:
+        raise PlanError(problems)
+    tensors = {name: headers[files[0]].tensors[name] for name, files in sorted(owners.items())}
+    local = paths or {}
+    files = {
+        file: SourceFile(path=local.get(file), size=header.size, digest=header.digest)
+        for file, header in sorted(headers.items())
+    }
+    return Source(
+        root=root,
+        kind=kind,
+        tensors=tensors,
+        config=config,
+        files=files,
+        weight_files=tuple(files),
+        notes=tuple(notes),
+    )
+
+
+def mlx_reason(config: Mapping[str, Any], headers: Mapping[str, Header]) -> str | None:
+    """What shows that a checkpoint is in MLX format, or None."""
+    for file, header in sorted(headers.items()):
+        if header.metadata.get("format") == "mlx":
+            return f"{file} says format: mlx"
+    quantization = config.get("quantization")
+    if isinstance(quantization, dict) and ({"mode", "group_size"} & quantization.keys()):
+        for header in headers.values():
+            if any(name.endswith(".scales") for name in header.tensors):
+                return "config.json has MLX quantization settings and the weights have .scales"
+    return None
+
+
+def _index_problems(
+    index: WeightIndex,
+    headers: Mapping[str, Header],
+    owners: Mapping[str, list[str]],
+    broken: Collection[str],
+) -> list[str]:
+    problems = []
+    missing: dict[str, int] = {}
+    for name, shard in index.weight_map.items():
+        if shard in broken:
+            continue
+        if shard not in headers:
+            missing[shard] = missing.get(shard, 0) + 1
+        elif name not in headers[shard].tensors:
+            elsewhere = [f"; it is in {file}" for file in owners.get(name, [])[:1]]
+            problems.append(
+                f"{index.file}: {quote(name)}: not in {quote(shard)}{''.join(elsewhere)}"
+            )
+    problems = [
+        f"{index.file}: shard {quote(shard)} is missing ({count} tensors)"
+        for shard, count in sorted(missing.items())
+    ] + problems
+    problems += [
+        f"{files[0]}: {quote(name)}: not listed in {index.file}"
+        for name, files in owners.items()
+        if name not in index.weight_map
+    ]
+    return problems
