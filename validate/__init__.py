@@ -1,0 +1,1 @@
+"""Twins, and numerical parity of a converted checkpoint against its torch reference."""

@@ -1,0 +1,52 @@
+"""What a twin needs to know about a model type beyond its config: tokens, template, processor."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
+
+Json = dict[str, Any]
+Files = dict[str, Json]
+
+CHAT_TOKENS: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def unchanged(config: Json, source: Json) -> Json:
+    """Leave the shrunk ``config`` as the field rules made it."""
+    del source
+    return config
+
+
+def no_files(config: Json) -> Files:
+    """No processor files: the architecture sees text only."""
+    del config
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Per-type additions to the generic shrinker; the defaults suit any text-only decoder.
+
+    ``tokens`` names the special token behind a config field (``image_token_id``), ``named_tokens``
+    the attributes a tokenizer must carry (``image_token``), ``pinned`` the dotted config paths that
+    keep the source's value, each with the reason.  ``adjust(shrunk, source)`` finishes the config
+    and ``processor(shrunk)`` gives the processor's files, where no field name can say what to do.
+    """
+
+    tokenizer: str = "byte_bpe"
+    tokenizer_class: str = "PreTrainedTokenizerFast"
+    add_bos: bool = False
+    specials: tuple[str, ...] = CHAT_TOKENS
+    tokens: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    named_tokens: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    stop_tokens: tuple[str, ...] = ("<|im_end|>", "<|endoftext|>")
+    image_markup: str | None = None
+    video_markup: str | None = None
+    pinned: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    adjust: Callable[[Json, Json], Json] = unchanged
+    processor: Callable[[Json], Files] = no_files
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether prompts of this family may hold images."""
+        return self.image_markup is not None
