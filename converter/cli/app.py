@@ -1,0 +1,156 @@
+"""The entry point; what a command needs is imported when it runs, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from converter.cli import options as opt
+from converter.cli.errors import run
+
+
+@click.group(invoke_without_command=True, context_settings={"max_content_width": 100})
+@opt.source(required=False)
+@opt.recipe
+@opt.output
+@opt.publishing
+@opt.proof
+@click.version_option(package_name="mlx-dayzero", prog_name="convert")
+@click.pass_context
+def cli(context: click.Context, /, **given: Any) -> None:
+    """Turn a Hugging Face release into a proven MLX checkpoint, and publish it.
+
+    Without a subcommand this converts: it plans from headers, streams the weights, runs the MLX
+    runtime against the torch reference, writes a model card, and uploads if asked to.
+    """
+    if context.invoked_subcommand is not None:
+        if given["hf_path"]:
+            raise click.UsageError(
+                f"put the options after the subcommand: convert {context.invoked_subcommand} "
+                "--hf-path ..."
+            )
+        return
+    if not given["hf_path"]:
+        click.echo(context.get_help())
+        context.exit(2)
+    from converter.cli.convert import convert_command
+
+    convert_command(given)
+
+
+@cli.command()
+@opt.source()
+@opt.recipe
+@click.option("--workers", type=click.IntRange(1, 256), help="Threads; default: one per core.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON.")
+def plan(**given: Any) -> None:
+    """Decide a conversion from headers alone and show it; no weights are read."""
+    from converter.cli.convert import plan_command
+
+    plan_command(given)
+
+
+@cli.command()
+@opt.source()
+@click.option("--mlx-path", type=click.Path(path_type=Path), required=True, help="The checkpoint.")
+@opt.proof
+@click.option("--json", "as_json", is_flag=True, help="Print parity.json.")
+def validate(**given: Any) -> None:
+    """Run an existing MLX checkpoint, whoever made it, against its torch release."""
+    from converter.cli.convert import validate_command
+
+    validate_command(given)
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+def verify(out: Path) -> None:
+    """Check every file of an output against its manifest, offline."""
+    from converter.cli.convert import verify_command
+
+    verify_command(out)
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
+@click.option("--seed", type=int, default=0, help="Another seed, other weights.")
+@click.option("--max-shard-size", default="5GB", help="As transformers writes shards.")
+def twin(source: str, out: Path, dtype: str, seed: int, max_shard_size: str) -> None:
+    """Make a tiny checkpoint of the architecture of SOURCE: a folder, hub id, or model_type."""
+    from converter.cli.tools import twin_command
+
+    twin_command(source, out, dtype=dtype, seed=seed, max_shard_size=max_shard_size)
+
+
+@cli.group()
+def maps() -> None:
+    """The architectures that can be converted."""
+
+
+@maps.command(name="list")
+@click.option("--json", "as_json", is_flag=True)
+def maps_list(as_json: bool) -> None:
+    """Every mapped model_type."""
+    from converter.cli.tools import maps_list_command
+
+    maps_list_command(as_json)
+
+
+@maps.command(name="show")
+@click.argument("model_type")
+def maps_show(model_type: str) -> None:
+    """What a map does, on the shipped example config of that type."""
+    from converter.cli.tools import maps_show_command
+
+    maps_show_command(model_type)
+
+
+@maps.command(name="check")
+@click.argument("source")
+@click.option("--revision")
+def maps_check(source: str, revision: str | None) -> None:
+    """Whether a release's headers are accounted for, tensor by tensor."""
+    from converter.cli.tools import maps_check_command
+
+    maps_check_command(source, revision)
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--upload-repo", "repo_id", help="The repo that the card names.")
+@opt.card_template
+def card(out: Path, repo_id: str | None, card_template: Path | None) -> None:
+    """Write the model card of a finished output."""
+    from converter.cli.tools import card_command
+
+    card_command(out, repo_id=repo_id, template=card_template)
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@opt.publishing
+def upload(out: Path, **given: Any) -> None:
+    """Upload a finished output that has a passing report."""
+    from converter.cli.tools import upload_command
+
+    upload_command(out, given)
+
+
+@cli.command()
+@click.option("--dir", "folder", type=click.Path(path_type=Path), required=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8090, show_default=True)
+def hub(folder: Path, port: int) -> None:
+    """Serve a staging hub on loopback: the hub's protocol over a folder, without accounts."""
+    from converter.staging import serve
+
+    serve(folder, port=port)
+
+
+def main() -> None:
+    """Run the command line and exit with the status of what happened."""
+    sys.exit(run(lambda: cli.main(standalone_mode=False)))

@@ -1,0 +1,223 @@
+"""The commands that convert, plan and judge."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from converter.errors import GateError, UsageError
+from converter.manifest import verify
+from converter.pipeline import Converted, Request, convert, plan_request
+from converter.plan import Options
+from converter.ui import Console, plan_tables, size_text
+from quant.recipe import QuantSpec
+
+_PLAIN = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_MODES = ("mxfp4", "mxfp8", "nvfp4")
+
+
+def convert_command(given: dict[str, Any]) -> None:
+    """convert --hf-path ...: everything, in order."""
+    if given["upload_repo"] is not None and given["no_validate"]:
+        raise UsageError("--no-validate: nothing is uploaded without a passing report")
+    console = Console(quiet=given["quiet"])
+    request = request_from(given)
+    outputs = convert(request, console)
+    for output in outputs:
+        console.say(f"converted: {output.folder}")
+    if not given["no_validate"] and not _back(given):
+        _prove_and_publish(outputs, given, console, request.thread_count)
+    else:
+        for output in outputs:
+            click.echo(str(output.folder))
+
+
+def plan_command(given: dict[str, Any]) -> None:
+    """convert plan: show what would be done."""
+    request = request_from({**given, "mlx_path": None, "overwrite": False})
+    planned = plan_request(request)
+    if given["as_json"]:
+        data = [plan.to_json() for plan in planned.plans]
+        click.echo(json.dumps(data[0] if len(data) == 1 else data, indent=1))
+        return
+    for plan in planned.plans:
+        click.echo(plan_tables(plan, workers=request.thread_count), nl=False)
+
+
+def validate_command(given: dict[str, Any]) -> None:
+    """convert validate: the parity report of an existing checkpoint."""
+    from converter.proof import prove
+    from converter.release import fetch, open_release
+
+    console = Console()
+    out: Path = given["mlx_path"]
+    if not out.is_dir():
+        raise UsageError(f"--mlx-path {out}: no such folder")
+    release = fetch(open_release(given["hf_path"], revision=given["revision"]))
+    report = prove(
+        out,
+        source=release.local(),
+        console=console,
+        kl_threshold=given["kl_threshold"],
+        trust_remote_code=given["trust_remote_code"],
+    )
+    if given["as_json"]:
+        click.echo(json.dumps(report, indent=1))
+    else:
+        click.echo(verdict_text(report, out))
+    _gate(report, out)
+
+
+def verify_command(out: Path) -> None:
+    """convert verify: every file against the manifest."""
+    count, size = verify(out)
+    click.echo(f"{out}: {count} files, {size_text(size)}, all as the manifest says")
+
+
+def request_from(given: dict[str, Any]) -> Request:
+    """The request that a command line makes; raises UsageError for contradictions."""
+    return Request(
+        hf_path=given["hf_path"],
+        mlx_path=given["mlx_path"],
+        revision=given["revision"],
+        recipes=tuple(_recipes(given)),
+        dequantize=given["dequantize"],
+        overwrite=given["overwrite"],
+        workers=given.get("workers"),
+        command=shlex.join(["convert", *sys.argv[1:]]),
+    )
+
+
+def verdict_text(report: dict[str, Any], out: Path) -> str:
+    """The verdict and the checks that decided it, for a terminal."""
+    lines = []
+    for check in report["checks"]:
+        value, threshold = check.get("value"), check.get("threshold")
+        shown = "" if value is None else f" {value:.3g}"
+        shown += "" if threshold is None else f" (at most {threshold:.3g})"
+        note = f"  {check['note']}" if check["verdict"] == "fail" and check.get("note") else ""
+        lines.append(f"  {check['verdict']:>4}  {check['name']}{shown}{note}")
+    lines.append(f"parity: {report['verdict']}  {out / 'parity.html'}")
+    return "\n".join(lines)
+
+
+def _prove_and_publish(
+    outputs: list[Converted], given: dict[str, Any], console: Console, workers: int
+) -> None:
+    from converter.naming import repo_name
+    from converter.proof import prove
+    from converter.publish import upload_output, write_card
+
+    failed: list[GateError] = []
+    requested = given["upload_repo"]
+    if requested and len(outputs) > 1:
+        raise UsageError("--upload-repo REPO names one repo; with --variants leave REPO out")
+    for output in outputs:
+        out = output.folder
+        console.say(f"validate: {out}")
+        report = prove(
+            out,
+            source=output.release.local(),
+            console=console,
+            plan=output.plan,
+            kl_threshold=given["kl_threshold"],
+            trust_remote_code=given["trust_remote_code"],
+            workers=workers,
+        )
+        repo = None
+        if requested is not None:
+            from converter.naming import output_name
+
+            dtype = str(output.plan.config.get("dtype"))
+            derived = output_name(output.release.name, output.plan.options, dtype=dtype)
+            repo = repo_name(requested, derived)
+        write_card(
+            out,
+            repo_id=repo,
+            source_card=output.release.card(),
+            template=given["card_template"],
+        )
+        click.echo(verdict_text(report, out))
+        try:
+            _gate(report, out)
+        except GateError as error:
+            failed.append(error)
+            continue
+        if repo is not None:
+            address = upload_output(
+                out,
+                repo,
+                console=console,
+                private=given["private"],
+                allow_gated=given["allow_gated"],
+            )
+            click.echo(f"published: {address}")
+    if failed:
+        raise GateError("\n".join(map(str, failed)))
+
+
+def _gate(report: dict[str, Any], out: Path) -> None:
+    if report["verdict"] != "pass":
+        failed = [check["name"] for check in report["checks"] if check["verdict"] == "fail"]
+        raise GateError(
+            f"{out}: parity failed ({', '.join(failed)}); it is kept for inspection and is not "
+            f"published. See {out / 'parity.html'}"
+        )
+
+
+def _back(given: dict[str, Any]) -> bool:
+    return bool(given["dequantize"]) or given["target"] == "torch"
+
+
+def _recipes(given: dict[str, Any]) -> list[Options]:
+    try:
+        if given["variants"]:
+            return _variants(given)
+        quantize = given["quantize"] or bool(given["quant_predicate"])
+        named = [flag for flag in ("q_bits", "q_group_size") if given[flag] is not None]
+        if not quantize and (named or given["q_mode"] != "affine"):
+            flag = f"--{named[0].replace('_', '-')}" if named else "--q-mode"
+            raise UsageError(f"{flag}: has no effect without -q")
+        if quantize and given["dequantize"]:
+            raise UsageError("-q and -d contradict each other")
+        quant = None
+        if quantize:
+            quant = QuantSpec.make(
+                given["q_mode"], given["q_bits"], given["q_group_size"], given["q_method"]
+            )
+        return [
+            Options(
+                dtype=given["dtype"],
+                quant=quant,
+                predicate=given["quant_predicate"],
+                target=given["target"],
+            )
+        ]
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _variants(given: dict[str, Any]) -> list[Options]:
+    if given["quantize"] or given["q_bits"] or given["quant_predicate"] or given["dequantize"]:
+        raise UsageError("--variants names its own quantization; leave -q, -d and --q-bits out")
+    recipes = []
+    for name in given["variants"].split(","):
+        name = name.strip()
+        if name in _PLAIN:
+            recipes.append(Options(dtype=_PLAIN[name]))
+        elif name in _MODES:
+            quant = QuantSpec.make(name, method=given["q_method"])
+            recipes.append(Options(dtype=given["dtype"], quant=quant))
+        elif name.endswith("bit") and name.removesuffix("bit").isdigit():
+            bits = int(name.removesuffix("bit"))
+            quant = QuantSpec.make("affine", bits, given["q_group_size"], given["q_method"])
+            recipes.append(Options(dtype=given["dtype"], quant=quant))
+        else:
+            known = ", ".join([*_PLAIN, "2bit ... 8bit", *_MODES])
+            raise UsageError(f"--variants: {name!r} is not one of {known}")
+    return recipes

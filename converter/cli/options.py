@@ -1,0 +1,90 @@
+"""Options shared by commands; names follow mlx_lm.convert and mlx_vlm.convert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _all(*decorators: Decorator) -> Decorator:
+    def apply(command: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+def source(*, required: bool = True) -> Decorator:
+    """Where the release is."""
+    return _all(
+        click.option(
+            "--hf-path", "--model", "hf_path", required=required, help="Hub id or folder."
+        ),
+        click.option("--revision", help="Branch, tag or commit of a hub release."),
+        click.option("--trust-remote-code", is_flag=True, help="Run the release's own code."),
+    )
+
+
+recipe = _all(
+    click.option(
+        "--dtype",
+        type=click.Choice(["float16", "bfloat16", "float32"]),
+        help="Stored type of unquantized weights; default: what the release declares.",
+    ),
+    click.option("-q", "--quantize", is_flag=True, help="Quantize."),
+    click.option("--q-bits", type=int, help="2 3 4 5 6 8; default 4 for affine."),
+    click.option("--q-group-size", type=int, help="32 64 128; default 64 for affine."),
+    click.option(
+        "--q-mode", type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]), default="affine"
+    ),
+    click.option(
+        "--q-method",
+        type=click.Choice(["rtn", "mlx"]),
+        default="rtn",
+        show_default=True,
+        help="mlx: the bytes of mx.quantize; rtn: codes from the stored scale and bias.",
+    ),
+    click.option("--quant-predicate", help="A stock mixed recipe such as mixed_4_6."),
+    click.option("-d", "--dequantize", is_flag=True, help="Plain weights from an MLX checkpoint."),
+    click.option("--to", "target", type=click.Choice(["mlx", "torch"]), default="mlx"),
+    click.option("--variants", help="Several outputs from one read, such as bf16,8bit,4bit,mxfp4."),
+)
+
+output = _all(
+    click.option("--mlx-path", type=click.Path(path_type=Path), help="Output folder."),
+    click.option("--overwrite", is_flag=True, help="Replace a finished output."),
+    click.option("--workers", type=click.IntRange(1, 256), help="Threads; default: one per core."),
+    click.option("--quiet", is_flag=True, help="No progress, errors and results only."),
+)
+
+card_template = click.option(
+    "--card-template",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Your own Jinja2 model card.",
+)
+
+publishing = _all(
+    click.option(
+        "--upload-repo",
+        is_flag=False,
+        flag_value="",
+        default=None,
+        help="Publish; without a value the name is derived.",
+    ),
+    click.option("--private", is_flag=True, help="Create the repo as private."),
+    click.option("--allow-gated", is_flag=True, help="Publish a conversion of a gated release."),
+    card_template,
+)
+
+proof = _all(
+    click.option("--no-validate", is_flag=True, help="Skip the parity report (no upload then)."),
+    click.option(
+        "--kl-threshold", type=float, help="Fail when quantizing costs more mean KL than this."
+    ),
+)

@@ -1,0 +1,5 @@
+"""Executing plans: streaming, resumable, and the same bytes on any machine."""
+
+from converter.execute.run import Job, execute
+
+__all__ = ["Job", "execute"]

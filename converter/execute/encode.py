@@ -1,0 +1,54 @@
+"""From the rows of a parameter to the bytes that store them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from arch_maps.dtypes import CODES, FLOAT_CODES
+from arch_maps.ops import row_count
+from converter.errors import ConvertError
+from converter.plan.model import Output, StoredTensor
+from quant.errors import CastOverflowError, ElementError, NonFiniteError
+
+
+class BadValueError(ConvertError):
+    """A weight holds a value that cannot be stored; the message names the tensor."""
+
+    exit_code = 3
+
+
+def encode(
+    out: Output, rows: np.ndarray, start: int, *, checked: bool = False
+) -> Iterator[tuple[StoredTensor, int, np.ndarray]]:
+    """Yield (tensor, absolute byte offset, array) for rows from ``start`` of a parameter.
+
+    ``checked`` says that the rows are known to be finite. Raises BadValueError.
+    """
+    from quant.floats import cast, check_finite
+    from quant.weights import quantize_rows
+
+    try:
+        rows = np.ascontiguousarray(rows)
+        if CODES[rows.dtype] in FLOAT_CODES:
+            if not checked and out.quant is None:
+                check_finite(rows)
+            rows = cast(rows, out.dtype)
+        parts = {"": rows} if out.quant is None else quantize_rows(rows, out.quant)
+    except ElementError as error:
+        raise BadValueError(_explain(out, error, rows, start)) from error
+    for role, array in parts.items():
+        tensor = out.stored[role]
+        row_bytes = tensor.nbytes // row_count(tensor.shape)
+        yield tensor, tensor.start + start * row_bytes, array
+
+
+def _explain(out: Output, error: ElementError, rows: np.ndarray, start: int) -> str:
+    per_row = max(1, rows.size // max(1, rows.shape[-1] if rows.ndim else 1) // max(1, len(rows)))
+    row = start + error.row // per_row if rows.ndim > 1 else start + error.column
+    where = f"{out.rule.target}, row {row}, column {error.column if rows.ndim > 1 else 0}"
+    if isinstance(error, NonFiniteError):
+        return f"not finite: {where} is NaN or infinite; the release is damaged or unfinished"
+    assert isinstance(error, CastOverflowError)
+    return f"out of range: {where}: {error}; choose --dtype bfloat16 or float32"

@@ -1,0 +1,117 @@
+"""The work folder beside the output: locked, resumable, and renamed only when whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from converter.errors import ConvertError, UsageError
+
+MANIFEST = "conversion.json"
+
+
+def work_folder(out: Path, plan_hash: str) -> Path:
+    """The folder in which the plan is executed before it becomes ``out``."""
+    return out.parent / f".{out.name}.{plan_hash[:12]}.partial"
+
+
+def check_output(out: Path, *, source: Path | None, overwrite: bool) -> None:
+    """Refuse an output that would destroy something; raises UsageError."""
+    if source is not None:
+        real, origin = out.resolve(), source.resolve()
+        if real == origin or real in origin.parents or origin in real.parents:
+            raise UsageError(
+                f"{out}: the output and the source {source} overlap; choose another --mlx-path"
+            )
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UsageError(f"{out}: exists and is no folder; choose another --mlx-path")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        finished = (out / MANIFEST).exists()
+        what = "holds a finished conversion" if finished else "is not empty"
+        raise UsageError(f"{out}: {what}; use --overwrite to replace it, or another --mlx-path")
+
+
+@contextmanager
+def locked(work: Path) -> Iterator[None]:
+    """Hold the work folder against other processes; the lock dies with its process."""
+    import fcntl
+
+    with explain(work):
+        work.mkdir(parents=True, exist_ok=True)
+        handle = (work / "lock").open("wb")
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{work}: another process is working on the same conversion; wait for it"
+            ) from None
+        yield
+    finally:
+        handle.close()
+
+
+def publish(work: Path, out: Path) -> None:
+    """Make the finished work folder the output: flush, rename, flush the parent."""
+    (work / "lock").unlink(missing_ok=True)
+    sync_tree(work)
+    old = None
+    if out.exists():
+        old = out.parent / f".{out.name}.replaced-{os.getpid()}"
+        out.rename(old)
+    work.rename(out)
+    sync_folder(out.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def sync_tree(root: Path) -> None:
+    """Flush every file and folder below ``root``."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            descriptor = os.open(Path(folder) / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(Path(folder))
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries, where the platform can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explain(path: Path) -> Iterator[None]:
+    """Turn an operating system error into one readable paragraph."""
+    try:
+        yield
+    except OSError as error:
+        raise ConvertError(os_error_text(error, path)) from error
+
+
+def os_error_text(error: OSError, path: Path) -> str:
+    """What went wrong with a file of the output, and what to do."""
+    where = error.filename or path
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"{where}: the disk is full. Nothing unfinished looks finished: free some space and "
+            "run the same command again; it goes on where it stopped."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{where}: no permission to write here; choose another --mlx-path."
+    if error.errno == errno.ENOTDIR:
+        return f"{where}: a part of this path is a file, not a folder; choose another --mlx-path."
+    return f"{where}: {error.strerror or error}"

@@ -1,0 +1,203 @@
+"""Streaming execution of one or several plans from a single read of the source."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arch_maps.ops import RowReader, evaluate
+from converter.errors import PlanError
+from converter.execute.encode import BadValueError, encode
+from converter.execute.folder import explain
+from converter.execute.journal import Journal
+from converter.execute.units import Unit, reading_order, units_of
+from converter.plan.model import Plan, Shard
+from converter.source import Source
+
+FLUSH_BYTES = 1 << 30
+"""Output that may be lost to a power cut, and so must be written again."""
+_BAD_SHOWN = 20
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class Job:
+    """One plan and the folder it is executed in."""
+
+    plan: Plan
+    work: Path
+    journal: Journal = field(init=False)
+    files: dict[str, int] = field(init=False, default_factory=dict)
+    pending: list[int] = field(init=False, default_factory=list)
+    written: int = field(init=False, default=0)
+
+    def open(self, stamp: dict[str, Any]) -> None:
+        """Open or resume: the files at their final sizes, headers written."""
+        identity = {"plan": self.plan.hash, "source": stamp}
+        with explain(self.work):
+            self.journal = Journal(self.work, identity)
+            for shard in self.plan.shards:
+                self.files[shard.file] = _open_shard(self.work / shard.file, shard)
+
+    def write(self, file: str, offset: int, array: np.ndarray) -> None:
+        """Put the bytes of ``array`` at ``offset`` of ``file``."""
+        view = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        while view:
+            done = os.pwrite(self.files[file], view, offset)
+            view, offset = view[done:], offset + done
+
+    def flush(self) -> None:
+        """Make finished units durable and record them."""
+        for descriptor in self.files.values():
+            _datasync(descriptor)
+        self.journal.record(self.pending)
+        self.pending = []
+        self.written = 0
+
+    def close(self) -> None:
+        """Close all files."""
+        self.journal.close()
+        while self.files:
+            os.close(self.files.popitem()[1])
+
+
+def execute(
+    jobs: Sequence[Job],
+    source: Source,
+    *,
+    reader: RowReader,
+    stamp: dict[str, Any],
+    workers: int,
+    progress: Progress | None = None,
+) -> None:
+    """Write the weight files of every job's plan; all plans share their rules.
+
+    Raises PlanError naming every tensor with a value that cannot be stored (the caller removes
+    the work folder), ConvertError when the disk fails (the work folder stays and can resume).
+    """
+    outputs = jobs[0].plan.outputs
+    for job in jobs:
+        theirs = [out.expr for out in job.plan.outputs]
+        assert theirs == [out.expr for out in outputs], "variants of one map only"
+        job.open(stamp)
+    try:
+        _run(jobs, source, reader, workers, progress)
+        _check_aliases(jobs[0].plan, source, reader)
+    finally:
+        for job in jobs:
+            job.close()
+
+
+def _run(
+    jobs: Sequence[Job],
+    source: Source,
+    reader: RowReader,
+    workers: int,
+    progress: Progress | None,
+) -> None:
+    outputs = jobs[0].plan.outputs
+    units = reading_order(source, outputs, units_of(source, outputs))
+    todo = [unit for unit in units if any(unit.number not in job.journal.done for job in jobs)]
+    finished = len(units) - len(todo)
+    bad: list[str] = []
+    lock = threading.Lock()
+
+    def convert(unit: Unit) -> None:
+        expr = outputs[unit.output].expr
+        rows = evaluate(expr, reader, unit.start, unit.stop)
+        checked = False
+        for job in jobs:
+            if unit.number in job.journal.done:
+                continue
+            size = 0
+            try:
+                out = job.plan.outputs[unit.output]
+                for tensor, offset, array in encode(out, rows, unit.start, checked=checked):
+                    job.write(tensor.file, offset, array)
+                    size += array.nbytes
+            except BadValueError as error:
+                with lock:
+                    bad.append(str(error))
+                return
+            checked = True
+            with lock:
+                job.pending.append(unit.number)
+                job.written += size
+
+    with explain(jobs[0].work), ThreadPoolExecutor(workers) as pool:
+        running: set[Future[None]] = set()
+        queue = iter(todo)
+        if progress:
+            progress(finished, len(units))
+        try:
+            while True:
+                while len(running) < 2 * workers and (unit := next(queue, None)) is not None:
+                    running.add(pool.submit(convert, unit))
+                if not running:
+                    break
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                finished += len(done)
+                if progress:
+                    progress(finished, len(units))
+                if sum(job.written for job in jobs) >= FLUSH_BYTES:
+                    with lock:
+                        for job in jobs:
+                            job.flush()
+        except BaseException:
+            for future in running:
+                future.cancel()
+            raise
+        if bad:
+            raise PlanError(_summary(bad))
+        for job in jobs:
+            job.flush()
+
+
+def _summary(bad: list[str]) -> list[str]:
+    lines = sorted(set(bad))
+    more = len(lines) - _BAD_SHOWN
+    return lines[:_BAD_SHOWN] + ([f"and {more} more tensors like these"] if more > 0 else [])
+
+
+def _check_aliases(plan: Plan, source: Source, reader: RowReader) -> None:
+    """A dropped tied tensor must be the tensor that it is tied to."""
+    problems = []
+    for drop in plan.drops:
+        if drop.same_as is None or drop.same_as not in source.tensors:
+            continue
+        rows = source.tensors[drop.name].shape[0]
+        step = max(1, (8 << 20) * rows // max(1, source.tensors[drop.name].nbytes))
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            mine = reader.read_rows(drop.name, start, stop)
+            other = reader.read_rows(drop.same_as, start, stop)
+            if mine.dtype != other.dtype or mine.tobytes() != other.tobytes():
+                problems.append(
+                    f"not tied: {drop.name} differs from {drop.same_as}, although config.json "
+                    "ties them; set tie_word_embeddings to false if both are meant"
+                )
+                break
+    if problems:
+        raise PlanError(problems)
+
+
+def _open_shard(path: Path, shard: Shard) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+    if os.fstat(descriptor).st_size != shard.size:
+        os.ftruncate(descriptor, shard.size)
+    os.pwrite(descriptor, shard.header, 0)
+    return descriptor
+
+
+def _datasync(descriptor: int) -> None:
+    getattr(os, "fdatasync", os.fsync)(descriptor)

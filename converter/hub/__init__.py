@@ -1,0 +1,24 @@
+"""The Hugging Face hub as source and destination, through the real client and never on trust."""
+
+from converter.hub.api import Progress, client, whoami
+from converter.hub.errors import hub_errors, redact
+from converter.hub.fetch import download, git_blob_id_of, sha256_of
+from converter.hub.publish import STALE_PATTERNS, upload
+from converter.hub.snapshot import HubFile, HubSnapshot, fetch_range, resolve_revision
+
+__all__ = [
+    "STALE_PATTERNS",
+    "HubFile",
+    "HubSnapshot",
+    "Progress",
+    "client",
+    "download",
+    "fetch_range",
+    "git_blob_id_of",
+    "hub_errors",
+    "redact",
+    "resolve_revision",
+    "sha256_of",
+    "upload",
+    "whoami",
+]

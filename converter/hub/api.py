@@ -1,0 +1,70 @@
+"""The huggingface_hub client as this program uses it: who it is, and how long it keeps trying."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+from converter.hub.errors import hub_errors, may_have_been_done, status_of
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes so far, bytes in all), from any thread but never from two at once."""
+
+LIBRARY = "mlx-dayzero"
+TIMEOUT_S = 30.0
+ATTEMPTS = 4
+FIRST_WAIT_S = 1.0
+
+Result = TypeVar("Result")
+
+
+def client(*, endpoint: str | None = None, token: str | None = None) -> "HfApi":
+    """The hub's client; None means HF_ENDPOINT, and the token of `hf auth login` or HF_TOKEN."""
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=endpoint, token=token, library_name=LIBRARY)
+
+
+def whoami(*, endpoint: str | None = None, token: str | None = None) -> str:
+    """The name of the account that the token belongs to."""
+    api = client(endpoint=endpoint, token=token)
+    with hub_errors("Asking the hub who you are", repo_id="", endpoint=api.endpoint):
+        return str(api.whoami()["name"])
+
+
+def pause(failures: int) -> None:
+    """Wait before trying again, longer after each failure."""
+    time.sleep(FIRST_WAIT_S * 2**failures)
+
+
+def patiently(call: Callable[[], Result]) -> Result:
+    """The result of a call without side effects, tried again while the hub or network fails."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except Exception as error:
+            busy = may_have_been_done(error) or status_of(error) == 429
+            if not busy or attempt == ATTEMPTS - 1:
+                raise
+            pause(attempt)
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Without the client's own progress bars."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+    from huggingface_hub.utils.tqdm import disable_progress_bars as disable
+    from huggingface_hub.utils.tqdm import enable_progress_bars as enable
+
+    before = are_progress_bars_disabled()
+    if not before:
+        disable()
+    try:
+        yield
+    finally:
+        if not before:
+            enable()

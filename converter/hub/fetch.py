@@ -1,0 +1,168 @@
+"""Whole files from the hub, through the client's cache, pinned to a commit and checked by hash."""
+
+import hashlib
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from converter.errors import HubError
+from converter.hub.api import LIBRARY, Progress
+from converter.hub.errors import hub_errors
+from converter.hub.snapshot import HubFile, HubSnapshot
+
+_HASH_BUFFER = 4 * 1024 * 1024
+
+
+def download(
+    snapshot: HubSnapshot,
+    paths: Sequence[str],
+    *,
+    progress: Progress | None = None,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+    workers: int = 4,
+) -> Path:
+    """Bring files into the hub's cache, check their hashes, and return the snapshot's folder.
+
+    What is cached already is only checked. A file with the wrong hash is removed from the cache,
+    so that the next run fetches it again.
+    """
+    files = [snapshot.file(path) for path in dict.fromkeys(paths)]
+    assert files, "nothing to download"
+    meter = _Meter(progress, total=sum(file.size for file in files))
+    folders = set()
+    with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="download") as pool:
+        tasks = [pool.submit(_download, snapshot, f, meter, token, cache_dir) for f in files]
+        try:
+            for task in as_completed(tasks):
+                folders.add(task.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    assert len(folders) == 1, folders
+    return folders.pop()
+
+
+def _download(
+    snapshot: HubSnapshot,
+    file: HubFile,
+    meter: "_Meter",
+    token: str | None,
+    cache_dir: Path | None,
+) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    doing = f"Downloading {file.path} from {snapshot.repo_id}"
+    with hub_errors(doing, repo_id=snapshot.repo_id, endpoint=snapshot.endpoint):
+        local = Path(
+            hf_hub_download(
+                snapshot.repo_id,
+                file.path,
+                revision=snapshot.commit,
+                endpoint=snapshot.endpoint,
+                token=token,
+                cache_dir=cache_dir,
+                library_name=LIBRARY,
+                tqdm_class=meter.bar(file.path),
+            )
+        )
+    meter.finish(file)
+    check_hash(snapshot, file, local)
+    return local.parents[len(PurePosixPath(file.path).parts) - 1]
+
+
+def check_hash(snapshot: HubSnapshot, file: HubFile, local: Path) -> None:
+    """`HubError`, after removing the file from the cache, unless it is what the hub announced."""
+    expected = file.sha256 or file.blob_id
+    actual = sha256_of(local) if file.sha256 else git_blob_id_of(local)
+    if actual == expected:
+        return
+    _remove_from_cache(local)
+    raise HubError(
+        f"{file.path} of {snapshot.repo_id} arrived damaged: its "
+        f"{'sha256' if file.sha256 else 'git sha1'} is {actual}, the hub announced {expected}. "
+        "The copy has been removed from the cache; run the same command again to fetch it anew."
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, read in bounded memory."""
+    return _digest(path, hashlib.sha256())
+
+
+def git_blob_id_of(path: Path) -> str:
+    """The sha1 that git gives the file."""
+    head = b"blob %d\0" % path.stat().st_size
+    return _digest(path, hashlib.sha1(head, usedforsecurity=False))
+
+
+def _digest(path: Path, state: "hashlib._Hash") -> str:
+    buffer = memoryview(bytearray(_HASH_BUFFER))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            state.update(buffer[:count])
+    return state.hexdigest()
+
+
+def _remove_from_cache(pointer: Path) -> None:
+    """Remove a cached file with the links that lead to it (snapshot -> blob -> shared blob)."""
+    current = pointer
+    while True:
+        target = current.parent / os.readlink(current) if current.is_symlink() else None
+        current.unlink(missing_ok=True)
+        if target is None:
+            return
+        current = target
+
+
+class _Meter:
+    """Adds up the bytes of several downloads, each reported by the client to its own bar."""
+
+    def __init__(self, progress: Progress | None, *, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def _set(self, path: str, count: int) -> None:
+        with self._lock:
+            self._done[path] = count
+            if self._progress is not None:
+                self._progress(sum(self._done.values()), self._total)
+
+    def finish(self, file: HubFile) -> None:
+        """Count the whole file, which may have come from the cache."""
+        self._set(file.path, file.size)
+
+    def bar(self, path: str) -> Any:
+        """A class with the part of tqdm's interface that the client uses for one file."""
+        meter = self
+
+        class Bar:
+            total: int | None = None
+
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                self.n = int(kwargs.get("initial") or 0)
+
+            def __enter__(self) -> "Bar":
+                return self
+
+            def __exit__(self, *error: Any) -> None:
+                pass
+
+            def update(self, count: float | None = 1) -> None:
+                self.n += int(count or 0)
+                meter._set(path, self.n)
+
+            def update_transfer(self, count: float | None = 1) -> None:
+                """Bytes on the wire; only bytes of the file are counted here."""
+
+            def set_postfix_str(self, *args: Any, **kwargs: Any) -> None:
+                pass
+
+            set_transfer_postfix_str = set_description_str = refresh = close = set_postfix_str
+
+        return Bar

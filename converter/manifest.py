@@ -1,0 +1,141 @@
+"""conversion.json: what a finished output is, where it came from, and the hash of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from converter.errors import ConvertError, UsageError
+from converter.execute.folder import MANIFEST
+from converter.plan.model import Plan
+from converter.source.strict_json import parse_object
+
+REPORTS = frozenset({"README.md", "parity.json", "parity.html", MANIFEST})
+"""Files that are made after the manifest, or are it."""
+_RECORDED = ("mlx-dayzero", "numpy", "ml-dtypes", "numba", "safetensors", "huggingface-hub")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The parsed conversion.json."""
+
+    data: dict[str, Any]
+
+    @property
+    def plan(self) -> str:
+        """Hash of the plan that was executed."""
+        return str(self.data["plan"])
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """sha256 and size of each file by relative name."""
+        return dict(self.data["files"])
+
+    @property
+    def checkpoint(self) -> str:
+        """One hash over all files: what a report vouches for."""
+        text = json.dumps({n: f["sha256"] for n, f in self.files.items()}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_manifest(
+    folder: Path,
+    plan: Plan,
+    *,
+    command: str,
+    source_config: Mapping[str, Any],
+    names: Sequence[str],
+    workers: int,
+) -> Manifest:
+    """Hash the named files of ``folder`` and write the manifest, as the last file."""
+    from quant.microscaling import ROUNDING_RULES
+
+    with ThreadPoolExecutor(workers) as pool:
+        digests = list(pool.map(lambda name: file_sha256(folder / name), names))
+    data = {
+        "format": 1,
+        "plan": plan.hash,
+        "program": {"name": "mlx-dayzero", "version": plan.version},
+        "command": command,
+        "model_type": plan.model_type,
+        "layout": plan.layout,
+        "recipe": plan.options.to_json(),
+        "rounding": dict(ROUNDING_RULES),
+        "source": plan.source,
+        "source_config": dict(source_config),
+        "parameters": plan.parameters,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "drops": [{"name": d.name, "reason": d.reason, "same_as": d.same_as} for d in plan.drops],
+        "notes": list(plan.notes),
+        "versions": installed_versions(_RECORDED),
+        "files": {
+            name: {"sha256": digest, "bytes": (folder / name).stat().st_size}
+            for name, digest in sorted(zip(names, digests, strict=True))
+        },
+    }
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    return Manifest(data)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished output; raises UsageError when there is none."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UsageError(
+            f"{folder}: has no {MANIFEST}; it is not a finished conversion made by this program"
+        )
+    data = parse_object(path.read_bytes(), MANIFEST)
+    if data.get("format") != 1 or not isinstance(data.get("files"), dict):
+        raise ConvertError(f"{path}: is not a manifest that this version reads")
+    return Manifest(data)
+
+
+def verify(folder: Path) -> tuple[int, int]:
+    """Check every file against the manifest, offline; returns (files, bytes).
+
+    Raises ConvertError naming every missing, changed or unlisted file.
+    """
+    manifest = read_manifest(folder)
+    problems: list[str] = []
+    total = 0
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name}: is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            problems.append(f"{name}: has {path.stat().st_size} bytes, not {entry['bytes']}")
+        elif file_sha256(path) != entry["sha256"]:
+            problems.append(f"{name}: its content has changed (sha256 differs)")
+        total += entry["bytes"]
+    listed = set(manifest.files) | REPORTS
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in listed and path.suffix == ".safetensors":
+            problems.append(f"{name}: is not in the manifest, and a loader would read it")
+    if problems:
+        raise ConvertError(f"{folder}: does not match its manifest:\n" + "\n".join(problems))
+    return len(manifest.files), total
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file in hex, read in bounded memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def installed_versions(names: Sequence[str]) -> dict[str, str]:
+    """Versions of the installed distributions among ``names``."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

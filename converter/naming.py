@@ -1,0 +1,27 @@
+"""Names of outputs and of the repos they are published in."""
+
+from __future__ import annotations
+
+from converter.plan.options import Options
+
+
+def output_name(model: str, options: Options, *, dtype: str | None) -> str:
+    """``<model>-<what it is>``, such as ``Qwen3-0.6B-4bit`` or ``Qwen3-0.6B-bf16``."""
+    if options.target == "torch":
+        return f"{model}-torch"
+    if options.quant is None and options.dtype is None:
+        short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+        return f"{model}-{short.get(dtype or '', 'mlx')}"
+    return f"{model}-{options.suffix}"
+
+
+def repo_name(requested: str, name: str) -> str:
+    """The repo to upload to; an empty request derives it from the account and the output's name.
+
+    Raises HubError when the account is needed and no token is there.
+    """
+    if requested:
+        return requested
+    from converter.hub import whoami
+
+    return f"{whoami()}/{name}"

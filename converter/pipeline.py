@@ -1,0 +1,224 @@
+"""The conversion as its steps: open, plan, fetch, execute, finish, prove, publish."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from arch_maps.config import stored_dtype
+from converter.decode import DecodingReader, decoded
+from converter.errors import PlanError, UsageError
+from converter.execute import Job, execute
+from converter.execute.folder import (
+    MANIFEST,
+    check_output,
+    explain,
+    locked,
+    publish,
+    sync_tree,
+    work_folder,
+)
+from converter.execute.journal import NAME as JOURNAL
+from converter.manifest import Manifest, read_manifest, write_manifest
+from converter.naming import output_name
+from converter.plan import Options, Plan, build_plan
+from converter.plan.back import build_back_plan
+from converter.plan.match import find_map, match_release
+from converter.release import Release, fetch, open_release
+from converter.sidecars import copy_sidecars
+from converter.source import Source
+from converter.ui import Console
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One run of the converter, as the command line states it."""
+
+    hf_path: str
+    mlx_path: Path | None = None
+    revision: str | None = None
+    recipes: tuple[Options, ...] = (Options(),)
+    """One per output; all are written from one read of the source."""
+    dequantize: bool = False
+    overwrite: bool = False
+    workers: int | None = None
+    command: str = ""
+
+    @property
+    def thread_count(self) -> int:
+        """Worker threads; more than eight gain nothing from one disk."""
+        return self.workers or min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A release with the plans of all requested outputs."""
+
+    release: Release
+    source: Source
+    """The release's tensors, its own quantization decoded."""
+    plans: tuple[Plan, ...]
+    decoding: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """A finished output folder."""
+
+    plan: Plan
+    manifest: Manifest
+    folder: Path
+    release: Release
+
+
+def plan_request(request: Request) -> Planned:
+    """Decide everything from headers; raises PlanError with every problem."""
+    back = request.dequantize or any(r.target == "torch" for r in request.recipes)
+    release = open_release(request.hf_path, revision=request.revision, allow_mlx=back)
+    source, decoding = decoded(release.source) if back else (release.source, {})
+    arch = find_map(source.config)
+    plans: list[Plan] = []
+    if back:
+        kept = _kept_facts(release)
+        for options in request.recipes:
+            plans.append(build_back_plan(source, arch, options, origin=release.origin, **kept))
+    else:
+        match = match_release(source, arch)
+        for options in request.recipes:
+            plans.append(build_plan(source, match, options, origin=release.origin))
+    return Planned(release=release, source=source, plans=tuple(plans), decoding=decoding)
+
+
+def output_folders(request: Request, planned: Planned) -> list[Path]:
+    """Where each plan's output goes; raises UsageError when two would share a folder."""
+    dtype = stored_dtype(planned.source.config)
+    names = [output_name(planned.release.name, plan.options, dtype=dtype) for plan in planned.plans]
+    if request.mlx_path is None:
+        folders = [Path(name) for name in names]
+    elif len(names) == 1:
+        folders = [request.mlx_path]
+    else:
+        folders = [request.mlx_path / name for name in names]
+    if len(set(folders)) != len(folders):
+        raise UsageError("--variants: two of them are the same; name each one once")
+    return folders
+
+
+def convert(request: Request, console: Console) -> list[Converted]:
+    """Plan, fetch, execute and finish; the outputs are whole when this returns."""
+    planned = plan_request(request)
+    folders = output_folders(request, planned)
+    done = [_finished(plan, out) for plan, out in zip(planned.plans, folders, strict=True)]
+    source_root = planned.release.root
+    for out, finished in zip(folders, done, strict=True):
+        if finished is None:
+            with explain(out):
+                check_output(out, source=source_root, overwrite=request.overwrite)
+                out.parent.mkdir(parents=True, exist_ok=True)
+    console.planned(planned.plans, folders)
+    with console.progress("download", unit="bytes") as tick:
+        release = fetch(planned.release, progress=tick)
+    source = _relocated(planned, release)
+    todo = [
+        (plan, out)
+        for plan, out, finished in zip(planned.plans, folders, done, strict=True)
+        if finished is None
+    ]
+    if todo:
+        _execute_all(request, console, planned, release, source, todo)
+    return [
+        Converted(plan=plan, manifest=read_manifest(out), folder=out, release=release)
+        for plan, out in zip(planned.plans, folders, strict=True)
+    ]
+
+
+def _execute_all(
+    request: Request,
+    console: Console,
+    planned: Planned,
+    release: Release,
+    source: Source,
+    todo: Sequence[tuple[Plan, Path]],
+) -> None:
+    from contextlib import ExitStack
+
+    jobs = [Job(plan, work_folder(out, plan.hash)) for plan, out in todo]
+    with ExitStack() as stack:
+        for job in jobs:
+            stack.enter_context(locked(job.work))
+        reader = stack.enter_context(source.open())
+        rows = DecodingReader(reader, source, planned.decoding) if planned.decoding else reader
+        try:
+            with console.progress("convert", unit="units") as tick:
+                execute(
+                    jobs,
+                    source,
+                    reader=rows,
+                    stamp=release.stamp(),
+                    workers=request.thread_count,
+                    progress=tick,
+                )
+        except PlanError:
+            for job in jobs:  # a damaged source: nothing of it is worth resuming
+                shutil.rmtree(job.work, ignore_errors=True)
+            raise
+        for job, (plan, out) in zip(jobs, todo, strict=True):
+            with explain(job.work):
+                _finish(job.work, plan, release, request)
+                publish(job.work, out)
+
+
+def _finish(work: Path, plan: Plan, release: Release, request: Request) -> None:
+    """Everything but the weights, the manifest last; the work folder is an output afterwards."""
+    write_json(work / "config.json", plan.config)
+    write_json(work / "model.safetensors.index.json", plan.index())
+    copy_sidecars(release.local(), release.sidecars, work)
+    names = [shard.file for shard in plan.shards]
+    names += ["config.json", "model.safetensors.index.json", *release.sidecars]
+    write_manifest(
+        work,
+        plan,
+        command=request.command,
+        source_config=release.source.config,
+        names=names,
+        workers=request.thread_count,
+    )
+    sync_tree(work)
+    (work / JOURNAL).unlink()
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON as the hub's tools do: two spaces, sorted nowhere, UTF-8."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _finished(plan: Plan, out: Path) -> Manifest | None:
+    """The manifest of an output that this very plan made but whose proof is still missing."""
+    if not (out / MANIFEST).is_file() or (out / "parity.json").exists():
+        return None
+    manifest = read_manifest(out)
+    return manifest if manifest.plan == plan.hash else None
+
+
+def _relocated(planned: Planned, release: Release) -> Source:
+    if release.root is None or planned.release.root is not None:
+        return planned.source
+    return replace(planned.source, root=release.source.root, files=release.source.files)
+
+
+def _kept_facts(release: Release) -> dict[str, Any]:
+    """What an MLX checkpoint's manifest remembers of the release it was made from."""
+    root = release.root
+    if root is None or not (root / MANIFEST).is_file():
+        return {}
+    data = read_manifest(root).data
+    return {
+        "torch_config": data.get("source_config"),
+        "layout": data.get("layout"),
+        "restore": [d["name"] for d in data.get("drops", ()) if d.get("same_as")],
+    }

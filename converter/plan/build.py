@@ -1,0 +1,240 @@
+"""Building a plan: map, recipe and headers in, every output byte's place out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from arch_maps.config import spell_dtype, stored_dtype
+from arch_maps.dtypes import FLOAT_CODES, TORCH_NAMES
+from arch_maps.facts import Facts
+from arch_maps.ops import Affine, Expr, children, describe, sources
+from arch_maps.rules import Kind, Rule
+from converter.errors import PlanError
+from converter.plan.layout import Pending, lay_out
+from converter.plan.match import Match
+from converter.plan.model import Output, Plan, Shard, StoredTensor
+from converter.plan.options import Options
+from converter.source import Source
+from converter.version import program_version
+from quant.recipe import QuantSpec
+
+_CODES_TO_TORCH = {code: name for name, code in TORCH_NAMES.items()}
+PlannedQuant = Callable[[str], QuantSpec | None]
+
+
+def build_plan(
+    source: Source,
+    match: Match,
+    options: Options,
+    *,
+    origin: Mapping[str, Any] | None = None,
+    shard_bytes: int | None = None,
+) -> Plan:
+    """The plan of converting a matched release; raises PlanError with every problem.
+
+    ``origin`` is what is known of the release's identity beyond its headers (repo, commit).
+    """
+    facts = Facts(source.config)
+    config = match.arch.config(dict(source.config), facts)
+    problems = list(facts.problems) + _prequantized(source)
+    dtype = options.dtype or stored_dtype(source.config)
+    if dtype is not None and dtype not in TORCH_NAMES:
+        problems.append(f"config.json: dtype {dtype!r} is not one that MLX can store")
+    if problems:
+        raise PlanError(problems)
+    spec_for = _quantization(match, options)
+    outputs, notes = _outputs(source, match.rules, dtype, spec_for, problems)
+    if problems:
+        raise PlanError(problems)
+    if options.quant is not None and all(out.quant is None for out, _ in outputs):
+        raise PlanError(["-q: no tensor of this release can be quantized with this recipe"])
+    used = _main_dtype(outputs)
+    spell_dtype(config, used)
+    if options.quant is not None:
+        config["quantization"] = _quantization_config(options.quant, [o for o, _ in outputs])
+        config["quantization_config"] = config["quantization"]
+    return assemble(
+        source,
+        outputs,
+        model_type=match.arch.model_type,
+        layout=match.layout.name,
+        drops=match.drops,
+        options=options,
+        config=config,
+        notes=(*source.notes, *match.notes, *facts.notes, *notes),
+        origin=origin,
+        metadata={"format": "mlx"},
+        shard_bytes=shard_bytes,
+    )
+
+
+def assemble(
+    source: Source,
+    outputs: Sequence[tuple[Output, dict[str, Pending]]],
+    *,
+    model_type: str,
+    layout: str,
+    drops: Sequence[Any],
+    options: Options,
+    config: dict[str, Any],
+    notes: Sequence[str],
+    origin: Mapping[str, Any] | None,
+    metadata: Mapping[str, str],
+    shard_bytes: int | None = None,
+) -> Plan:
+    """Give every pending tensor its place and freeze the plan."""
+    pending = [tensor for _, roles in outputs for tensor in roles.values()]
+    sizing = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
+    shards: tuple[Shard, ...] = lay_out(pending, metadata=metadata, **sizing)
+    placed = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+    located = tuple(_located(out, roles, placed) for out, roles in outputs)
+    return Plan(
+        version=program_version(),
+        model_type=model_type,
+        layout=layout,
+        options=options,
+        source=identity(source, origin),
+        config=config,
+        outputs=located,
+        drops=tuple(drops),
+        shards=shards,
+        notes=tuple(dict.fromkeys(notes)),
+        parameters=sum(math.prod(out.expr.shape) for out in located),
+        source_bytes=sum(
+            source.tensors[name].nbytes
+            for name in {leaf.name for out in located for leaf in sources(out.expr)}
+        ),
+    )
+
+
+def identity(source: Source, origin: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the plan records of its source: origin, config digest, header digests and sizes."""
+    text = json.dumps(source.config, sort_keys=True)
+    return {
+        **(origin or {}),
+        "config": hashlib.sha256(text.encode()).hexdigest(),
+        "files": {name: list(pair) for name, pair in sorted(source.fingerprint().items())},
+    }
+
+
+def pending_tensors(
+    target: str, shape: tuple[int, ...], dtype: str, quant: QuantSpec | None
+) -> dict[str, Pending]:
+    """The tensors that store one parameter, by role."""
+    shape = tuple(int(size) for size in shape)
+    if quant is None:
+        return {"": Pending(target, dtype, shape)}
+    module = target.removesuffix(".weight")
+    return {
+        role: Pending(f"{module}.{role}", code, tuple(dims))
+        for role, (code, dims) in quant.output_tensors(shape, dtype).items()
+    }
+
+
+def _located(
+    out: Output, roles: Mapping[str, Pending], placed: Mapping[str, StoredTensor]
+) -> Output:
+    stored = {role: placed[tensor.name] for role, tensor in roles.items()}
+    return Output(out.rule, out.dtype, out.quant, stored, out.kept)
+
+
+def _outputs(
+    source: Source,
+    rules: Sequence[Rule],
+    dtype: str | None,
+    spec_for: Callable[[Rule], QuantSpec | None],
+    problems: list[str],
+) -> tuple[list[tuple[Output, dict[str, Pending]]], list[str]]:
+    outputs = []
+    notes: list[str] = []
+    rounded = 0
+    for rule in rules:
+        code, problem = _storage_dtype(source, rule, dtype)
+        if problem:
+            problems.append(problem)
+            continue
+        spec, kept = spec_for(rule), ""
+        if spec is not None and int(rule.expr.shape[-1]) % spec.group_size:
+            kept = f"rows of {int(rule.expr.shape[-1])} do not divide into {spec.group_size}"
+            spec = None
+        rounded += code in ("BF16", "F16") and _has_arithmetic(rule.expr)
+        out = Output(rule, code, spec, {}, kept)
+        outputs.append((out, pending_tensors(rule.target, rule.expr.shape, code, spec)))
+    if rounded:
+        notes.append(
+            f"{rounded} norm weights are stored as 1 + weight and round to the storage dtype "
+            "once more; the parity report runs the reference on the stored values"
+        )
+    return outputs, notes
+
+
+def _storage_dtype(source: Source, rule: Rule, dtype: str | None) -> tuple[str, str | None]:
+    codes = {source.tensors[leaf.name].dtype for leaf in sources(rule.expr)}
+    name = rule.target
+    if not codes:
+        return (TORCH_NAMES[dtype] if dtype else "F32"), None
+    if not codes <= FLOAT_CODES or any(code.startswith("F8") for code in codes):
+        found = ", ".join(sorted(codes))
+        return "", f"{name}: made from {found} in {describe(rule.expr)}; floats are expected"
+    widest = max(codes, key=lambda code: (code in ("F32", "F64"), code))
+    if rule.kind is Kind.STATE and widest in ("F32", "F64"):
+        return "F32", None
+    if dtype is not None:
+        code = TORCH_NAMES[dtype]
+        return ("F32" if code == "F64" else code), None
+    if len(codes) > 1:
+        return "F32", None
+    return ("F32" if widest == "F64" else widest), None
+
+
+def _has_arithmetic(expr: Expr) -> bool:
+    return isinstance(expr, Affine) or any(_has_arithmetic(child) for child in children(expr))
+
+
+def _quantization(match: Match, options: Options) -> Callable[[Rule], QuantSpec | None]:
+    base = options.quant
+    if base is None:
+        return lambda rule: None
+    pick: PlannedQuant = lambda path: base  # noqa: E731
+    if options.predicate:
+        from quant.mixed import mixed_recipe
+
+        paths = [rule.module for rule in match.rules if rule.quantizable]
+        pick = mixed_recipe(options.predicate, paths, base)
+    return lambda rule: pick(rule.module) if rule.quantizable else None
+
+
+def _quantization_config(base: QuantSpec, outputs: Sequence[Output]) -> dict[str, Any]:
+    """The ``quantization`` entry, with a module's own entry wherever a loader would misjudge it."""
+    config: dict[str, Any] = dict(base.to_config())
+    for out in outputs:
+        if out.quant is None:
+            continue
+        own = out.quant.to_config()
+        # mlx-vlm quantizes only weights whose element count is a multiple of 64, unless named.
+        if own != base.to_config() or math.prod(out.expr.shape) % 64:
+            config[out.rule.module] = dict(own)
+    return config
+
+
+def _main_dtype(outputs: Sequence[tuple[Output, dict[str, Pending]]]) -> str:
+    weights: dict[str, int] = {}
+    for out, _ in outputs:
+        weights[out.dtype] = weights.get(out.dtype, 0) + math.prod(out.expr.shape)
+    return _CODES_TO_TORCH[max(weights, key=lambda code: (weights[code], code))]
+
+
+def _prequantized(source: Source) -> list[str]:
+    for config in (source.config, source.config.get("text_config")):
+        found = config.get("quantization_config") if isinstance(config, dict) else None
+        if isinstance(found, dict):
+            method = found.get("quant_method", "an unnamed method")
+            return [
+                f"config.json: the release is already quantized ({method}); convert the "
+                "unquantized release"
+            ]
+    return []

@@ -1,0 +1,146 @@
+"""Matching a map against the tensors that a release really has."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from arch_maps.facts import Facts, spell_shape
+from arch_maps.ops import Source as SourceLeaf
+from arch_maps.ops import sources
+from arch_maps.registry import ArchMap, find, model_types
+from arch_maps.rules import Drop, Layout, Rule, Tensors
+from converter.errors import PlanError
+from converter.source import Source
+
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A map that accounts for every tensor of a release."""
+
+    arch: ArchMap
+    layout: Layout
+    rules: tuple[Rule, ...]
+    drops: tuple[Drop, ...]
+    """Only those whose tensor is present."""
+    notes: tuple[str, ...]
+
+
+def find_map(config: Mapping[str, Any]) -> ArchMap:
+    """The map for a release's model_type; raises PlanError with the nearest known types."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise PlanError(["config.json: model_type is missing, so no map can be chosen"])
+    arch = find(model_type)
+    if arch is None:
+        near = difflib.get_close_matches(model_type, model_types(), n=3)
+        hint = f"; similar: {', '.join(near)}" if near else ""
+        raise PlanError(
+            [
+                f"config.json: no map for model_type {model_type!r}{hint} "
+                "(`convert maps list` shows all)"
+            ]
+        )
+    return arch
+
+
+def match_release(source: Source, arch: ArchMap) -> Match:
+    """Account for every tensor of ``source``; raises PlanError with all problems, grouped."""
+    best: tuple[int, Layout, Tensors, list[str]] | None = None
+    facts = Facts(source.config)
+    for layout in arch.layouts:
+        facts = Facts(source.config)
+        tensors = arch.expand(facts, layout)
+        if facts.problems:  # sizes are unreliable, so comparing shapes would only mislead
+            raise PlanError(facts.problems)
+        problems = _disagreements(source, tensors)
+        if best is None or len(problems) < best[0]:
+            best = (len(problems), layout, tensors, problems)
+        if not problems:
+            break
+    assert best is not None
+    _, layout, tensors, problems = best
+    if problems:
+        raise PlanError(_grouped(problems))
+    present = tuple(drop for drop in tensors.drops if drop.name in source.tensors)
+    return Match(arch, layout, tuple(tensors.rules), present, tuple(facts.notes))
+
+
+def _disagreements(source: Source, tensors: Tensors) -> list[str]:
+    wanted: dict[str, SourceLeaf] = {
+        leaf.name: leaf for rule in tensors.rules for leaf in sources(rule.expr)
+    }
+    drops = {drop.name: drop for drop in tensors.drops}
+    have = source.tensors
+    missing = [name for name in wanted if name not in have]
+    missing += [d.name for d in drops.values() if d.required and d.name not in have]
+    surplus = [name for name in have if name not in wanted and name not in drops]
+    problems = [f"missing: {name}{_near(name, surplus)}" for name in missing]
+    problems += [
+        f"surplus: {name} {list(have[name].shape)} in {have[name].file}: "
+        f"the map for this type has no use for it{_near(name, missing)}"
+        for name in surplus
+    ]
+    for name, leaf in wanted.items():
+        if name in have and have[name].shape != tuple(map(int, leaf.shape)):
+            problems.append(_wrong(name, have[name].shape, leaf.shape, have[name].file))
+    for name, drop in drops.items():
+        if name in have and drop.shape is not None and have[name].shape != drop.shape:
+            problems.append(_wrong(name, have[name].shape, drop.shape, have[name].file))
+    return problems
+
+
+def _wrong(name: str, found: tuple[int, ...], expected: tuple[int, ...], file: str) -> str:
+    return (
+        f"wrong shape: {name} is {list(found)} in {file}, "
+        f"but config.json makes it {spell_shape(expected)}"
+    )
+
+
+def _near(name: str, others: list[str]) -> str:
+    if len(others) > 200:  # a wholesale mismatch, where near names explain nothing
+        return ""
+    near = difflib.get_close_matches(name, others, n=1, cutoff=0.8)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _grouped(problems: Iterable[str]) -> list[str]:
+    """One line for each run of layers that share a problem, the first lines of each kind."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for problem in problems:
+        groups[_INDEX.sub("{}", problem)].append(problem)
+    lines = []
+    for pattern, members in groups.items():
+        if len(members) == 1:
+            lines.append(members[0])
+            continue
+        numbers = sorted({int(n) for m in members for n in _INDEX.findall(m)[:1]})
+        collapsed = pattern.replace("{}", f"{{{ranges(numbers)}}}", 1).replace("{}", "*")
+        lines.append(f"{collapsed} ({len(members)} tensors)")
+    by_kind: dict[str, list[str]] = defaultdict(list)
+    for line in lines:
+        by_kind[line.partition(":")[0]].append(line)
+    shown = []
+    for kind, members in by_kind.items():
+        shown += members[:_SHOWN]
+        if len(members) > _SHOWN:
+            shown.append(f"{kind}: and {len(members) - _SHOWN} more like these")
+    return shown
+
+
+def ranges(numbers: list[int]) -> str:
+    """Sorted integers as ranges, such as ``0-3,7``."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in spans)

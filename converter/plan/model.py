@@ -1,0 +1,152 @@
+"""The plan: frozen, hashed, and plain JSON; everything later only follows it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from arch_maps.dtypes import itemsize
+from arch_maps.ops import Expr, Shape, describe
+from arch_maps.rules import Drop, Rule
+from converter.plan.options import Options
+from quant.recipe import QuantSpec
+
+FORMAT = 1
+"""Version of the plan's JSON and of everything that decides output bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of an output file; ``start`` is its absolute byte offset there."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    file: str
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * itemsize(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One target parameter and the tensors that store it, by role.
+
+    A plain parameter has the role ``""``; a quantized one has ``weight``, ``scales`` and, for
+    affine, ``biases``.
+    """
+
+    rule: Rule
+    dtype: str
+    """Storage dtype of the plain tensor, or of scales and biases."""
+    quant: QuantSpec | None
+    stored: dict[str, StoredTensor]
+    kept: str = ""
+    """Why a quantizable tensor was left alone."""
+
+    @property
+    def expr(self) -> Expr:
+        """How the parameter is made."""
+        return self.rule.expr
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """An output file: its exact header bytes and its size."""
+
+    file: str
+    header: bytes
+    size: int
+    tensors: tuple[StoredTensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A whole conversion."""
+
+    version: str
+    model_type: str
+    layout: str
+    options: Options
+    source: dict[str, Any]
+    """Identity of the release: repo and commit where known, headers' digests, config's digest."""
+    config: dict[str, Any]
+    outputs: tuple[Output, ...]
+    drops: tuple[Drop, ...]
+    shards: tuple[Shard, ...]
+    notes: tuple[str, ...]
+    parameters: int
+    source_bytes: int
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of the weight files."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per parameter, scales and everything else included."""
+        tensors = sum(stored.nbytes for out in self.outputs for stored in out.stored.values())
+        return 8 * tensors / max(1, self.parameters)
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON, 64 hex digits."""
+        text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole plan as plain data, its hash included."""
+        return {"hash": self.hash, **self._content()}
+
+    def index(self) -> dict[str, Any]:
+        """The content of model.safetensors.index.json."""
+        stored = sorted((t.name, t.file) for shard in self.shards for t in shard.tensors)
+        total = sum(t.nbytes for shard in self.shards for t in shard.tensors)
+        return {
+            "metadata": {"total_size": total, "total_parameters": self.parameters},
+            "weight_map": dict(stored),
+        }
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": self.version,
+            "model_type": self.model_type,
+            "layout": self.layout,
+            "recipe": self.options.to_json(),
+            "source": self.source,
+            "config": self.config,
+            "parameters": self.parameters,
+            "outputs": [_output(out) for out in self.outputs],
+            "drops": [
+                {"name": d.name, "reason": d.reason, "same_as": d.same_as} for d in self.drops
+            ],
+            "shards": [{"file": shard.file, "bytes": shard.size} for shard in self.shards],
+            "notes": list(self.notes),
+        }
+
+
+def _output(out: Output) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "target": out.rule.target,
+        "from": describe(out.expr),
+        "kind": str(out.rule.kind),
+        "part": out.rule.part,
+        "dtype": out.dtype,
+        "stored": {
+            role: [t.file, t.start, t.dtype, list(t.shape)] for role, t in out.stored.items()
+        },
+    }
+    if out.quant is not None:
+        entry["quantization"] = out.quant.to_config()
+    if out.kept:
+        entry["kept"] = out.kept
+    return entry

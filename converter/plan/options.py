@@ -1,0 +1,59 @@
+"""What the user asks of a conversion: the recipe half of a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from arch_maps.dtypes import TORCH_NAMES
+from quant.recipe import QuantSpec
+
+Target = Literal["mlx", "torch"]
+MLX_DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Storage dtype, quantization and target format; the defaults keep what the release has."""
+
+    dtype: str | None = None
+    quant: QuantSpec | None = None
+    predicate: str | None = None
+    """Name of a stock mixed recipe, for ``--quant-predicate``."""
+    target: Target = "mlx"
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in MLX_DTYPES:
+            raise ValueError(f"--dtype is {self.dtype!r}, not one of {', '.join(MLX_DTYPES)}")
+        if self.predicate and self.quant is None:
+            raise ValueError("--quant-predicate needs -q")
+        if self.target == "torch" and self.quant is not None:
+            raise ValueError("--to torch writes plain tensors; it cannot be combined with -q")
+
+    @property
+    def dtype_code(self) -> str | None:
+        """The storage dtype as a safetensors code."""
+        return TORCH_NAMES[self.dtype] if self.dtype else None
+
+    @property
+    def suffix(self) -> str:
+        """What the name of the output says about it: ``4bit``, ``mxfp4``, ``bf16`` ..."""
+        if self.predicate:
+            return self.predicate.removesuffix("_recipe").replace("_", "-")
+        if self.quant is not None:
+            affine = self.quant.mode == "affine"
+            return f"{self.quant.bits}bit" if affine else self.quant.mode
+        short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+        return short[self.dtype] if self.dtype else self.target
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as plain data."""
+        quant = None
+        if self.quant is not None:
+            quant = {**self.quant.to_config(), "method": self.quant.method}
+        return {
+            "dtype": self.dtype,
+            "quantization": quant,
+            "predicate": self.predicate,
+            "target": self.target,
+        }

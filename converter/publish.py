@@ -1,0 +1,116 @@
+"""The card and the upload: only for an output with a passing report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from arch_maps.registry import find
+from converter.errors import GateError, UsageError
+from converter.manifest import REPORTS, Manifest, installed_versions, read_manifest
+from converter.plan.match import find_map
+from converter.proof import require_proof
+from converter.sidecars import is_sidecar
+from converter.ui import Console
+
+_VERSIONS = ("mlx-dayzero", "mlx", "mlx-vlm", "mlx-lm", "torch", "transformers")
+
+
+def write_card(
+    out: Path,
+    *,
+    repo_id: str | None = None,
+    source_card: str | None = None,
+    template: Path | None = None,
+) -> Path:
+    """Write README.md for a finished output; ``source_card`` is the release's own README.md."""
+    from model_cards.card import CardFacts, render_card
+
+    manifest = read_manifest(out)
+    data = manifest.data
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    arch = find(data["model_type"]) or find_map(config)
+    quant = data["recipe"]["quantization"]
+    report = out / "parity.json"
+    facts = CardFacts(
+        repo_id=repo_id,
+        base_model=data["source"].get("repo"),
+        base_revision=data["source"].get("commit"),
+        source_card=source_card,
+        source_files=tuple(name for name in manifest.files if is_sidecar(name)),
+        modalities=arch.modalities,
+        pipeline_tag=arch.pipeline_tag,
+        runtimes=arch.runtimes,
+        quantization=_quantization_text(data),
+        recipe=quant or {},
+        dtype=str(config.get("dtype") or config.get("torch_dtype")),
+        size_bytes=sum(e["bytes"] for n, e in manifest.files.items() if n.endswith(".safetensors")),
+        parameters=data["parameters"],
+        bits_per_weight=data["bits_per_weight"],
+        drops=tuple((d["name"], d["reason"]) for d in data["drops"]),
+        notes=(*data["notes"], *arch.remarks),
+        command=data["command"],
+        versions=installed_versions(_VERSIONS),
+        plan_hash=manifest.plan,
+        parity=json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None,
+        sentence_embedding=arch.pipeline_tag == "sentence-similarity",
+    )
+    try:
+        text = render_card(facts, template=template)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    path = out / "README.md"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def upload_output(
+    out: Path,
+    repo_id: str,
+    *,
+    console: Console,
+    private: bool = False,
+    allow_gated: bool = False,
+) -> str:
+    """Publish a finished output and return its address; GateError without a passing report."""
+    require_proof(out)
+    manifest = read_manifest(out)
+    if manifest.data["source"].get("gated") and not (private or allow_gated):
+        raise GateError(
+            f"{manifest.data['source'].get('repo')}: is gated; publishing a conversion of it needs "
+            "--allow-gated (its licence permits that) or --private"
+        )
+    if not (out / "README.md").is_file():
+        write_card(out, repo_id=repo_id)
+    from converter.hub import upload
+
+    names = sorted({*manifest.files, *(n for n in REPORTS if (out / n).is_file())})
+    with console.progress("upload", unit="bytes") as tick:
+        return upload(
+            out,
+            repo_id,
+            paths=names,
+            commit_message=_message(manifest),
+            private=private,
+            progress=tick,
+        )
+
+
+def _message(manifest: Manifest) -> str:
+    data = manifest.data
+    base = data["source"].get("repo") or data["model_type"]
+    what = _quantization_text(data) or "unquantized"
+    return f"Convert {base} to MLX ({what}), plan {manifest.plan[:12]}"
+
+
+def _quantization_text(data: dict[str, Any]) -> str:
+    recipe = data["recipe"]
+    quant = recipe["quantization"]
+    if quant is None:
+        return ""
+    mixed = f", {recipe['predicate']}" if recipe["predicate"] else ""
+    return (
+        f"{quant['bits']}-bit {quant['mode']}, group size {quant['group_size']}{mixed}, "
+        f"{data['bits_per_weight']:.2f} bits per weight"
+    )

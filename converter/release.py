@@ -1,0 +1,148 @@
+"""A release as the user names it: a folder or a hub id, its source, sidecars and identity."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.errors import PlanError
+from converter.sidecars import choose_sidecars, list_sidecars
+from converter.source import (
+    Source,
+    build_source,
+    fetch_header,
+    open_folder,
+    parse_index,
+    select_weights,
+)
+from converter.source.strict_json import parse_object
+
+if TYPE_CHECKING:
+    from converter.hub import HubSnapshot, Progress
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CARD = "README.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """What is being converted; ``root`` is None until a hub release has been downloaded."""
+
+    name: str
+    source: Source
+    sidecars: tuple[str, ...]
+    root: Path | None
+    snapshot: HubSnapshot | None = None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Identity beyond the headers: hub id and commit."""
+        if self.snapshot is None:
+            return {}
+        known: dict[str, Any] = {"repo": self.snapshot.repo_id, "commit": self.snapshot.commit}
+        return {**known, "gated": True} if self.snapshot.gated else known
+
+    def stamp(self) -> dict[str, Any]:
+        """What must not change between a run and its resumption: the content of the weights."""
+        if self.snapshot is not None:
+            files = self.snapshot.by_path
+            return {n: files[n].sha256 or files[n].blob_id for n in self.source.weight_files}
+        stats = {
+            name: file.path.stat()
+            for name, file in self.source.files.items()
+            if file.path is not None
+        }
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+    def card(self) -> str | None:
+        """The release's own README.md, if it was fetched."""
+        if self.root is None or not (self.root / _CARD).is_file():
+            return None
+        return (self.root / _CARD).read_text(encoding="utf-8", errors="replace")
+
+    def local(self) -> Path:
+        """The folder with the release's files."""
+        assert self.root is not None, "the release has not been downloaded"
+        return self.root
+
+
+def open_release(hf_path: str, *, revision: str | None = None, allow_mlx: bool = False) -> Release:
+    """Read what is needed to plan: headers and small files, never tensor bytes.
+
+    Raises PlanError for a faulty release and HubError when the hub cannot be read.
+    """
+    folder = Path(hf_path).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise PlanError([f"--revision {revision}: {hf_path} is a folder, not a hub id"])
+        name = folder.resolve().name
+        source = open_folder(folder, allow_mlx=allow_mlx)
+        return Release(name=name, source=source, sidecars=list_sidecars(folder), root=folder)
+    if folder.exists():
+        raise PlanError([f"{hf_path}: is a file; give the folder that holds the release"])
+    if not _REPO_ID.fullmatch(hf_path):
+        raise PlanError([f"{hf_path}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B"])
+    return _open_hub(hf_path, revision, allow_mlx=allow_mlx)
+
+
+def fetch(release: Release, *, progress: Progress | None = None) -> Release:
+    """The release with all its files on this machine, hashes checked; raises HubError."""
+    if release.snapshot is None or release.root is not None:
+        return release
+    from converter.hub import download
+
+    snapshot = release.snapshot
+    wanted = [*release.source.weight_files, *release.sidecars, "config.json"]
+    if _CARD in snapshot.by_path:
+        wanted.append(_CARD)
+    root = download(snapshot, wanted, progress=progress)
+    return replace(release, source=release.source.located(root), root=root)
+
+
+def _open_hub(repo_id: str, revision: str | None, *, allow_mlx: bool) -> Release:
+    from converter.hub import download, fetch_range, resolve_revision
+
+    snapshot = resolve_revision(repo_id, revision=revision)
+    names = [file.path for file in snapshot.files]
+    if "config.json" not in names:
+        raise PlanError([f"{repo_id}: has no config.json; it is not a transformers release"])
+    top = [name for name in names if "/" not in name]
+    selection = select_weights(top, repo_id)
+    sidecars = choose_sidecars(names)
+    name = repo_id.rpartition("/")[2]
+    if selection.kind == "pickle":  # their tensors are known only once the file is here
+        weights = [n for n in top if n.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
+        cards = [_CARD] if _CARD in names else []
+        root = download(snapshot, ["config.json", *weights, *sidecars, *cards])
+        source = open_folder(root, allow_mlx=allow_mlx)
+        return Release(name=name, source=source, sidecars=sidecars, root=root, snapshot=snapshot)
+    small = ["config.json"] + ([selection.index] if selection.index else [])
+    folder = download(snapshot, small)
+    config = parse_object((folder / "config.json").read_bytes(), "config.json")
+    index = None
+    files: tuple[str, ...] = selection.files
+    problems: list[str] = []
+    if selection.index:
+        index = parse_index((folder / selection.index).read_bytes(), selection.index)
+        files = tuple(shard for shard in index.shards if shard in snapshot.by_path)
+    headers = {}
+    for file in files:
+        size = snapshot.by_path[file].size
+        try:
+            headers[file] = fetch_header(partial(fetch_range, snapshot, file), size, file)
+        except PlanError as error:
+            problems += error.problems
+    if problems:
+        raise PlanError(problems)
+    source = build_source(
+        where=repo_id,
+        config=config,
+        headers=headers,
+        index=index,
+        notes=selection.notes,
+        allow_mlx=allow_mlx,
+    )
+    return Release(name=name, source=source, sidecars=sidecars, root=None, snapshot=snapshot)

@@ -1,0 +1,87 @@
+"""Everything of a release that is not weights: which files go along, byte for byte."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from converter.errors import PlanError
+from converter.source.folder import resolve_inside
+from converter.source.index import case_collisions, path_problem
+
+_WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".nemo"),
+    *(".h5", ".msgpack", ".npz", ".onnx", ".onnx_data", ".tflite", ".pb", ".xml", ".engine"),
+    *(".gguf", ".ggml", ".mlmodel", ".mlpackage", ".zip", ".tar", ".gz"),
+    *(".safetensors.index.json", ".bin.index.json"),
+)
+_OTHER_FORMATS = frozenset(
+    {"onnx", "openvino", "coreml", "tflite", "tensorrt", "gguf", "ggml", "flax", "tf", "mlx"}
+    | {"original"}
+)
+_REWRITTEN = frozenset({"config.json", "readme.md"})
+_STALE = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})
+_OURS = frozenset({"conversion.json", "parity.json", "parity.html"})
+
+
+def is_sidecar(name: str) -> bool:
+    """Whether a file of a release is copied into its conversion.
+
+    Not weights in any format or what belongs to them, not hidden files, not what the converter
+    writes itself, and not settings of a quantization that the output does not have.
+    """
+    path = PurePosixPath(name)
+    if any(part.startswith(".") for part in path.parts):
+        return False
+    if any(part.lower() in _OTHER_FORMATS for part in path.parts[:-1]):
+        return False
+    if any(part.startswith("checkpoint-") for part in path.parts[:-1]):
+        return False
+    lower = path.name.lower()
+    if lower.endswith(_WEIGHT_SUFFIXES):
+        return False
+    return lower not in _STALE and not (len(path.parts) == 1 and lower in _REWRITTEN | _OURS)
+
+
+def list_sidecars(root: Path) -> tuple[str, ...]:
+    """The sidecars of a folder as relative names, links checked; raises PlanError."""
+    names = sorted(_walk(root, PurePosixPath()))
+    chosen = tuple(name for name in names if is_sidecar(name))
+    problems = case_collisions(chosen)
+    for name in chosen:
+        try:
+            resolve_inside(root, name)
+        except PlanError as error:
+            problems += error.problems
+    if problems:
+        raise PlanError(problems)
+    return chosen
+
+
+def choose_sidecars(names: Iterable[str]) -> tuple[str, ...]:
+    """The sidecars among a repo's file names; raises PlanError on an unsafe name."""
+    chosen = tuple(sorted(name for name in names if is_sidecar(name)))
+    problems = [f"{name}: {why}" for name in chosen if (why := path_problem(name))]
+    problems += case_collisions(chosen)
+    if problems:
+        raise PlanError(problems)
+    return chosen
+
+
+def copy_sidecars(root: Path, names: Iterable[str], out: Path) -> None:
+    """Copy files byte for byte, links replaced by what they point to."""
+    for name in names:
+        target = out / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / name, target)
+
+
+def _walk(root: Path, below: PurePosixPath) -> Iterable[str]:
+    for entry in sorted((root / below).iterdir()):
+        name = below / entry.name
+        if entry.is_dir() and not entry.is_symlink():
+            if not entry.name.startswith("."):
+                yield from _walk(root, name)
+        else:
+            yield str(name)

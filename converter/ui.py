@@ -1,0 +1,172 @@
+"""What a person sees while a conversion runs: tables, progress, verdicts; all on stderr."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converter.plan.match import ranges
+from converter.plan.model import Output, Plan
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
+Tick = Callable[[int, int], None]
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: ``1.2 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+class Console:
+    """Progress and messages for one run; quiet when asked or when nobody is watching."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        """Write to stderr, so that stdout holds results only."""
+        self.quiet = quiet
+
+    @property
+    def rich(self) -> RichConsole:
+        """The terminal that messages go to."""
+        from rich.console import Console as RichConsole
+
+        return RichConsole(stderr=True, quiet=self.quiet, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """One line; markup in it is not interpreted."""
+        self.rich.print(text, markup=False)
+
+    def planned(self, plans: Sequence[Plan], folders: Sequence[Path]) -> None:
+        """One line for each output that is about to be made."""
+        for plan, folder in zip(plans, folders, strict=True):
+            self.say(
+                f"{plan.model_type}: {len(plan.outputs)} tensors, {len(plan.drops)} dropped -> "
+                f"{folder} ({size_text(plan.output_bytes)}, "
+                f"{plan.bits_per_weight:.2f} bits per weight)"
+            )
+            for note in plan.notes:
+                self.say(f"  note: {note}")
+
+    @contextmanager
+    def progress(self, what: str, *, unit: str) -> Iterator[Tick]:
+        """A bar for one step; the tick takes (done, total)."""
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = [TextColumn("{task.description:>9}"), BarColumn(), TextColumn("{task.fields[n]}")]
+        with Progress(*columns, TimeRemainingColumn(), console=self.rich, transient=False) as bar:
+            task = bar.add_task(what, total=None, n="", visible=False)
+
+            def tick(done: int, total: int) -> None:
+                if unit == "bytes":
+                    text = f"{size_text(done)} of {size_text(total)}"
+                else:
+                    text = f"{100 * done / max(1, total):.0f} %"
+                bar.update(task, completed=done, total=total, n=text, visible=True)
+
+            yield tick
+
+
+def plan_tables(plan: Plan, *, workers: int) -> str:
+    """The plan as text: tensors by group, drops with reasons, sizes and needs."""
+    from io import StringIO
+
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("target", "tensors", "made from", "stored as", "size"):
+        table.add_column(title, justify="right" if title in ("tensors", "size") else "left")
+    for name, group in _grouped(plan.outputs).items():
+        first = group[0]
+        size = sum(t.nbytes for out in group for t in out.stored.values())
+        table.add_row(name, str(len(group)), _made_from(first), _stored_as(first), size_text(size))
+    buffer = StringIO()
+    console = RichConsole(file=buffer, width=150, highlight=False)
+    console.print(table)
+    if plan.drops:
+        drops = Table(box=None, pad_edge=False, header_style="bold")
+        drops.add_column("dropped")
+        drops.add_column("reason")
+        seen: dict[tuple[str, str], list[int]] = {}
+        for drop in plan.drops:
+            key = (_INDEX.sub("{}", drop.name), drop.reason)
+            seen.setdefault(key, []).extend(int(n) for n in _INDEX.findall(drop.name)[:1])
+        for (name, reason), numbers in seen.items():
+            drops.add_row(_fill(name, numbers), reason)
+        console.print()
+        console.print(drops)
+    for note in plan.notes:
+        console.print(f"\nnote: {note}", markup=False, soft_wrap=True)
+    largest = max((t.nbytes for shard in plan.shards for t in shard.tensors), default=0)
+    console.print(
+        f"\n{plan.model_type} ({plan.layout} layout), plan {plan.hash[:12]}\n"
+        f"parameters        {plan.parameters:,}\n"
+        f"bits per weight   {plan.bits_per_weight:.3f}\n"
+        f"reads             {size_text(plan.source_bytes)}\n"
+        f"writes            {size_text(plan.output_bytes)} in {len(plan.shards)} file(s), "
+        f"largest tensor {size_text(largest)}\n"
+        f"disk needed       {size_text(plan.output_bytes)} beside the source\n"
+        f"memory needed     about {size_text(memory_estimate(plan, workers))}",
+        markup=False,
+    )
+    return buffer.getvalue()
+
+
+def memory_estimate(plan: Plan, workers: int) -> int:
+    """Peak bytes while executing: the interpreter, and a few buffers for each worker."""
+    from arch_maps.ops import sources, streamable
+    from converter.execute.units import UNIT_BYTES
+
+    whole = 0
+    for out in plan.outputs:
+        if not streamable(out.expr):
+            elements = 1
+            for size in out.expr.shape:
+                elements *= int(size)
+            whole = max(whole, 8 * elements * len(list(sources(out.expr))))
+    return 200_000_000 + workers * max(8 * UNIT_BYTES, whole)
+
+
+def _grouped(outputs: Sequence[Output]) -> dict[str, list[Output]]:
+    """Outputs that differ only in their layer number, under one collapsed name."""
+    groups: dict[tuple[str, str], list[Output]] = {}
+    for out in outputs:
+        pattern = _INDEX.sub("{}", out.rule.target)
+        groups.setdefault((pattern, _stored_as(out)), []).append(out)
+    named = {}
+    for (pattern, _), group in groups.items():
+        numbers = sorted({int(n) for out in group for n in _INDEX.findall(out.rule.target)[:1]})
+        name = _fill(pattern, numbers)
+        named[name if name not in named else f"{name} "] = group
+    return named
+
+
+def _fill(pattern: str, numbers: list[int]) -> str:
+    if not numbers:
+        return pattern
+    return pattern.replace("{}", f"{{{ranges(sorted(set(numbers)))}}}", 1).replace("{}", "*")
+
+
+def _made_from(out: Output) -> str:
+    from arch_maps.ops import Source, describe
+
+    text = "the same name" if isinstance(out.expr, Source) else describe(out.expr)
+    if isinstance(out.expr, Source) and out.expr.name != out.rule.target:
+        text = out.expr.name
+    numbers = [int(n) for n in _INDEX.findall(out.rule.target)[:1]]
+    return re.sub(rf"\.{numbers[0]}\.", ".N.", text) if numbers else text
+
+
+def _stored_as(out: Output) -> str:
+    if out.quant is None:
+        return f"{out.dtype}{f' ({out.kept})' if out.kept else ''}"
+    return f"{out.quant.mode} {out.quant.bits}-bit g{out.quant.group_size}"
