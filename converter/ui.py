@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from converter.plan.match import ranges
 from converter.plan.model import Output, Plan
@@ -119,6 +119,39 @@ def plan_tables(plan: Plan, *, workers: int) -> str:
         markup=False,
     )
     return buffer.getvalue()
+
+
+def verdict_text(report: Mapping[str, Any], out: Path) -> str:
+    """The checks of a parity report and its verdict, for a terminal."""
+    rows = [("", "runtime", "input", "check", "value", "at most")]
+    notes: dict[str, None] = {}
+    for check in report["checks"]:
+        known = check["verdict"] == "fail" or check["name"] == "deviation"
+        if known and check.get("note"):
+            notes[f"{check['name']}: {check['note']}"] = None
+        rows.append(
+            (
+                str(check["verdict"]),
+                str(check.get("runtime") or "").replace("_", "-"),
+                str(check["modality"]),
+                str(check["name"]),
+                _number(check.get("value")),
+                _number(check.get("threshold")),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True))
+        + f"  {row[4]:>8}  {row[5]:>8}"
+        for row in rows
+    ]
+    lines += [f"  {note}" for note in notes]
+    return "\n".join([*lines, f"parity: {report['verdict']}  {out / 'parity.html'}"])
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, int | float) else ("-" if value is None else value)
 
 
 def memory_estimate(plan: Plan, workers: int) -> int:

@@ -86,17 +86,17 @@ class NoVideo:
 def _accepting(cls: Any) -> Any:
     """The processor class, made to take a NoVideo for its video part."""
 
-    class Accepting(cls):  # type: ignore[misc]
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            if isinstance(argument, NoVideo):
-                return NoVideo
-            return super().check_argument_for_proper_class(argument_name, argument)
+    def check(self: Any, argument_name: str, argument: Any) -> Any:
+        if isinstance(argument, NoVideo):
+            return NoVideo
+        return cls.check_argument_for_proper_class(self, argument_name, argument)
 
-        def __repr__(self) -> str:
-            return f"{type(self).__name__} without its video part"
+    def described(self: Any) -> str:
+        return f"{cls.__name__} without its video part"
 
-    Accepting.__name__ = cls.__name__
-    return Accepting
+    return type(
+        cls.__name__, (cls,), {"check_argument_for_proper_class": check, "__repr__": described}
+    )
 
 
 def image_inputs(folder: Path, case: Case, *, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from converter.errors import GateError, UsageError
 from converter.manifest import verify
 from converter.pipeline import Converted, Request, convert, plan_request
 from converter.plan import Options
-from converter.ui import Console, plan_tables, size_text
+from converter.ui import Console, plan_tables, size_text, verdict_text
 from quant.recipe import QuantSpec
 
 _PLAIN = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -91,19 +91,6 @@ def request_from(given: dict[str, Any]) -> Request:
         workers=given.get("workers"),
         command=shlex.join(["convert", *sys.argv[1:]]),
     )
-
-
-def verdict_text(report: dict[str, Any], out: Path) -> str:
-    """The verdict and the checks that decided it, for a terminal."""
-    lines = []
-    for check in report["checks"]:
-        value, threshold = check.get("value"), check.get("threshold")
-        shown = "" if value is None else f" {value:.3g}"
-        shown += "" if threshold is None else f" (at most {threshold:.3g})"
-        note = f"  {check['note']}" if check["verdict"] == "fail" and check.get("note") else ""
-        lines.append(f"  {check['verdict']:>4}  {check['name']}{shown}{note}")
-    lines.append(f"parity: {report['verdict']}  {out / 'parity.html'}")
-    return "\n".join(lines)
 
 
 def _prove_and_publish(

@@ -16,6 +16,7 @@ MANIFEST = "conversion.json"
 
 def work_folder(out: Path, plan_hash: str) -> Path:
     """The folder in which the plan is executed before it becomes ``out``."""
+    out = _absolute(out)
     return out.parent / f".{out.name}.{plan_hash[:12]}.partial"
 
 
@@ -37,36 +38,67 @@ def check_output(out: Path, *, source: Path | None, overwrite: bool) -> None:
 
 @contextmanager
 def locked(work: Path) -> Iterator[None]:
-    """Hold the work folder against other processes; the lock dies with its process."""
-    import fcntl
-
+    """Make the work folder and hold it against other processes; the lock dies with its process."""
+    path = work.with_suffix(".lock")  # beside the folder, which is renamed while it is held
     with explain(work):
-        work.mkdir(parents=True, exist_ok=True)
-        handle = (work / "lock").open("wb")
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        work.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(path)
+        if descriptor is None:
             raise UsageError(
                 f"{work}: another process is working on the same conversion; wait for it"
-            ) from None
+            )
+    try:
+        with explain(work):
+            work.mkdir(exist_ok=True)
         yield
     finally:
-        handle.close()
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the lock file ``path``, or None while another process does."""
+    import fcntl
+
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass  # its last holder removed it between the two looks
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 def publish(work: Path, out: Path) -> None:
-    """Make the finished work folder the output: flush, rename, flush the parent."""
-    (work / "lock").unlink(missing_ok=True)
+    """Make the finished work folder the output: flush, rename, flush the parent.
+
+    What ``out`` held before is removed last; a kill in between leaves it in a hidden folder,
+    which the next run removes.
+    """
+    out = _absolute(out)
+    old = out.parent / f".{out.name}.replaced"
     sync_tree(work)
-    old = None
     if out.exists():
-        old = out.parent / f".{out.name}.replaced-{os.getpid()}"
+        if old.exists():
+            shutil.rmtree(old)
         out.rename(old)
     work.rename(out)
     sync_folder(out.parent)
-    if old is not None:
+    if old.exists():
         shutil.rmtree(old)
+
+
+def _absolute(path: Path) -> Path:
+    """The path with a name of its own, which ``.`` and ``a/..`` lack."""
+    return Path(os.path.abspath(path))
 
 
 def sync_tree(root: Path) -> None:
@@ -112,6 +144,6 @@ def os_error_text(error: OSError, path: Path) -> str:
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{where}: no permission to write here; choose another --mlx-path."
-    if error.errno == errno.ENOTDIR:
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return f"{where}: a part of this path is a file, not a folder; choose another --mlx-path."
     return f"{where}: {error.strerror or error}"

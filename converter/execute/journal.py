@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-NAME = "journal.jsonl"
+NAME = ".journal.jsonl"
+"""Hidden, so that no sidecar of a release can have this name."""
 
 
 class Journal:
@@ -17,20 +18,21 @@ class Journal:
     true even after a power cut; a torn last line is ignored.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        """Open the journal in ``folder``; one that belongs to other work starts over."""
+    def __init__(self, folder: Path, identity: dict[str, Any], *, trusted: bool = True) -> None:
+        """Open the journal in ``folder``; one of other work, or not ``trusted``, starts over."""
         self.path = folder / NAME
         self.done: set[int] = set()
-        header = json.dumps(identity, sort_keys=True)
-        valid = self._load(header)
-        self._file = self.path.open("r+b" if valid else "wb")
-        if valid:
-            self._file.seek(valid)
-            self._file.truncate()
-        else:
-            self.done.clear()
-            self._file.write(header.encode() + b"\n")
-            self.sync()
+        header = json.dumps(identity, sort_keys=True).encode() + b"\n"
+        valid = self._load(header) if trusted else 0
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+        try:
+            os.ftruncate(self._file, valid)
+            os.lseek(self._file, valid, os.SEEK_SET)
+            if not valid:
+                self._append(header)
+        except OSError:
+            self.close()
+            raise
 
     @property
     def resumed(self) -> bool:
@@ -40,30 +42,28 @@ class Journal:
     def record(self, units: list[int]) -> None:
         """Add finished units, durably."""
         if units:
-            self._file.write(json.dumps(units, separators=(",", ":")).encode() + b"\n")
-            self.sync()
+            self._append(json.dumps(units, separators=(",", ":")).encode() + b"\n")
             self.done.update(units)
-
-    def sync(self) -> None:
-        """Flush to the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        os.close(self._file)
 
-    def _load(self, header: str) -> int:
+    def _append(self, line: bytes) -> None:
+        while line:  # a disk that fills up may take a part
+            line = line[os.write(self._file, line) :]
+        os.fsync(self._file)
+
+    def _load(self, header: bytes) -> int:
         """Read what is there; return the length of its valid part, 0 when it is of no use."""
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
             return 0
-        lines = data.split(b"\n")
-        if lines[0] != header.encode() or len(lines) < 2:
+        if not data.startswith(header):
             return 0
-        valid = len(lines[0]) + 1
-        for line in lines[1:-1]:
+        valid = len(header)
+        for line in data[valid:].split(b"\n")[:-1]:
             try:
                 self.done.update(int(unit) for unit in json.loads(line))
             except (ValueError, TypeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -14,10 +15,10 @@ import numpy as np
 
 from arch_maps.ops import RowReader, evaluate
 from converter.errors import PlanError
+from converter.execute import units
 from converter.execute.encode import BadValueError, encode
-from converter.execute.folder import explain
+from converter.execute.folder import explain, sync_folder
 from converter.execute.journal import Journal
-from converter.execute.units import Unit, reading_order, units_of
 from converter.plan.model import Plan, Shard
 from converter.source import Source
 
@@ -38,14 +39,19 @@ class Job:
     files: dict[str, int] = field(init=False, default_factory=dict)
     pending: list[int] = field(init=False, default_factory=list)
     written: int = field(init=False, default=0)
+    _durable: bool = field(init=False, default=True)
 
     def open(self, stamp: dict[str, Any]) -> None:
         """Open or resume: the files at their final sizes, headers written."""
-        identity = {"plan": self.plan.hash, "source": stamp}
+        identity = {"plan": self.plan.hash, "source": stamp, "unit_bytes": units.UNIT_BYTES}
         with explain(self.work):
-            self.journal = Journal(self.work, identity)
+            whole = True
             for shard in self.plan.shards:
-                self.files[shard.file] = _open_shard(self.work / shard.file, shard)
+                descriptor, found = _open_shard(self.work / shard.file, shard)
+                self.files[shard.file] = descriptor
+                whole &= found
+            self.journal = Journal(self.work, identity, trusted=whole)
+            sync_folder(self.work)
 
     def write(self, file: str, offset: int, array: np.ndarray) -> None:
         """Put the bytes of ``array`` at ``offset`` of ``file``."""
@@ -55,16 +61,24 @@ class Job:
             view, offset = view[done:], offset + done
 
     def flush(self) -> None:
-        """Make finished units durable and record them."""
+        """Make finished units durable and record them; after a failure nothing more is recorded.
+
+        A system reports lost writes once only: the next flush would succeed without them.
+        """
+        if not self._durable:
+            return
+        self._durable = False
         for descriptor in self.files.values():
             _datasync(descriptor)
         self.journal.record(self.pending)
         self.pending = []
         self.written = 0
+        self._durable = True
 
     def close(self) -> None:
-        """Close all files."""
-        self.journal.close()
+        """Close all files, of a job that failed to open as well."""
+        if hasattr(self, "journal"):
+            self.journal.close()
         while self.files:
             os.close(self.files.popitem()[1])
 
@@ -87,9 +101,16 @@ def execute(
     for job in jobs:
         theirs = [out.expr for out in job.plan.outputs]
         assert theirs == [out.expr for out in outputs], "variants of one map only"
-        job.open(stamp)
     try:
-        _run(jobs, source, reader, workers, progress)
+        for job in jobs:
+            job.open(stamp)
+        try:
+            _run(jobs, source, reader, workers, progress)
+        except BaseException:
+            for job in jobs:  # what is done is not done again by the run that resumes
+                with contextlib.suppress(OSError):
+                    job.flush()
+            raise
         _check_aliases(jobs[0].plan, source, reader)
     finally:
         for job in jobs:
@@ -104,13 +125,13 @@ def _run(
     progress: Progress | None,
 ) -> None:
     outputs = jobs[0].plan.outputs
-    units = reading_order(source, outputs, units_of(source, outputs))
-    todo = [unit for unit in units if any(unit.number not in job.journal.done for job in jobs)]
-    finished = len(units) - len(todo)
-    bad: list[str] = []
+    ordered = units.reading_order(source, outputs, units.units_of(source, outputs))
+    todo = [unit for unit in ordered if any(unit.number not in job.journal.done for job in jobs)]
+    total, finished = len(ordered), len(ordered) - len(todo)
+    bad: dict[int, tuple[int, str]] = {}
     lock = threading.Lock()
 
-    def convert(unit: Unit) -> None:
+    def convert(unit: units.Unit) -> None:
         expr = outputs[unit.output].expr
         rows = evaluate(expr, reader, unit.start, unit.stop)
         checked = False
@@ -124,8 +145,9 @@ def _run(
                     job.write(tensor.file, offset, array)
                     size += array.nbytes
             except BadValueError as error:
-                with lock:
-                    bad.append(str(error))
+                with lock:  # the first place in each tensor, whichever thread comes first
+                    found = (unit.start, str(error))
+                    bad[unit.output] = min(found, bad.get(unit.output, found))
                 return
             checked = True
             with lock:
@@ -136,7 +158,7 @@ def _run(
         running: set[Future[None]] = set()
         queue = iter(todo)
         if progress:
-            progress(finished, len(units))
+            progress(finished, total)
         try:
             while True:
                 while len(running) < 2 * workers and (unit := next(queue, None)) is not None:
@@ -148,7 +170,7 @@ def _run(
                     future.result()
                 finished += len(done)
                 if progress:
-                    progress(finished, len(units))
+                    progress(finished, total)
                 if sum(job.written for job in jobs) >= FLUSH_BYTES:
                     with lock:
                         for job in jobs:
@@ -158,15 +180,15 @@ def _run(
                 future.cancel()
             raise
         if bad:
-            raise PlanError(_summary(bad))
+            raise PlanError(_summary([text for _, text in bad.values()]))
         for job in jobs:
             job.flush()
 
 
 def _summary(bad: list[str]) -> list[str]:
-    lines = sorted(set(bad))
-    more = len(lines) - _BAD_SHOWN
-    return lines[:_BAD_SHOWN] + ([f"and {more} more tensors like these"] if more > 0 else [])
+    more = len(bad) - _BAD_SHOWN
+    tail = [f"and {more} more tensors like these"] if more > 0 else []
+    return sorted(bad)[:_BAD_SHOWN] + tail
 
 
 def _check_aliases(plan: Plan, source: Source, reader: RowReader) -> None:
@@ -191,12 +213,18 @@ def _check_aliases(plan: Plan, source: Source, reader: RowReader) -> None:
         raise PlanError(problems)
 
 
-def _open_shard(path: Path, shard: Shard) -> int:
+def _open_shard(path: Path, shard: Shard) -> tuple[int, bool]:
+    """A descriptor of the file at its final size, and whether it was there before."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
-    if os.fstat(descriptor).st_size != shard.size:
-        os.ftruncate(descriptor, shard.size)
-    os.pwrite(descriptor, shard.header, 0)
-    return descriptor
+    try:
+        found = os.fstat(descriptor).st_size == shard.size
+        if not found:
+            os.ftruncate(descriptor, shard.size)
+        os.pwrite(descriptor, shard.header, 0)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor, found
 
 
 def _datasync(descriptor: int) -> None:

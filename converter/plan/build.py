@@ -13,7 +13,7 @@ from arch_maps.dtypes import FLOAT_CODES, TORCH_NAMES
 from arch_maps.facts import Facts
 from arch_maps.ops import Affine, Expr, children, describe, sources
 from arch_maps.rules import Kind, Rule
-from converter.errors import PlanError
+from converter.errors import PlanError, UsageError
 from converter.plan.layout import Pending, lay_out
 from converter.plan.match import Match
 from converter.plan.model import Output, Plan, Shard, StoredTensor
@@ -23,7 +23,6 @@ from converter.version import program_version
 from quant.recipe import QuantSpec
 
 _CODES_TO_TORCH = {code: name for name, code in TORCH_NAMES.items()}
-PlannedQuant = Callable[[str], QuantSpec | None]
 
 
 def build_plan(
@@ -46,7 +45,7 @@ def build_plan(
         problems.append(f"config.json: dtype {dtype!r} is not one that MLX can store")
     if problems:
         raise PlanError(problems)
-    spec_for = _quantization(match, options)
+    spec_for = _quantization(source, match, options)
     outputs, notes = _outputs(source, match.rules, dtype, spec_for, problems)
     if problems:
         raise PlanError(problems)
@@ -195,17 +194,30 @@ def _has_arithmetic(expr: Expr) -> bool:
     return isinstance(expr, Affine) or any(_has_arithmetic(child) for child in children(expr))
 
 
-def _quantization(match: Match, options: Options) -> Callable[[Rule], QuantSpec | None]:
+def _quantization(
+    source: Source, match: Match, options: Options
+) -> Callable[[Rule], QuantSpec | None]:
     base = options.quant
     if base is None:
         return lambda rule: None
-    pick: PlannedQuant = lambda path: base  # noqa: E731
-    if options.predicate:
-        from quant.mixed import mixed_recipe
+    if not options.predicate:
+        return lambda rule: base if rule.quantizable else None
+    from quant.mixed import mixed_recipe
 
-        paths = [rule.module for rule in match.rules if rule.quantizable]
-        pick = mixed_recipe(options.predicate, paths, base)
-    return lambda rule: pick(rule.module) if rule.quantizable else None
+    nested = source.config.get("text_config")
+    text = Facts(nested if isinstance(nested, dict) else source.config)
+    try:
+        spec_of = mixed_recipe(
+            options.predicate,
+            module_paths=[rule.module for rule in match.rules if rule.quantizable],
+            num_layers=text.count("num_hidden_layers"),
+            mode=base.mode,
+            group_size=base.group_size,
+            method=base.method,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return lambda rule: spec_of(rule.module) if rule.quantizable else None
 
 
 def _quantization_config(base: QuantSpec, outputs: Sequence[Output]) -> dict[str, Any]:

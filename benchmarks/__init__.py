@@ -1,0 +1,1 @@
+"""Side-by-side measurements of this converter, the stock ones, and the disk itself."""

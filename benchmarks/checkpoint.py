@@ -1,0 +1,181 @@
+"""Synthetic releases to convert: Qwen3 shapes, random or zero weights, written by streaming.
+
+Run as a process of its own (``python -m benchmarks.checkpoint``), so that the memory it uses does
+not show in the measured processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+TOKENIZER = Path(__file__).parent.parent / "tests" / "fixtures" / "tinylm"
+_BLOCK = 4 << 20
+_SHARD_BYTES = 4 << 30
+_SEED = 20260722
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a Qwen3 text model with tied embeddings; ``kv`` is the width of keys and values."""
+
+    hidden: int = 2048
+    intermediate: int = 6144
+    head_dim: int = 128
+    kv: int = 1024
+    vocab: int = 4096
+    layers: int = 1
+
+    @classmethod
+    def of_bytes(cls, size: float) -> Shape:
+        """The shape with the number of layers whose bf16 weights come nearest to ``size`` bytes."""
+        one, two = (_tensor_bytes(cls(layers=n).tensors()) for n in (1, 2))
+        return cls(layers=max(1, round((size - 2 * one + two) / (two - one))))
+
+    @classmethod
+    def of_tensors(cls, count: int) -> Shape:
+        """A shape of at least ``count`` tensors."""
+        per_layer = len(list(cls(layers=2).tensors())) - len(list(cls(layers=1).tensors()))
+        return cls(layers=math.ceil(count / per_layer))
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every tensor's name and shape, as transformers names them."""
+        h, i = self.hidden, self.intermediate
+        yield "model.embed_tokens.weight", (self.vocab, h)
+        for n in range(self.layers):
+            layer = f"model.layers.{n}"
+            yield f"{layer}.input_layernorm.weight", (h,)
+            yield f"{layer}.mlp.down_proj.weight", (h, i)
+            yield f"{layer}.mlp.gate_proj.weight", (i, h)
+            yield f"{layer}.mlp.up_proj.weight", (i, h)
+            yield f"{layer}.post_attention_layernorm.weight", (h,)
+            yield f"{layer}.self_attn.k_norm.weight", (self.head_dim,)
+            yield f"{layer}.self_attn.k_proj.weight", (self.kv, h)
+            yield f"{layer}.self_attn.o_proj.weight", (h, h)
+            yield f"{layer}.self_attn.q_norm.weight", (self.head_dim,)
+            yield f"{layer}.self_attn.q_proj.weight", (h, h)
+            yield f"{layer}.self_attn.v_proj.weight", (self.kv, h)
+        yield "model.norm.weight", (h,)
+
+    def config(self) -> dict[str, object]:
+        """config.json of the release."""
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "attention_bias": False,
+            "bos_token_id": 0,
+            "dtype": "bfloat16",
+            "eos_token_id": 0,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "max_position_embeddings": 4096,
+            "model_type": "qwen3",
+            "num_attention_heads": self.hidden // self.head_dim,
+            "num_hidden_layers": self.layers,
+            "num_key_value_heads": self.kv // self.head_dim,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": True,
+            "vocab_size": self.vocab,
+        }
+
+
+def make_release(folder: Path, shape: Shape, *, zeros: bool = False) -> int:
+    """Write the release and return the bytes of its weights; the same bytes on every machine.
+
+    With ``zeros`` the weight files are holes: any size costs no disk, and reads as zeros.
+    """
+    folder.mkdir(parents=True)
+    for source in TOKENIZER.iterdir():
+        if source.suffix == ".json" and source.name != "config.json":
+            shutil.copyfile(source, folder / source.name)
+    text = json.dumps(shape.config(), indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    shards = list(_shards(list(shape.tensors())))
+    names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    number = 0
+    for name, shard in zip(names, shards, strict=True):
+        with (folder / name).open("wb") as file:
+            file.write(_header(shard))
+            if zeros:
+                file.truncate(file.tell() + _tensor_bytes(shard))
+                continue
+            for _, dims in shard:
+                for block in _random_bf16(number, math.prod(dims), ones=len(dims) == 1):
+                    file.write(block)
+                number += 1
+    total = _tensor_bytes(shape.tensors())
+    if len(shards) > 1:
+        owners = {tensor: n for n, s in zip(names, shards, strict=True) for tensor, _ in s}
+        index = {"metadata": {"total_size": total}, "weight_map": owners}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return total
+
+
+Tensors = Sequence[tuple[str, tuple[int, ...]]]
+
+
+def _shards(tensors: Tensors) -> Iterator[Tensors]:
+    start = filled = 0
+    for position, (_, dims) in enumerate(tensors):
+        size = 2 * math.prod(dims)
+        if filled and filled + size > _SHARD_BYTES:
+            yield tensors[start:position]
+            start, filled = position, 0
+        filled += size
+    yield tensors[start:]
+
+
+def _header(tensors: Tensors) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dims in tensors:
+        end = at + 2 * math.prod(dims)
+        entries[name] = {"dtype": "BF16", "shape": dims, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _random_bf16(seed: int, count: int, *, ones: bool) -> Iterator[bytes]:
+    """Normal values of the usual spread of a weight, around one for norms."""
+    import ml_dtypes
+    import numpy as np
+
+    random = np.random.Generator(np.random.SFC64([_SEED, seed]))
+    for start in range(0, count, _BLOCK):
+        values = random.standard_normal(min(_BLOCK, count - start), np.float32)
+        values *= np.float32(0.02)
+        if ones:
+            values += np.float32(1)
+        yield values.astype(ml_dtypes.bfloat16).tobytes()
+
+
+def _tensor_bytes(tensors: Iterator[tuple[str, tuple[int, ...]]] | Tensors) -> int:
+    return sum(2 * math.prod(dims) for _, dims in tensors)
+
+
+def main() -> None:
+    """Make one release and print the bytes of its weights."""
+    parser = argparse.ArgumentParser(description=make_release.__doc__)
+    parser.add_argument("folder", type=Path)
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--bytes", type=float)
+    size.add_argument("--tensors", type=int)
+    parser.add_argument("--zeros", action="store_true")
+    given = parser.parse_args()
+    shape = Shape.of_tensors(given.tensors) if given.tensors else Shape.of_bytes(given.bytes)
+    print(make_release(given.folder, shape, zeros=given.zeros))
+
+
+if __name__ == "__main__":
+    main()

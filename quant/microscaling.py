@@ -1,0 +1,73 @@
+"""Microscaled formats: mxfp4 and mxfp8 (power of two per 32) and nvfp4 (E4M3 per 16)."""
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from arch_maps.dtypes import CODES, NUMPY_DTYPES
+from quant.floats import KINDS, as_bits, reject_group
+from quant.packing import pack_rows, unpack_rows
+from quant.recipe import QuantSpec
+
+ROUNDING_RULES: Final[dict[str, str]] = {
+    "affine": "edge-exact scale and bias in float32, codes half to even",
+    "mxfp4": "E8M0 = ceil(log2(amax / 6)), E2M1 nearest, ties to the lower magnitude",
+    "mxfp8": "E8M0 = ceil(log2(amax / 448)), E4M3 nearest even, saturating",
+    "nvfp4": "E4M3(amax / 6) nearest even, E2M1 nearest, ties to the lower magnitude",
+}
+"""How scales and codes are rounded, by mode; runtimes have changed these between versions."""
+
+_FORMATS: Final = {"mxfp4": 0, "mxfp8": 1, "nvfp4": 2}
+_SLICE = 1 << 17
+
+
+def quantize_microscaled(
+    w: npt.NDArray[Any], spec: QuantSpec, *, out: dict[str, npt.NDArray[Any]]
+) -> None:
+    """Fill ``out``'s weight and scales from (rows, cols) ``w``, as mx.quantize on CPU does.
+
+    Methods "mlx" and "rtn" coincide wherever the format can express the block. Outside, "mlx"
+    repeats mx.quantize (block exponents under -127 wrap around; nvfp4 values beyond about 1e5
+    may become anything) while "rtn" saturates.
+    """
+    from quant import kernels
+
+    rows, columns = w.shape
+    if columns % 32:  # only nvfp4: quantize with one more group, of zeros, and drop it
+        even = np.zeros((rows, columns + 16), w.dtype)
+        even[:, :columns] = w
+        padded = {
+            "weight": np.empty((rows, columns // 8 + 2), np.uint32),
+            "scales": np.empty((rows, columns // 16 + 1), np.uint8),
+        }
+        quantize_microscaled(even, spec, out=padded)
+        for suffix, part in out.items():
+            part[:] = padded[suffix][:, : part.shape[1]]
+        return
+    kernel = kernels.microscaled_codes(KINDS[CODES[w.dtype]], _FORMATS[spec.mode])
+    step = rows if spec.bits == 8 else max(1, _SLICE // columns)
+    scratch = np.empty((0 if spec.bits == 8 else min(step, rows), columns), np.uint8)
+    bits = as_bits(w)
+    for row in range(0, rows, step):
+        block = slice(row, min(row + step, rows))
+        packed = out["weight"][block]
+        codes = packed.view(np.uint8) if spec.bits == 8 else scratch[: block.stop - row]
+        index = kernel(bits[block], spec.method == "mlx", codes, out["scales"][block])
+        if index >= 0:
+            raise reject_group(w, row * columns + index, spec.group_size)
+        if spec.bits != 8:
+            pack_rows(codes, spec.bits, out=packed)
+
+
+def dequantize_microscaled(
+    parts: dict[str, npt.NDArray[Any]], spec: QuantSpec, dtype_code: str
+) -> npt.NDArray[Any]:
+    """(rows, cols) values as mx.dequantize(dtype=...): scale and product in ``dtype_code``."""
+    from quant import kernels
+
+    codes = unpack_rows(parts["weight"], spec.bits)
+    out = np.empty(codes.shape, NUMPY_DTYPES[dtype_code])
+    kernel = kernels.microscaled_values(KINDS[dtype_code], _FORMATS[spec.mode])
+    kernel(codes, parts["scales"], as_bits(out))
+    return out

@@ -1,0 +1,59 @@
+"""Quantize and dequantize weight matrices in any supported format."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from arch_maps.dtypes import CODES, NUMPY_DTYPES
+from quant.affine import dequantize_affine, quantize_affine
+from quant.floats import KINDS
+from quant.microscaling import dequantize_microscaled, quantize_microscaled
+from quant.recipe import QuantSpec
+
+
+def quantize_rows(
+    w: npt.NDArray[Any], spec: QuantSpec, *, out: Mapping[str, npt.NDArray[Any]] | None = None
+) -> dict[str, npt.NDArray[Any]]:
+    """Quantize (..., cols) float32, float16 or bfloat16 along the last axis.
+
+    Returns ``weight`` (uint32 codes), ``scales`` and, for affine, ``biases`` with the types and
+    shapes of ``spec.output_tensors``; fills the C-contiguous arrays of ``out`` where given.
+    Runs in the calling thread without the GIL. Raises NonFiniteError at the first NaN or
+    infinity, its row counted over all leading axes.
+    """
+    code = CODES[w.dtype]
+    assert code in KINDS, f"{code} weights are not quantized directly"
+    assert w.flags.c_contiguous, "rows must be contiguous"
+    tensors = spec.output_tensors(w.shape, code)
+    parts = {}
+    for suffix, (part_code, shape) in tensors.items():
+        part = np.empty(shape, NUMPY_DTYPES[part_code]) if out is None else out[suffix]
+        assert part.shape == shape, f"{suffix}: {part.shape} is not {shape}"
+        assert part.flags.c_contiguous, f"{suffix} must be contiguous"
+        parts[suffix] = part
+    if w.size == 0:
+        return parts
+    flat = {suffix: part.reshape(-1, part.shape[-1]) for suffix, part in parts.items()}
+    quantize = quantize_affine if spec.mode == "affine" else quantize_microscaled
+    quantize(w.reshape(-1, w.shape[-1]), spec, out=flat)
+    return parts
+
+
+def dequantize_rows(
+    parts: Mapping[str, npt.NDArray[Any]], spec: QuantSpec, dtype_code: str
+) -> npt.NDArray[Any]:
+    """The (..., cols) values that ``parts`` stand for, bit for bit as mx.dequantize.
+
+    Affine values are computed in the type of the scales and cast to ``dtype_code`` after;
+    microscaled ones are computed in ``dtype_code``, one of F32, F16 and BF16.
+    """
+    leading = parts["weight"].shape[:-1]
+    flat = {
+        suffix: np.ascontiguousarray(part).reshape(-1, part.shape[-1])
+        for suffix, part in parts.items()
+    }
+    dequantize = dequantize_affine if spec.mode == "affine" else dequantize_microscaled
+    values = dequantize(flat, spec, dtype_code)
+    return values.reshape(*leading, values.shape[-1])

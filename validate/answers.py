@@ -1,0 +1,99 @@
+"""What the torch reference answers to every prompt, gathered before the runtime is asked."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from validate.cases import TEXT_FILES, Case, bounded, byte_ids, load_cases
+from validate.processor import image_inputs, load_tokenizer, tokenize
+from validate.reference import Greedy, Logits, TorchReference
+
+GREEDY_TOKENS: Final = 12
+GREEDY_IMAGE_TOKENS: Final = 4
+"""Fewer, because the reference recomputes the whole sequence for each."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt as the model takes it."""
+
+    case: Case
+    ids: tuple[int, ...]
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """Everything the processor made of a picture and its question; empty for text."""
+    tokenized: tuple[int, ...] | None = None
+    """The uncut ids from the release's tokenizer; None when it has none."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The reference's float32 answer to one question."""
+
+    question: Question
+    logits: Logits
+    greedy: Greedy
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All answers, and how other computations of the same prompts came out."""
+
+    exact: tuple[Answer, ...]
+    """From the weights the output must reproduce, in float32."""
+    original: tuple[Logits, ...] = ()
+    """From the unquantized source in float32, where that differs from ``exact``."""
+    noisy: tuple[Logits, ...] = ()
+    """As ``exact``, computed in the output's 16-bit dtype."""
+
+
+def text_questions(
+    source: Path, *, vocab_size: int, files: Sequence[str] = TEXT_FILES, trust_remote_code: bool
+) -> list[Question]:
+    """Token ids of the fixed prompts; conversations only where there is a chat template."""
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    questions = []
+    for case in load_cases(*files):
+        if tokenizer is None:
+            full = None if case.messages else byte_ids(case.text, vocab_size=vocab_size)
+        else:
+            full = tokenize(tokenizer, case)
+        if full:
+            ids = tuple(bounded(full, vocab_size=vocab_size))
+            questions.append(Question(case, ids, tokenized=tuple(full) if tokenizer else None))
+    return questions
+
+
+def image_questions(source: Path, *, trust_remote_code: bool) -> list[Question]:
+    """The fixed questions about generated pictures, through the release's own processor."""
+    questions = []
+    for case in load_cases("images.json"):
+        inputs = image_inputs(source, case, trust_remote_code=trust_remote_code)
+        ids = tuple(int(token) for token in inputs["input_ids"][0])
+        questions.append(Question(case, ids, inputs=inputs))
+    return questions
+
+
+def answer(
+    model: TorchReference, questions: Sequence[Question], progress: Callable[[str], None]
+) -> tuple[Answer, ...]:
+    """Logits and a greedy continuation for every question."""
+    result = []
+    for question in questions:
+        progress(f"torch: {question.case.modality} {question.case.name}")
+        if question.inputs:
+            logits = model.forward(question.inputs)
+            greedy = model.greedy_from(question.inputs, GREEDY_IMAGE_TOKENS)
+        else:
+            logits = model.logits(question.ids)
+            greedy = model.greedy(question.ids, GREEDY_TOKENS)
+        result.append(Answer(question, logits, greedy))
+    return tuple(result)
+
+
+def only_logits(model: TorchReference, questions: Sequence[Question]) -> tuple[Logits, ...]:
+    """Logits alone, in the order of ``questions``."""
+    return tuple(
+        model.forward(question.inputs) if question.inputs else model.logits(question.ids)
+        for question in questions
+    )

@@ -1,0 +1,114 @@
+"""What a parity run states: checks with a value, a threshold and a verdict, and the report."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+Verdict = Literal["pass", "fail", "info"]
+EXACT: Final = 1e-4
+"""Gate on max |logit difference| / max |logit| when both sides compute in float32."""
+OUTPUTS: Final = ("logits", "image/logits", "hidden")
+NOISE: Final = 2.0
+"""Gate on the error of computing in 16 bits, in units of torch's own."""
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One prompt of a check: its own figures, and series over positions for the charts."""
+
+    name: str
+    value: float
+    metrics: Mapping[str, float | int | str] = field(default_factory=dict)
+    series: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the report. ``info`` rows are measured and not gated."""
+
+    name: str
+    modality: str
+    verdict: Verdict
+    runtime: str = ""
+    value: float | None = None
+    threshold: float | None = None
+    note: str = ""
+    metrics: Mapping[str, float | int | str] = field(default_factory=dict)
+    cases: tuple[CaseResult, ...] = ()
+
+    @property
+    def proves_outputs(self) -> bool:
+        """Whether this row is a passed comparison of what the model computes."""
+        return self.verdict == "pass" and self.name in OUTPUTS
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as JSON values; what is not finite becomes a string."""
+        return {
+            "name": self.name,
+            "modality": self.modality,
+            "runtime": self.runtime,
+            "value": finite(self.value),
+            "threshold": finite(self.threshold),
+            "verdict": self.verdict,
+            "note": self.note,
+            "metrics": finite(dict(self.metrics)),
+            "cases": [
+                {
+                    "name": case.name,
+                    "value": finite(case.value),
+                    "metrics": finite(dict(case.metrics)),
+                    "series": finite({k: [_rounded(v) for v in s] for k, s in case.series.items()}),
+                }
+                for case in self.cases
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of one parity run."""
+
+    plan: str | None
+    reference: Mapping[str, Any]
+    runtime: Mapping[str, Any]
+    checks: tuple[Check, ...]
+
+    @property
+    def verdict(self) -> Literal["pass", "fail"]:
+        """``pass`` when the outputs were compared and no check fails."""
+        compared = any(check.proves_outputs for check in self.checks)
+        failed = any(check.verdict == "fail" for check in self.checks)
+        return "pass" if compared and not failed else "fail"
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of parity.json."""
+        return {
+            "verdict": self.verdict,
+            "plan": self.plan,
+            "reference": finite(dict(self.reference)),
+            "runtime": finite(dict(self.runtime)),
+            "checks": [check.to_json() for check in self.checks],
+        }
+
+
+def at_most(value: float, threshold: float | None) -> Verdict:
+    """``pass`` when value <= threshold; NaN and infinity fail; no threshold: ``info``."""
+    if threshold is None:
+        return "info" if math.isfinite(value) else "fail"
+    return "pass" if math.isfinite(value) and value <= threshold else "fail"
+
+
+def finite(value: Any) -> Any:
+    """``value`` with every NaN and infinity as a string, at any depth, so that JSON can hold it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")

@@ -1,0 +1,357 @@
+"""One stock runtime on one checkpoint, held against the reference's answers."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from validate.answers import Answer, Answers, Question
+from validate.checks import EXACT, CaseResult, Check, at_most
+from validate.deviations import deviations_for, without
+from validate.gates import greedy_check, logits_check, loss_check, noise_check
+from validate.loaded import compare_loaded
+from validate.metrics import compare_logits
+from validate.pixels import compare_pixels
+from validate.runtime import MlxRuntime, RuntimeRefusal, Steps
+
+_PACKED_TOKENS: Final = 4
+_SHOWN: Final = 8
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What is judged and how."""
+
+    mlx_path: Path
+    quantized: bool
+    dtype: str
+    exact: bool
+    kl_threshold: float | None
+    progress: Callable[[str], None]
+    trust_remote_code: bool
+    text_only: bool
+    """The checkpoint has parts that a text-only runtime leaves alone."""
+
+
+@dataclass
+class Found:
+    """Checks and description gathered from one runtime."""
+
+    runtime: str
+    checks: list[Check] = field(default_factory=list)
+    description: dict[str, Any] = field(default_factory=dict)
+
+    def refused(self, name: str, modality: str, error: RuntimeRefusal) -> None:
+        """Record what the runtime would not do as a failed check."""
+        self.checks.append(
+            Check(
+                name=name,
+                modality=modality,
+                runtime=self.runtime,
+                verdict="fail",
+                note=str(error),
+                metrics={"needs_metal": 1} if error.needs_metal else {},
+            )
+        )
+
+
+def judge_runtime(job: Judgement, answers: Answers, *, runtime: str) -> Found:
+    """Every check of a generating model in ``runtime``."""
+    found = Found(runtime, description={"name": runtime})
+    try:
+        model = load_checked(job, found)
+    except RuntimeRefusal as error:
+        found.refused("load", "weights", error)
+        return found
+    compare_tokens(found, model, [item.question for item in answers.exact])
+    for modality, rows in _by_modality(answers).items():
+        image = modality == "image"
+        if image and runtime == "mlx_lm":
+            continue
+        job.progress(f"{runtime}: {modality}")
+        try:
+            inputs = _image_inputs(found, model, answers, rows) if image else {}
+            run = partial(_run, model, answers, rows, inputs)
+            stock = run()
+            judged = _without_deviations(job, found, model, answers, modality, stock, run)
+            _outputs(job, found, answers, modality, judged)
+            _loss(job, found, answers, modality, stock)
+        except RuntimeRefusal as error:
+            found.refused("image/logits" if image else "logits", modality, error)
+    if answers.noisy:
+        _noise(job, found, answers)
+    return found
+
+
+def load_checked(job: Judgement, found: Found) -> MlxRuntime:
+    """Load, compare the weights with the files, and make ready to compute in float32."""
+    runtime = found.runtime
+    job.progress(f"{runtime}: loading")
+    model = MlxRuntime.load(job.mlx_path, runtime=runtime, trust_remote_code=job.trust_remote_code)
+    found.description = model.describe()
+    found.checks.append(_weights(job, model))
+    packed = model.quantized()
+    model.to_float32(dense=False)
+    if packed:
+        sample = list(range(1, _PACKED_TOKENS + 1))
+        codes = model.sample(sample)
+        model.to_float32(dense=True)
+        check = logits_check(
+            "packed kernel",
+            modality="weights",
+            runtime=runtime,
+            pairs=[("first tokens", model.sample(sample), codes)],
+        )
+        found.checks.append(check)
+    return model
+
+
+def _weights(job: Judgement, model: MlxRuntime) -> Check:
+    text_only = model.name == "mlx_lm" and job.text_only
+    result = compare_loaded(job.mlx_path, model.parameters(), text_only=text_only)
+    shown = "; ".join(result.problems[:_SHOWN])
+    unused = f"{len(result.unused)} tensors of other modalities left alone" if result.unused else ""
+    return Check(
+        name="weights",
+        modality="weights",
+        runtime=model.name,
+        value=float(len(result.problems)),
+        threshold=0.0,
+        verdict=at_most(float(len(result.problems)), 0.0),
+        note=shown or unused or "as loaded equal as written, bit for bit",
+        metrics={"tensors": result.tensors, "bytes": result.bytes},
+    )
+
+
+def compare_tokens(found: Found, model: MlxRuntime, questions: Iterable[Question]) -> None:
+    """Check that the runtime's tokenizer makes the reference's ids of every text."""
+    cases = []
+    try:
+        for question in questions:
+            expected = question.tokenized
+            if expected is None:
+                continue
+            differ = float(_different_ids(expected, model.tokenize(question.case)))
+            cases.append(CaseResult(question.case.name, differ, {"tokens": len(expected)}))
+    except RuntimeRefusal as error:
+        found.refused("tokens", "tokens", error)
+        return
+    if not cases:
+        return
+    value = float(sum(case.value for case in cases))
+    found.checks.append(
+        Check(
+            name="tokens",
+            modality="tokens",
+            runtime=model.name,
+            value=value,
+            threshold=0.0,
+            verdict=at_most(value, 0.0),
+            note="token ids of both libraries, conversations through the chat template included",
+            cases=tuple(cases),
+        )
+    )
+
+
+Runs = list[tuple[int, Steps]]
+
+
+def _by_modality(answers: Answers) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for index, item in enumerate(answers.exact):
+        groups.setdefault(item.question.case.modality, []).append(index)
+    return groups
+
+
+def _run(
+    model: MlxRuntime, answers: Answers, rows: Sequence[int], inputs: Mapping[int, dict[str, Any]]
+) -> Runs:
+    runs = []
+    for index in rows:
+        item = answers.exact[index]
+        if index in inputs:
+            runs.append((index, model.run(inputs[index], item.greedy.tokens)))
+        else:
+            runs.append((index, model.continued(item.question.ids, item.greedy.tokens)))
+    return runs
+
+
+def _without_deviations(
+    job: Judgement,
+    found: Found,
+    model: MlxRuntime,
+    answers: Answers,
+    modality: str,
+    stock: Runs,
+    run: Callable[[], Runs],
+) -> Runs:
+    """The stock runs, or where they miss the gate, runs without the runtime's documented faults.
+
+    The stock error is then a row of its own: not gated as the checkpoint's, but failed when it is
+    larger than the documented fault explains.
+    """
+    known = deviations_for(
+        found.runtime, model_type=str(model.config.get("model_type")), modality=modality
+    )
+    error = max(_error(answers.exact[index], steps) for index, steps in stock)
+    if not known or not job.exact or error <= EXACT:
+        return stock
+    bound = max(item.bound for item in known)
+    within = at_most(error, bound) == "pass"
+    cases = (CaseResult(_label(answers.exact[i]), _error(answers.exact[i], s)) for i, s in stock)
+    found.checks.append(
+        Check(
+            name="deviation",
+            modality=modality,
+            runtime=found.runtime,
+            value=error,
+            threshold=bound,
+            verdict="info" if within else "fail",
+            note="; ".join(item.what for item in known)
+            + ". This is the error users of the stock runtime get; "
+            "the rows that follow are judged with the fault taken out.",
+            cases=tuple(cases),
+        )
+    )
+    with without(known, model.model):
+        return run()
+
+
+def _error(item: Answer, steps: Steps) -> float:
+    if item.logits.shape != steps.prefill.shape:
+        return float("inf")
+    return compare_logits(item.logits, steps.prefill).relative
+
+
+def _image_inputs(
+    found: Found, model: MlxRuntime, answers: Answers, rows: Sequence[int]
+) -> dict[int, dict[str, Any]]:
+    """Prepare each picture with the runtime's processor, and compare that with the reference's."""
+    prepared: dict[int, dict[str, Any]] = {}
+    ids, pixels, prompts = [], [], []
+    for index in rows:
+        item = answers.exact[index]
+        inputs = prepared[index] = model.image_inputs(item.question.case)
+        name, size = _label(item), len(item.question.ids)
+        ids.append(CaseResult(name, _differing(item, inputs), {"tokens": size}))
+        error, layout = compare_pixels(item.question.inputs["pixel_values"], inputs["pixel_values"])
+        pixels.append(CaseResult(name, error, {"layout": layout}))
+        prompts.append(_stock_prompt(model, item))
+    note = "each side's own processor on the same picture"
+    found.checks += [
+        _worst("image/input_ids", found, ids, threshold=0.0, note=note),
+        _worst("image/pixel_values", found, pixels, threshold=EXACT, note=note),
+    ]
+    if any(case.value for case in prompts):
+        note = "the runtime's own prompt helper departs from the release's chat template"
+        found.checks.append(_worst("image/prompt", found, prompts, threshold=None, note=note))
+    return prepared
+
+
+def _stock_prompt(model: MlxRuntime, item: Answer) -> CaseResult:
+    """Token ids that differ when the runtime's helper writes the prompt, and what that does."""
+    inputs = model.image_inputs(item.question.case, stock_prompt=True)
+    differ = _differing(item, inputs)
+    if not differ:
+        return CaseResult(_label(item), 0.0)
+    compared = compare_logits(item.logits[-1:], model.run(inputs).prefill[-1:])
+    metrics = {"kl": float(compared.kl[0]), "same_first_token": int(compared.agree[0])}
+    return CaseResult(_label(item), differ, metrics)
+
+
+def _differing(item: Answer, inputs: dict[str, Any]) -> float:
+    got = [int(token) for token in np.array(inputs["input_ids"]).ravel()]
+    return float(_different_ids(item.question.ids, got))
+
+
+def _different_ids(expected: Sequence[int], got: Sequence[int]) -> int:
+    """Ids that are not in both sequences at their place, counting shifted runs once."""
+    blocks = SequenceMatcher(a=expected, b=got, autojunk=False).get_matching_blocks()
+    return max(len(expected), len(got)) - sum(block.size for block in blocks)
+
+
+def _worst(
+    name: str, found: Found, cases: Sequence[CaseResult], *, threshold: float | None, note: str
+) -> Check:
+    value = max(case.value for case in cases)
+    return Check(
+        name=name,
+        modality="image",
+        runtime=found.runtime,
+        value=value,
+        threshold=threshold,
+        verdict=at_most(value, threshold),
+        note=note,
+        cases=tuple(cases),
+    )
+
+
+def _outputs(job: Judgement, found: Found, answers: Answers, modality: str, runs: Runs) -> None:
+    prefix = "image/" if modality == "image" else ""
+    where = {"modality": modality, "runtime": found.runtime}
+    items = [(answers.exact[index], steps) for index, steps in runs]
+    if job.exact:
+        found.checks += [
+            logits_check(
+                f"{prefix}logits",
+                pairs=[(_label(a), a.logits, s.prefill) for a, s in items],
+                **where,
+            ),
+            logits_check(
+                f"{prefix}decode",
+                pairs=[(_label(a), a.greedy.logits, s.steps) for a, s in items],
+                **where,
+            ),
+            greedy_check(
+                f"{prefix}greedy",
+                rows=[(_label(a), a.greedy, s.steps) for a, s in items],
+                **where,
+            ),
+        ]
+
+
+def _loss(job: Judgement, found: Found, answers: Answers, modality: str, runs: Runs) -> None:
+    """How far the stock runtime with these weights is from the original."""
+    if not answers.original:
+        return
+    found.checks.append(
+        loss_check(
+            modality=modality,
+            runtime=found.runtime,
+            pairs=[(_label(answers.exact[i]), answers.original[i], s.prefill) for i, s in runs],
+            kl_threshold=job.kl_threshold,
+            what="KL of the output's softmax from the original's, nats per position",
+        )
+    )
+
+
+def _noise(job: Judgement, found: Found, answers: Answers) -> None:
+    """The checkpoint in its own 16-bit dtype, as users run it."""
+    job.progress(f"{found.runtime}: computing in {job.dtype}")
+    try:
+        model = MlxRuntime.load(
+            job.mlx_path, runtime=found.runtime, trust_remote_code=job.trust_remote_code
+        )
+        for modality, rows in _by_modality(answers).items():
+            image = modality == "image"
+            if image and found.runtime == "mlx_lm":
+                continue
+            pairs = []
+            for index in rows:
+                item = answers.exact[index]
+                inputs = model.image_inputs(item.question.case) if image else None
+                other = model.run(inputs).prefill if inputs else model.logits(item.question.ids)
+                pairs.append((_label(item), item.logits, answers.noisy[index], other))
+            found.checks.append(
+                noise_check(modality=modality, runtime=found.runtime, dtype=job.dtype, rows=pairs)
+            )
+    except RuntimeRefusal as error:
+        found.refused("noise", "text", error)
+
+
+def _label(item: Answer) -> str:
+    return item.question.case.name

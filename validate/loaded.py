@@ -1,0 +1,177 @@
+"""Do the weights as a runtime loaded them equal the bytes in the files?
+
+The stock loaders rename, transpose and rescale on every load, by rules that look at shapes. A
+checkpoint is right only when none of that happens to it.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arch_maps.dtypes import itemsize
+
+_HEADER_LIMIT: Final = 100_000_000
+_LANGUAGE: Final = "language_model."
+_CODES: Final = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool_": "BOOL",
+    "bool": "BOOL",
+}
+# MLX has no 8-bit floats: the runtimes read their bytes as uint8.
+_READ_AS: Final = {"F8_E8M0": "U8", "F8_E4M3": "U8", "F8_E5M2": "U8"}
+
+
+class CheckpointError(ValueError):
+    """The weight files of a folder cannot be read; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """One tensor in a file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def bits(self) -> NDArray[Any]:
+        """The tensor's bytes as unsigned integers of its element size, in its shape."""
+        kind = np.dtype(f"<u{itemsize(self.dtype)}")
+        if 0 in self.shape:
+            return np.zeros(self.shape, dtype=kind)
+        return np.memmap(self.file, dtype=kind, mode="r", offset=self.offset, shape=self.shape)
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """Result of comparing a loaded model with its files."""
+
+    tensors: int
+    bytes: int
+    unused: tuple[str, ...]
+    """Tensors that a text-only runtime rightly leaves alone (vision, audio, projector)."""
+    problems: tuple[str, ...]
+    """One line per tensor that is missing, surplus, or not what the file holds."""
+
+
+def written_tensors(folder: Path) -> dict[str, Written]:
+    """Every tensor in the folder's safetensors files, by name."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: no safetensors files")
+    result: dict[str, Written] = {}
+    for file in files:
+        for name, tensor in _read_header(file).items():
+            if name in result:
+                raise CheckpointError(
+                    f"{folder}: {name} is in both {result[name].file.name} and {file.name}"
+                )
+            result[name] = tensor
+    return result
+
+
+def weight_dtypes(folder: Path) -> dict[str, int]:
+    """Bytes per dtype code over all tensors of a folder, largest first."""
+    totals: dict[str, int] = {}
+    for tensor in written_tensors(folder).values():
+        size = itemsize(tensor.dtype) * int(np.prod(tensor.shape, dtype=np.int64))
+        totals[tensor.dtype] = totals.get(tensor.dtype, 0) + size
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def compare_loaded(
+    folder: Path, parameters: Mapping[str, Any], *, text_only: bool = False
+) -> LoadedWeights:
+    """Compare loaded MLX ``parameters`` with the files: names, dtypes, shapes and every bit.
+
+    A runtime may keep the whole language model under ``language_model.``; that prefix is the only
+    difference in names allowed. ``text_only``: tensors outside the language model may stay unread.
+    """
+    written = written_tensors(folder)
+    translate = _prefixed(written, parameters)
+    problems: list[str] = []
+    seen: set[str] = set()
+    count = size = 0
+    for path, array in parameters.items():
+        name = translate(path)
+        source = written.get(name)
+        if source is None:
+            problems.append(f"{path}: a parameter of the runtime, in no file")
+            continue
+        seen.add(name)
+        count += 1
+        size += int(array.nbytes)
+        problem = _difference(source, array)
+        if problem:
+            problems.append(f"{path}: {problem}")
+    left = sorted(set(written) - seen)
+    unused = tuple(n for n in left if text_only and not n.startswith((_LANGUAGE, "lm_head.")))
+    ignored = set(unused)
+    problems += [f"{name}: in a file, never loaded" for name in left if name not in ignored]
+    return LoadedWeights(tensors=count, bytes=size, unused=unused, problems=tuple(problems))
+
+
+def _prefixed(
+    written: Mapping[str, Written], parameters: Mapping[str, Any]
+) -> Callable[[str], str]:
+    """The one renaming of runtime paths under which most of them are in the files."""
+    renamings: tuple[Callable[[str], str], ...] = (
+        lambda path: path,
+        lambda path: path.removeprefix(_LANGUAGE),
+        lambda path: _LANGUAGE + path,
+    )
+    return max(renamings, key=lambda rename: sum(rename(path) in written for path in parameters))
+
+
+def _difference(source: Written, array: Any) -> str:
+    mx: Any = import_module("mlx.core")
+
+    code = _CODES.get(str(array.dtype).removeprefix("mlx.core."), str(array.dtype))
+    if code != _READ_AS.get(source.dtype, source.dtype):
+        return f"written as {source.dtype}, loaded as {code}"
+    if tuple(array.shape) != source.shape:
+        return f"written with shape {list(source.shape)}, loaded with {list(array.shape)}"
+    words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.itemsize]
+    loaded = np.array(array.view(words) if array.dtype != mx.bool_ else array.astype(mx.uint8))
+    different = int(np.count_nonzero(loaded != source.bits()))
+    return f"{different} of {loaded.size} values differ from the file" if different else ""
+
+
+def _read_header(file: Path) -> dict[str, Written]:
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 0 < length <= _HEADER_LIMIT:
+            raise CheckpointError(f"{file}: not a safetensors file (header length {length})")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{file}: the header is not JSON: {error}") from error
+    result = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        shape = tuple(int(n) for n in entry["shape"])
+        if end - begin != itemsize(entry["dtype"]) * int(np.prod(shape, dtype=np.int64)):
+            raise CheckpointError(f"{file}: {name}: {end - begin} bytes do not fit {list(shape)}")
+        result[name] = Written(file, entry["dtype"], shape, 8 + length + begin)
+    return result

@@ -1,0 +1,168 @@
+"""Parity of an MLX checkpoint with its torch source, on the fixed prompts.
+
+Works on folders alone and knows nothing about how the checkpoint was made. Two statements are kept
+apart. *Exactness*: the stock runtime computes what torch computes from the same weights, both in
+float32; this must hold. *Loss*: how far quantizing moved the outputs from the original; this is
+reported, and gated only by a threshold the user sets.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from validate.answers import Answers, answer, image_questions, only_logits, text_questions
+from validate.checks import Check, Report
+from validate.encoder import judge_encoder
+from validate.judge import Judgement, judge_runtime
+from validate.loaded import weight_dtypes
+from validate.reference import ReferenceError, TorchReference, read_config
+from validate.runtime import is_generative, prepare_mlx, runtimes_for
+
+_COMPUTE: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_IMAGE_FILES: Final = ("preprocessor_config.json", "processor_config.json")
+
+
+def run_parity(
+    *,
+    source: Path,
+    mlx_path: Path,
+    plan: str | None,
+    dequantized: Path | None = None,
+    images: bool | None = None,
+    kl_threshold: float | None = None,
+    progress: Callable[[str], None] | None = None,
+    trust_remote_code: bool = False,
+) -> Report:
+    """Judge ``mlx_path`` against the torch checkpoint ``source``.
+
+    ``dequantized``: torch folder with the weights the output really holds, as float32 values;
+    needed for exactness when the output is quantized or narrower than the source. ``images``: None
+    judges pictures where the config has a vision part. Raises ReferenceError or CheckpointError
+    when a folder cannot be judged at all; what a runtime refuses is a failed check instead.
+    """
+    say = progress or (lambda message: None)
+    fast = prepare_mlx()
+    config = read_config(mlx_path)
+    checks: list[Check] = []
+    quantized = bool(config.get("quantization"))
+    if quantized and dequantized is None:
+        checks.append(_no_exactness())
+    wants_images = _wants_images(source, images, checks)
+    judgement = Judgement(
+        mlx_path=mlx_path,
+        quantized=quantized,
+        dtype=_compute_dtype(mlx_path),
+        exact=not (quantized and dequantized is None),
+        kl_threshold=kl_threshold,
+        progress=say,
+        trust_remote_code=trust_remote_code,
+        text_only="vision_config" in config or "audio_config" in config,
+    )
+    runtimes = runtimes_for(config)
+    if not runtimes:
+        checks.append(_no_runtime(str(config.get("model_type"))))
+    described: dict[str, Any] = {"fast_blas": fast, "runtimes": []}
+    if is_generative(config):
+        reference, answers = _ask(source, dequantized, judgement, wants_images)
+        for runtime in runtimes:
+            found = judge_runtime(judgement, answers, runtime=runtime)
+            checks += found.checks
+            described["runtimes"].append(found.description)
+    else:
+        reference, found = judge_encoder(judgement, source=source, dequantized=dequantized)
+        checks += found.checks
+        described["runtimes"].append(found.description)
+    return Report(
+        plan=plan, reference=reference, runtime=described, checks=tuple(_settle_metal(checks))
+    )
+
+
+def _ask(
+    source: Path, dequantized: Path | None, judgement: Judgement, wants_images: bool
+) -> tuple[dict[str, Any], Answers]:
+    trust = judgement.trust_remote_code
+    say = judgement.progress
+    say("torch: loading the reference")
+    model = TorchReference.load(dequantized or source, trust_remote_code=trust)
+    described: dict[str, Any] = model.describe()
+    rounded = False
+    if dequantized is None and not judgement.quantized and not model.holds_in(judgement.dtype):
+        model.round_to(judgement.dtype)
+        rounded = True
+        described["rounded_to"] = judgement.dtype
+    questions = text_questions(source, vocab_size=model.vocab_size, trust_remote_code=trust)
+    if wants_images:
+        questions += image_questions(source, trust_remote_code=trust)
+    answers = Answers(exact=answer(model, questions, say))
+    model.close()
+    if rounded or dequantized is not None:
+        say("torch: the original weights")
+        model = TorchReference.load(source, trust_remote_code=trust)
+        answers = replace(answers, original=only_logits(model, questions))
+        model.close()
+    elif judgement.quantized:
+        answers = replace(answers, original=tuple(a.logits for a in answers.exact))
+    if not judgement.quantized and judgement.dtype != "float32":
+        say(f"torch: its own error in {judgement.dtype}")
+        model = TorchReference.load(
+            dequantized or source, dtype=judgement.dtype, trust_remote_code=trust
+        )
+        answers = replace(answers, noisy=only_logits(model, questions))
+        model.close()
+    return described, answers
+
+
+def _compute_dtype(mlx_path: Path) -> str:
+    """The float type that holds most of the checkpoint."""
+    for code in weight_dtypes(mlx_path):
+        if code in _COMPUTE:
+            return _COMPUTE[code]
+    return "float32"
+
+
+def _wants_images(source: Path, images: bool | None, checks: list[Check]) -> bool:
+    if images is False or (images is None and "vision_config" not in read_config(source)):
+        return False
+    if any((source / name).exists() for name in _IMAGE_FILES):
+        return True
+    if images:
+        raise ReferenceError(f"{source}: no image processor (none of {', '.join(_IMAGE_FILES)})")
+    checks.append(
+        Check(
+            name="image/input_ids",
+            modality="image",
+            verdict="fail",
+            note="the release sees images but brings no processor to prepare one; "
+            "judge its text alone with images off",
+        )
+    )
+    return False
+
+
+def _no_exactness() -> Check:
+    return Check(
+        name="logits",
+        modality="text",
+        verdict="fail",
+        note="quantized output, and no torch checkpoint of its dequantized weights to hold the "
+        "runtime against: a wrong layout cannot be told from the loss of quantizing",
+    )
+
+
+def _no_runtime(model_type: str) -> Check:
+    return Check(
+        name="load",
+        modality="weights",
+        verdict="fail",
+        note=f"neither mlx-vlm nor mlx-lm has a model for model_type {model_type!r}",
+    )
+
+
+def _settle_metal(checks: list[Check]) -> list[Check]:
+    """A runtime that needs Metal fails the report unless another runtime proved the outputs."""
+    proven = any(check.proves_outputs for check in checks)
+    return [
+        replace(check, verdict="info") if proven and check.metrics.get("needs_metal") else check
+        for check in checks
+    ]

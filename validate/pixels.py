@@ -1,0 +1,55 @@
+"""Compare what two image processors made of one picture, across the layouts they use."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from validate.metrics import relative_error
+
+Pixels = list[NDArray[np.float32]]
+
+
+def leaves(value: Any) -> Pixels:
+    """The arrays inside nested lists, tuples, torch or MLX arrays, without leading axes of 1."""
+    if isinstance(value, list | tuple):
+        return [leaf for item in value for leaf in leaves(item)]
+    detach = getattr(value, "detach", None)
+    array = np.array(detach().float().numpy() if detach else value, dtype=np.float32)
+    while array.ndim > 3 and array.shape[0] == 1:
+        array = array[0]
+    return [array]
+
+
+def compare_pixels(reference: Any, other: Any) -> tuple[float, str]:
+    """Relative error and the layout it was found in; infinity when no layout fits the shapes."""
+    a, b = leaves(reference), leaves(other)
+    for layout, arrange in _LAYOUTS.items():
+        x, y = arrange(a), arrange(b)
+        if [i.shape for i in x] == [i.shape for i in y]:
+            return relative_error(_flat(x), _flat(y)), layout
+    for layout, arrange in _MOVES.items():
+        y = arrange(b)
+        if [i.shape for i in a] == [i.shape for i in y]:
+            return relative_error(_flat(a), _flat(y)), layout
+    shapes = f"{[list(i.shape) for i in a]} against {[list(i.shape) for i in b]}"
+    return float("inf"), f"no common layout: {shapes}"
+
+
+def _flat(arrays: Pixels) -> NDArray[np.float32]:
+    return np.concatenate([array.ravel() for array in arrays]) if arrays else np.zeros(0, "f4")
+
+
+def _joined(arrays: Pixels) -> Pixels:
+    """Patches packed side by side: one array per picture, or one for all."""
+    try:
+        return [np.concatenate(arrays, axis=-1)] if arrays else []
+    except ValueError:
+        return arrays
+
+
+_LAYOUTS: dict[str, Callable[[Pixels], Pixels]] = {"as is": lambda x: x, "packed": _joined}
+_MOVES: dict[str, Callable[[Pixels], Pixels]] = {
+    "channels last": lambda arrays: [np.moveaxis(i, -1, max(0, i.ndim - 3)) for i in arrays]
+}

@@ -1,0 +1,371 @@
+"""The stock MLX runtimes on one checkpoint: mlx-vlm, and mlx-lm where it has the model."""
+
+import contextlib
+import ctypes
+import importlib.metadata
+import importlib.util
+import io
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from validate.cases import Case, draw, picture_question
+
+Logits = NDArray[np.float32]
+RUNTIMES: Final = ("mlx_vlm", "mlx_lm")
+_prepared = False
+
+
+class RuntimeRefusal(ValueError):
+    """A stock runtime cannot load or run the checkpoint here; the message says why."""
+
+    def __init__(self, message: str, *, needs_metal: bool = False) -> None:
+        super().__init__(message)
+        self.needs_metal = needs_metal
+
+
+def prepare_mlx() -> bool:
+    """Put a fast BLAS into the process before MLX is first imported; call it before any import.
+
+    The Linux wheel of MLX resolves BLAS in the global symbol scope and links the slow reference
+    implementation; torch's CPU library, loaded globally first, takes its place (20 x faster
+    float32 matrix products). Does nothing on macOS. Returns False when MLX was imported before
+    without it, so that computing is right but slow.
+    """
+    global _prepared
+    if _prepared or not sys.platform.startswith("linux"):
+        return True
+    if "mlx.core" in sys.modules:
+        return False
+    spec = importlib.util.find_spec("torch")
+    for place in spec.submodule_search_locations or () if spec else ():
+        library = Path(place) / "lib" / "libtorch_cpu.so"
+        if library.exists():
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+            _prepared = True
+    return _prepared
+
+
+def runtimes_for(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The runtimes that have a model for this config's ``model_type``, mlx_vlm first."""
+    return tuple(name for name in RUNTIMES if _knows(name, dict(config)))
+
+
+def _knows(name: str, config: dict[str, Any]) -> bool:
+    if name == "mlx_lm" and not is_generative(config):
+        return False
+    with _quiet(), contextlib.suppress(ValueError, KeyError, ImportError):
+        if name == "mlx_vlm":
+            from mlx_vlm.utils import get_model_and_args
+
+            get_model_and_args(config)
+        else:
+            from mlx_lm.utils import _get_classes
+
+            _get_classes(config)
+        return True
+    return False
+
+
+def is_generative(config: Mapping[str, Any]) -> bool:
+    """Whether the architecture has a head (``...ForCausalLM``); bare encoders have none."""
+    names = config.get("architectures") or ()
+    return not names or "For" in str(names[0])
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A prompt run with a cache: its own logits, then those of each following single token."""
+
+    prefill: Logits
+    """[positions, vocabulary]"""
+    steps: Logits
+    """[tokens, vocabulary]: row k was computed after k tokens of the continuation."""
+
+
+class MlxRuntime:
+    """A checkpoint loaded by one stock runtime, exactly as that runtime loads it."""
+
+    def __init__(self, name: str, model: Any, config: Mapping[str, Any], folder: Path) -> None:
+        self.name = name
+        self.model = model
+        self.config = config
+        self.folder = folder
+
+    @classmethod
+    def load(cls, folder: Path, *, runtime: str, trust_remote_code: bool = False) -> "MlxRuntime":
+        """Load through ``mlx_vlm`` or ``mlx_lm``; RuntimeRefusal with the runtime's own words."""
+        from validate.reference import read_config
+
+        config = read_config(folder)
+        if config.get("model_file") and not trust_remote_code:
+            raise RuntimeRefusal(
+                f"{folder}: config.json names model code of its own ({config['model_file']}); "
+                "it runs only with --trust-remote-code"
+            )
+        with _refusals(runtime, folder), _quiet():
+            if runtime == "mlx_lm":
+                from mlx_lm.utils import load_model
+
+                model, _ = load_model(folder, trust_remote_code=trust_remote_code)
+            elif is_generative(config):
+                from mlx_vlm.utils import load_model as load_vlm
+
+                model = load_vlm(folder)
+            else:
+                from mlx_vlm.embedding_loader import load_embedding_model
+
+                model = load_embedding_model(folder)
+        return cls(runtime, model, config, folder)
+
+    def describe(self) -> dict[str, str]:
+        """Name and versions, for the report."""
+        import mlx.core as mx
+
+        return {
+            "name": self.name,
+            "version": importlib.metadata.version(self.name.replace("_", "-")),
+            "mlx": importlib.metadata.version("mlx"),
+            "device": str(mx.default_device()),
+            "model": f"{type(self.model).__module__}.{type(self.model).__name__}",
+        }
+
+    def parameters(self) -> dict[str, Any]:
+        """Every parameter by the runtime's own path."""
+        from mlx.utils import tree_flatten
+
+        return dict(tree_flatten(self.model.parameters()))
+
+    def quantized(self) -> bool:
+        """Whether any module computes with packed codes."""
+        return any(_is_quantized(module) for _, module in self.model.named_modules())
+
+    def to_float32(self, *, dense: bool) -> None:
+        """Compute in float32 from the loaded weights, cast in memory.
+
+        ``dense`` also unpacks the codes into float32 matrices, which compute what the packed
+        kernel computes up to the order of accumulation, and on a CPU a hundred times faster.
+        """
+        import mlx.core as mx
+        from mlx.utils import tree_unflatten
+
+        self.model.set_dtype(mx.float32)
+        if dense:
+            modules = [
+                (name, _unpacked(module))
+                for name, module in self.model.named_modules()
+                if _is_quantized(module)
+            ]
+            if modules:
+                self.model.update_modules(tree_unflatten(modules))
+        mx.eval(self.model.parameters())
+
+    def logits(self, ids: Sequence[int]) -> Logits:
+        """Logits of every position of one prompt, [positions, vocabulary]."""
+        return self.run({"input_ids": self._row(ids)}).prefill
+
+    def sample(self, ids: Sequence[int]) -> Logits:
+        """What the model makes of a few tokens: logits, or an encoder's hidden states."""
+        return self.logits(ids) if is_generative(self.config) else self.hidden(ids)[0]
+
+    def continued(self, ids: Sequence[int], continuation: Sequence[int]) -> Steps:
+        """Run the prompt, then feed ``continuation`` one token at a time through the cache."""
+        return self.run({"input_ids": self._row(ids)}, continuation)
+
+    def run(self, inputs: Mapping[str, Any], continuation: Sequence[int] = ()) -> Steps:
+        """As stock generation runs it: embed, prefill with a cache, then single-token steps.
+
+        Row 0 of ``steps`` is the prompt's last row; the last token of ``continuation`` is not
+        fed, because nothing follows it.
+        """
+        with _refusals(self.name, self.folder):
+            output, step = self._prefill(inputs)
+            prefill = _numpy(output[0])
+            rows = [prefill[-1]]
+            rows += [_numpy(step(self._row([token]))[0, -1]) for token in continuation[:-1]]
+        return Steps(prefill=prefill, steps=np.stack(rows))
+
+    def _prefill(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+        if self.name == "mlx_lm":
+            from mlx_lm.models.cache import make_prompt_cache
+
+            cache = make_prompt_cache(self.model)
+            return self.model(inputs["input_ids"], cache=cache), (
+                lambda token: self.model(token, cache=cache)
+            )
+        from mlx_vlm.models.cache import make_prompt_cache as make_vlm_cache
+
+        extra = {
+            key: value
+            for key, value in inputs.items()
+            if key not in ("input_ids", "pixel_values", "attention_mask")
+        }
+        embedded = self.model.get_input_embeddings(
+            inputs["input_ids"],
+            inputs.get("pixel_values"),
+            mask=inputs.get("attention_mask"),
+            **extra,
+        )
+        extra.update(
+            (k, v) for k, v in embedded.to_dict().items() if k != "inputs_embeds" and v is not None
+        )
+        language = self.model.language_model
+        caches = make_vlm_cache(language)
+        output = language(
+            inputs["input_ids"], inputs_embeds=embedded.inputs_embeds, cache=caches, **extra
+        )
+        carried = {
+            name: value
+            for name in ("cross_attention_states", "encoder_outputs")
+            if (value := getattr(output, name, None)) is not None
+        }
+        return output.logits, lambda token: language(token, cache=caches, **carried).logits
+
+    def hidden(self, ids: Sequence[int]) -> tuple[Logits, Logits]:
+        """An encoder's last hidden state [positions, size] and its sentence embedding [size]."""
+        with _refusals(self.name, self.folder):
+            output = self.model(self._row(ids))
+            return _numpy(output.last_hidden_state[0]), _numpy(output.text_embeds[0])
+
+    def image_inputs(self, case: Case, *, stock_prompt: bool = False) -> dict[str, Any]:
+        """Model inputs for a picture and a question, through this runtime's processor.
+
+        The prompt is written by the release's own chat template, or with ``stock_prompt`` by the
+        helper that the runtime's command line uses, which has formats of its own.
+        """
+        from mlx_vlm.prompt_utils import apply_chat_template
+
+        utils: Any = import_module("mlx_vlm.utils")
+        with _refusals(self.name, self.folder), _quiet():
+            processor = load_processor(self.folder)
+            model_config = self.model.config
+            if stock_prompt:
+                prompt = apply_chat_template(processor, model_config, case.text, num_images=1)
+            else:
+                prompt = processor.apply_chat_template(
+                    picture_question(case), add_generation_prompt=True, tokenize=False
+                )
+            inputs: dict[str, Any] = utils.prepare_inputs(
+                processor,
+                images=[draw(case)],
+                prompts=prompt,
+                image_token_index=getattr(model_config, "image_token_index", None),
+                add_special_tokens=utils.should_add_special_tokens(
+                    model_config.model_type, processor
+                ),
+            )
+        inputs["input_ids"] = self._ids(inputs["input_ids"])
+        return {key: value for key, value in inputs.items() if value is not None}
+
+    def tokenize(self, case: Case) -> list[int]:
+        """Token ids of a text or a conversation, as this runtime's own loader makes them."""
+        with _refusals(self.name, self.folder), _quiet():
+            if self.name == "mlx_lm":
+                utils: Any = import_module("mlx_lm.utils")
+                tokenizer = utils.load_tokenizer(self.folder)
+            else:
+                processor = load_processor(self.folder)
+                tokenizer = getattr(processor, "tokenizer", processor)
+            if not case.messages:
+                return list(tokenizer.encode(case.text))
+            if self.name == "mlx_lm":
+                text = tokenizer.apply_chat_template(
+                    case.conversation(), add_generation_prompt=True, tokenize=False
+                )
+            else:
+                from mlx_vlm.prompt_utils import apply_chat_template
+
+                text = apply_chat_template(processor, dict(self.config), case.conversation())
+            return list(tokenizer.encode(text, add_special_tokens=False))
+
+    def _row(self, ids: Sequence[int]) -> Any:
+        import mlx.core as mx
+
+        return mx.array([list(ids)], dtype=mx.int32)
+
+    def _ids(self, ids: Any) -> Any:
+        import mlx.core as mx
+
+        return ids if isinstance(ids, mx.array) else mx.array(ids)
+
+
+def load_processor(folder: Path) -> Any:
+    """mlx-vlm's processor of a folder, with the image processor that its model package brings."""
+    from mlx_vlm.utils import load_image_processor
+    from mlx_vlm.utils import load_processor as load_stock
+
+    processor = load_stock(folder, add_detokenizer=False)
+    own = load_image_processor(folder)
+    if own is not None:
+        processor.image_processor = own
+    return processor
+
+
+def _is_quantized(module: Any) -> bool:
+    return hasattr(module, "bits") and "scales" in module and "weight" in module
+
+
+def _unpacked(module: Any) -> Any:
+    import mlx.core as mx
+
+    nn: Any = import_module("mlx.nn")
+    name = type(module).__name__.removeprefix("Quantized")
+    dense = nn.Module()
+    # Runtimes keep their packed expert layers beside the dense ones they come from.
+    home = nn if hasattr(nn, name) else sys.modules[type(module).__module__]
+    dense.__class__ = getattr(home, name)
+    dense.weight = mx.dequantize(
+        module.weight,
+        module.scales,
+        module.get("biases"),
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+        global_scale=module.get("global_scale"),
+        dtype=mx.float32,
+    )
+    if "bias" in module:
+        dense.bias = module.bias
+    mx.eval(dense.parameters())
+    return dense
+
+
+def _numpy(array: Any) -> Logits:
+    import mlx.core as mx
+
+    return np.array(array.astype(mx.float32))
+
+
+@contextlib.contextmanager
+def _refusals(runtime: str, folder: Path) -> Iterator[None]:
+    # Whatever a stock runtime raises on a checkpoint is a finding about the pair, to be reported.
+    try:
+        yield
+    except RuntimeRefusal:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        needs_metal = "metal" in text.lower()
+        reason = "it needs Metal, which this machine does not have" if needs_metal else text
+        raise RuntimeRefusal(
+            f"{runtime} cannot run {folder.name}: {reason}", needs_metal=needs_metal
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # The runtimes print and log while they load; a report is the place for what matters.
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(previous)
