@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from converter.errors import ConvertError, UsageError
+from converter.errors import ConvertError, PlanError, UsageError
 from converter.execute.folder import MANIFEST
 from converter.plan.model import Plan
 from converter.source.strict_json import parse_object
@@ -91,10 +91,22 @@ def read_manifest(folder: Path) -> Manifest:
         raise UsageError(
             f"{folder}: has no {MANIFEST}; it is not a finished conversion made by this program"
         )
-    data = parse_object(path.read_bytes(), MANIFEST)
-    if data.get("format") != 1 or not isinstance(data.get("files"), dict):
+    try:
+        data = parse_object(path.read_bytes(), MANIFEST)
+    except PlanError as error:
+        raise ConvertError(f"{path}: is damaged: {error}") from error
+    if data.get("format") != 1 or not _lists_files(data.get("files")):
         raise ConvertError(f"{path}: is not a manifest that this version reads")
     return Manifest(data)
+
+
+def _lists_files(files: object) -> bool:
+    return isinstance(files, dict) and all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get("bytes"), int)
+        for entry in files.values()
+    )
 
 
 def verify(folder: Path) -> tuple[int, int]:

@@ -7,11 +7,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from arch_maps.config import start
-from arch_maps.ops import exact
+from arch_maps.facts import Facts
+from arch_maps.ops import RowReader, exact
+from arch_maps.registry import ArchMap
 from converter.decode import DecodingReader, decoded
 from converter.errors import ConvertError, GateError
 from converter.execute import Job, execute
@@ -19,7 +24,7 @@ from converter.execute.folder import explain
 from converter.manifest import read_manifest
 from converter.plan import Options, Plan
 from converter.plan.back import build_back_plan
-from converter.plan.match import find_map
+from converter.plan.match import find_map, match_release
 from converter.sidecars import copy_sidecars, list_sidecars
 from converter.source import open_folder
 from converter.ui import Console
@@ -101,24 +106,32 @@ def _written_weights(
     if plan is not None and _lossless(plan):
         yield None
         return
-    release = open_folder(out, allow_mlx=True)
-    logical, specs = decoded(release, dtype="F32")
-    reference = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    if plan is None and not specs and not _arithmetic(logical.config):
+    checkpoint = open_folder(out, allow_mlx=True)
+    logical, specs = decoded(checkpoint, dtype="F32")
+    arch = find_map(logical.config)
+    if plan is None and not specs and not _arithmetic(arch, logical.config):
         yield None
         return
+    release = open_folder(source)
+    carried = {
+        drop.name: release.tensors[drop.name]
+        for drop in match_release(release, arch).drops
+        if drop.same_as is None
+    }
+    merged = replace(logical, tensors={**logical.tensors, **carried})
     back = build_back_plan(
-        logical,
-        find_map(logical.config),
+        merged,
+        arch,
         Options(target="torch", dtype="float32"),
-        torch_config=start(reference),
+        torch_config=start(release.config),
+        carried=carried,
     )
     with explain(out.parent):
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.reference-", dir=out.parent))
     try:
-        with release.open() as raw:
-            reader = DecodingReader(raw, logical, specs)
-            execute([Job(back, folder)], logical, reader=reader, stamp={}, workers=workers)
+        with checkpoint.open() as mine, release.open() as theirs:
+            reader = _Beside(DecodingReader(mine, logical, specs), theirs, set(carried))
+            execute([Job(back, folder)], merged, reader=reader, stamp={}, workers=workers)
         _rewrite(folder / "config.json", back.config)
         _rewrite(folder / "model.safetensors.index.json", back.index())
         copy_sidecars(source, list_sidecars(source), folder)
@@ -131,12 +144,23 @@ def _lossless(plan: Plan) -> bool:
     return plan.options.quant is None and all(exact(out.expr) for out in plan.outputs)
 
 
-def _arithmetic(config: dict[str, Any]) -> bool:
-    from arch_maps.facts import Facts
-
-    arch = find_map(config)
+def _arithmetic(arch: ArchMap, config: dict[str, Any]) -> bool:
     tensors = arch.expand(Facts(config), arch.layouts[0])
     return not all(exact(rule.expr) for rule in tensors.rules)
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """Rows of the checkpoint, and of the release for the tensors that the checkpoint dropped."""
+
+    checkpoint: RowReader
+    release: RowReader
+    dropped: set[str]
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows ``[start, stop)`` of a tensor."""
+        reader = self.release if name in self.dropped else self.checkpoint
+        return reader.read_rows(name, start, stop)
 
 
 def _rewrite(path: Path, data: dict[str, Any]) -> None:

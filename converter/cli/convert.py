@@ -163,13 +163,11 @@ def _back(given: dict[str, Any]) -> bool:
 
 def _recipes(given: dict[str, Any]) -> list[Options]:
     try:
-        if given["variants"]:
+        if given["variants"] is not None:
             return _variants(given)
         quantize = given["quantize"] or bool(given["quant_predicate"])
-        named = [flag for flag in ("q_bits", "q_group_size") if given[flag] is not None]
-        if not quantize and (named or given["q_mode"] != "affine"):
-            flag = f"--{named[0].replace('_', '-')}" if named else "--q-mode"
-            raise UsageError(f"{flag}: has no effect without -q")
+        if not quantize and (named := _quantizing(given)):
+            raise UsageError(f"{named[0]}: has no effect without -q")
         if quantize and given["dequantize"]:
             raise UsageError("-q and -d contradict each other")
         quant = None
@@ -189,9 +187,22 @@ def _recipes(given: dict[str, Any]) -> list[Options]:
         raise UsageError(str(error)) from error
 
 
+def _quantizing(given: dict[str, Any]) -> list[str]:
+    """The flags that only say how to quantize, where they are not at their defaults."""
+    defaults = {"q_bits": None, "q_group_size": None, "q_mode": "affine", "q_method": "rtn"}
+    return [
+        f"--{name.replace('_', '-')}" for name, value in defaults.items() if given[name] != value
+    ]
+
+
 def _variants(given: dict[str, Any]) -> list[Options]:
-    if given["quantize"] or given["q_bits"] or given["quant_predicate"] or given["dequantize"]:
-        raise UsageError("--variants names its own quantization; leave -q, -d and --q-bits out")
+    own = [flag for flag in _quantizing(given) if flag in ("--q-bits", "--q-mode")]
+    own += ["-q"] if given["quantize"] else []
+    own += ["--quant-predicate"] if given["quant_predicate"] else []
+    own += ["-d"] if given["dequantize"] else []
+    own += ["--to"] if given["target"] != "mlx" else []
+    if own:
+        raise UsageError(f"--variants names its own quantization; leave {', '.join(own)} out")
     recipes = []
     for name in given["variants"].split(","):
         name = name.strip()

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from arch_maps.config import spell_dtype, start
+from arch_maps.config import spell_dtype, start, stored_dtype
 from arch_maps.facts import Facts, spell_shape
 from arch_maps.inverse import invert
 from arch_maps.ops import Expr, sources
 from arch_maps.ops import Source as Leaf
 from arch_maps.registry import ArchMap
-from arch_maps.rules import Drop, Rule
+from arch_maps.rules import Drop, Kind, Rule
 from converter.errors import PlanError
-from converter.plan.build import assemble, pending_tensors
+from converter.plan.build import assemble, main_dtype, pending_tensors
 from converter.plan.model import Output, Plan
 from converter.plan.options import Options
 from converter.source import Source
@@ -28,11 +28,13 @@ def build_back_plan(
     torch_config: Mapping[str, Any] | None = None,
     restore: Iterable[str] = (),
     layout: str | None = None,
+    carried: Iterable[str] = (),
 ) -> Plan:
     """Plan an MLX checkpoint (decoded view) as torch or as plain MLX; raises PlanError.
 
     ``torch_config`` is the release's own config where a manifest kept it, ``layout`` the layout
-    it was read in, ``restore`` the tied tensors that the release held twice.
+    it was read in, ``restore`` the tied tensors that the release held twice, ``carried`` torch
+    tensors that ``source`` holds beside the checkpoint's own and that go along as they are.
     """
     facts = Facts(source.config)
     chosen = next((one for one in arch.layouts if one.name == layout), arch.layouts[0])
@@ -40,11 +42,13 @@ def build_back_plan(
     if facts.problems:
         raise PlanError(facts.problems)
     known = {rule.target: tuple(map(int, rule.expr.shape)) for rule in tensors.rules}
-    problems = _disagreements(source, known)
+    carried = tuple(carried)
+    problems = _disagreements(source, known, set(carried))
     if problems:
         raise PlanError(problems)
     if options.target == "torch":
         rules = _inverse_rules(tensors.rules, tensors.drops, set(restore), problems)
+        rules += [_as_is(source, name) for name in carried]
         config = dict(torch_config) if torch_config is not None else start(source.config)
         metadata = {"format": "pt"}
     else:
@@ -56,14 +60,15 @@ def build_back_plan(
         metadata = {"format": "mlx"}
     if problems:
         raise PlanError(problems)
-    if options.dtype:
-        spell_dtype(config, options.dtype)
     outputs = []
     for rule in rules:
         leaf = next(sources(rule.expr))
         code = options.dtype_code or source.tensors[leaf.name].dtype
         out = Output(rule, code, None, {})
         outputs.append((out, pending_tensors(rule.target, rule.expr.shape, code, None)))
+    used = main_dtype(outputs)
+    if options.dtype or stored_dtype(config) != used:  # else the config stays to the letter
+        spell_dtype(config, used)
     return assemble(
         source,
         outputs,
@@ -78,11 +83,18 @@ def build_back_plan(
     )
 
 
-def _disagreements(source: Source, known: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _as_is(source: Source, name: str) -> Rule:
+    return Rule(name, Leaf(name, source.tensors[name].shape), Kind.STATE, "text")
+
+
+def _disagreements(
+    source: Source, known: Mapping[str, tuple[int, ...]], carried: set[str]
+) -> list[str]:
     have = source.tensors
     problems = [f"missing: {name} is not in the MLX checkpoint" for name in known.keys() - have]
     problems += [
-        f"surplus: {name} has no place in the map for this type" for name in have.keys() - known
+        f"surplus: {name} has no place in the map for this type"
+        for name in have.keys() - known - carried
     ]
     problems += [
         f"wrong shape: {name} is {list(have[name].shape)}, the map makes it {spell_shape(shape)}"

@@ -51,7 +51,7 @@ def build_plan(
         raise PlanError(problems)
     if options.quant is not None and all(out.quant is None for out, _ in outputs):
         raise PlanError(["-q: no tensor of this release can be quantized with this recipe"])
-    used = _main_dtype(outputs)
+    used = main_dtype(outputs)
     spell_dtype(config, used)
     if options.quant is not None:
         config["quantization"] = _quantization_config(options.quant, [o for o, _ in outputs])
@@ -233,7 +233,8 @@ def _quantization_config(base: QuantSpec, outputs: Sequence[Output]) -> dict[str
     return config
 
 
-def _main_dtype(outputs: Sequence[tuple[Output, dict[str, Pending]]]) -> str:
+def main_dtype(outputs: Sequence[tuple[Output, dict[str, Pending]]]) -> str:
+    """The dtype of most elements, as torch names it."""
     weights: dict[str, int] = {}
     for out, _ in outputs:
         weights[out.dtype] = weights.get(out.dtype, 0) + math.prod(out.expr.shape)
