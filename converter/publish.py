@@ -8,7 +8,7 @@ from typing import Any
 
 from arch_maps.registry import find
 from converter.errors import GateError, UsageError
-from converter.manifest import REPORTS, Manifest, installed_versions, read_manifest
+from converter.manifest import REPORTS, Manifest, installed_versions, read_manifest, verify
 from converter.plan.match import find_map
 from converter.proof import require_proof
 from converter.sidecars import is_sidecar
@@ -75,6 +75,7 @@ def upload_output(
 ) -> str:
     """Publish a finished output and return its address; GateError without a passing report."""
     require_proof(out)
+    verify(out)
     manifest = read_manifest(out)
     if manifest.data["source"].get("gated") and not (private or allow_gated):
         raise GateError(

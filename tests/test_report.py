@@ -98,6 +98,26 @@ def test_page_of_a_failure_names_it_first(value: float) -> None:
     assert str(value) in text
 
 
+def test_a_deviation_of_the_runtime_is_told_at_the_top() -> None:
+    row = Check(
+        name="deviation",
+        modality="image",
+        runtime="mlx_vlm",
+        value=0.0015,
+        threshold=0.01,
+        verdict="info",
+        note="another activation",
+    )
+    base = report()
+    page = render_html(
+        Report(plan=None, reference={}, runtime=base.runtime, checks=(*base.checks, row)).to_json()
+    )
+    head = page[: page.index("</header>")]
+    assert "Parity holds" in head
+    assert "off by 0.0015" in head
+    assert "another activation" in head
+
+
 def test_both_colour_schemes_define_every_colour() -> None:
     text = render_html(report().to_json())
     light, dark = re.findall(r":root \{(.*?)\}", text, flags=re.S)

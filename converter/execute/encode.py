@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -45,10 +46,13 @@ def encode(
 
 
 def _explain(out: Output, error: ElementError, rows: np.ndarray, start: int) -> str:
-    per_row = max(1, rows.size // max(1, rows.shape[-1] if rows.ndim else 1) // max(1, len(rows)))
-    row = start + error.row // per_row if rows.ndim > 1 else start + error.column
-    where = f"{out.rule.target}, row {row}, column {error.column if rows.ndim > 1 else 0}"
+    value = rows.reshape(-1)[error.row * (rows.shape[-1] if rows.ndim else 1) + error.column]
+    row, column = start + error.column, 0  # of a vector, each element is a row
+    if rows.ndim > 1:
+        per_row = math.prod(rows.shape[1:-1])
+        row, column = start + error.row // per_row, error.column
+    where = f"{out.rule.target}, row {row}, column {column}"
     if isinstance(error, NonFiniteError):
         return f"not finite: {where} is NaN or infinite; the release is damaged or unfinished"
     assert isinstance(error, CastOverflowError)
-    return f"out of range: {where}: {error}; choose --dtype bfloat16 or float32"
+    return f"out of range: {where} is {value}, too large for {out.dtype}; use another --dtype"

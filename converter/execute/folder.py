@@ -28,6 +28,11 @@ def check_output(out: Path, *, source: Path | None, overwrite: bool) -> None:
             raise UsageError(
                 f"{out}: the output and the source {source} overlap; choose another --mlx-path"
             )
+    if Path.cwd().is_relative_to(_absolute(out)):
+        raise UsageError(
+            f"{out}: is the current folder or holds it, and the output replaces a folder as a "
+            "whole; choose another --mlx-path"
+        )
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UsageError(f"{out}: exists and is no folder; choose another --mlx-path")
     if out.exists() and any(out.iterdir()) and not overwrite:

@@ -55,10 +55,8 @@ class Job:
 
     def write(self, file: str, offset: int, array: np.ndarray) -> None:
         """Put the bytes of ``array`` at ``offset`` of ``file``."""
-        view = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        while view:
-            done = os.pwrite(self.files[file], view, offset)
-            view, offset = view[done:], offset + done
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        _pwrite_all(self.files[file], flat.data, offset)
 
     def flush(self) -> None:
         """Make finished units durable and record them; after a failure nothing more is recorded.
@@ -220,11 +218,17 @@ def _open_shard(path: Path, shard: Shard) -> tuple[int, bool]:
         found = os.fstat(descriptor).st_size == shard.size
         if not found:
             os.ftruncate(descriptor, shard.size)
-        os.pwrite(descriptor, shard.header, 0)
+        _pwrite_all(descriptor, memoryview(shard.header), 0)
     except OSError:
         os.close(descriptor)
         raise
     return descriptor, found
+
+
+def _pwrite_all(descriptor: int, view: memoryview, offset: int) -> None:
+    while view:  # one call writes at most 2 GiB, and less on a disk that fills up
+        done = os.pwrite(descriptor, view, offset)
+        view, offset = view[done:], offset + done
 
 
 def _datasync(descriptor: int) -> None:

@@ -1,0 +1,53 @@
+"""Fixtures that several files share; whatever needs torch is made once, and only when asked for."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINYLM = Path(__file__).parent / "fixtures" / "tinylm"
+
+
+@pytest.fixture(scope="session")
+def tinylm() -> Path:
+    return TINYLM
+
+
+@pytest.fixture(scope="session")
+def twin_of(tmp_path_factory: pytest.TempPathFactory):
+    """The folder of a type's float32 twin, made on its first use; tests only read it."""
+    from validate.twin import load_example, make_twin
+
+    root = tmp_path_factory.mktemp("session-twins")
+
+    def get(model_type: str, dtype: str = "float32") -> Path:
+        folder = root / f"{model_type}-{dtype}"
+        if not folder.exists():
+            make_twin(load_example(model_type), folder, dtype=dtype)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def twin_folders(twin_of) -> dict[str, Path]:
+    """The folders of the float32 twins of all mapped types."""
+    from arch_maps.registry import model_types
+
+    return {name: twin_of(name) for name in model_types()}
+
+
+@pytest.fixture(scope="session")
+def runtimes() -> None:
+    """The stock MLX runtimes, importable and fast."""
+    from validate.runtime import prepare_mlx
+
+    prepare_mlx()
+
+
+@pytest.fixture(scope="session")
+def program() -> list[str]:
+    """The command line of this checkout, whether it is installed or not."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from converter.cli import main; main()"
+    return [sys.executable, "-c", code]

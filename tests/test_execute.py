@@ -1,0 +1,281 @@
+"""Executing plans: what comes out does not depend on how it is made."""
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from release_helpers import (
+    FOUR_BIT,
+    LLAMA,
+    hashes,
+    llama_tensors,
+    make,
+    same_bits,
+    stored,
+    write_release,
+)
+
+from converter.errors import ConvertError, UsageError
+from converter.execute import run, units
+from converter.execute.folder import locked, os_error_text, publish, work_folder
+from converter.pipeline import Request, plan_request
+from converter.plan import Options
+from quant.recipe import QuantSpec
+
+
+@pytest.fixture
+def release(tmp_path):
+    return write_release(tmp_path / "in" / "release")
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    monkeypatch.setattr(units, "UNIT_BYTES", 256)
+    monkeypatch.setattr(run, "FLUSH_BYTES", 4096)
+
+
+def test_plain_copy_holds_the_bits_of_the_source(release, tmp_path):
+    [out] = make(release, tmp_path / "out")
+    assert {k: v.tobytes() for k, v in stored(out).items()} == {
+        k: v.tobytes() for k, v in llama_tensors(LLAMA).items()
+    }
+
+
+@pytest.mark.parametrize("recipe", [Options(), Options(dtype="float16"), FOUR_BIT])
+def test_workers_and_unit_sizes_do_not_show(release, tmp_path, monkeypatch, recipe):
+    monkeypatch.chdir(tmp_path)
+    expected = hashes(make(release, tmp_path / "whole", recipe)[0])
+    monkeypatch.setattr(run, "FLUSH_BYTES", 4096)
+    for workers, unit_bytes in ((1, 256), (2, 1000), (5, 333)):
+        monkeypatch.setattr(units, "UNIT_BYTES", unit_bytes)
+        [out] = make(release, tmp_path / f"w{workers}", recipe, workers=workers)
+        assert hashes(out) == expected
+
+
+def test_units_cover_every_row_once(release, small_units):
+    planned = plan_request(Request(hf_path=str(release)))
+    outputs = planned.plans[0].outputs
+    made = units.units_of(planned.source, outputs)
+    assert [unit.number for unit in made] == list(range(len(made)))
+    for index, out in enumerate(outputs):
+        rows = [r for u in made if u.output == index for r in range(u.start, u.stop)]
+        assert rows == list(range(out.expr.shape[0]))
+    assert sorted(units.reading_order(planned.source, outputs, made), key=lambda u: u.number) == made
+
+
+def test_source_is_read_front_to_back(release, small_units, tmp_path):
+    planned = plan_request(Request(hf_path=str(release)))
+    outputs, source = planned.plans[0].outputs, planned.source
+    order = units.reading_order(source, outputs, units.units_of(source, outputs))
+    places = [(source.tensors[outputs[u.output].rule.target].start, u.start) for u in order]
+    assert places == sorted(places)
+
+
+def test_several_shards_hold_what_one_holds(release, tmp_path, monkeypatch):
+    from converter.plan import layout
+
+    whole = stored(make(release, tmp_path / "one")[0])
+    lay_out = layout.lay_out.__kwdefaults__
+    monkeypatch.setitem(lay_out, "shard_bytes", 20_000)
+    [out] = make(release, tmp_path / "many")
+    files = sorted(f.name for f in out.glob("*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert len(files) > 2
+    parts = stored(out)
+    assert list(parts) == sorted(whole)
+    assert all(same_bits(parts[name], whole[name]) for name in whole)
+
+
+def test_rows_that_do_not_divide_stay_plain(tmp_path):
+    config = LLAMA | {"intermediate_size": 80}
+    source = write_release(tmp_path / "in", config)
+    [out] = make(source, tmp_path / "out", FOUR_BIT)
+    tensors = stored(out)
+    down = "model.layers.0.mlp.down_proj.weight"
+    assert same_bits(tensors[down], llama_tensors(config)[down])
+    assert "model.layers.0.mlp.gate_proj.scales" in tensors
+    plan = plan_request(Request(hf_path=str(source), recipes=(FOUR_BIT,))).plans[0]
+    kept = {o.rule.target: o.kept for o in plan.outputs if o.kept}
+    assert kept[down] == "rows of 80 do not divide into 32"
+
+
+def test_zero_groups_stay_zero(tmp_path):
+    tensors = llama_tensors(LLAMA)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name][:] = 0
+    source = write_release(tmp_path / "in", LLAMA, tensors)
+    for mode in ("affine", "mxfp4", "mxfp8", "nvfp4"):
+        made = make(source, tmp_path / mode, Options(quant=QuantSpec.make(mode)))
+        [back] = make(made[0], tmp_path / f"{mode}-plain", dequantize=True)
+        assert not stored(back)[name].astype(np.float32).any()
+
+
+def test_output_must_not_destroy_the_source(release, tmp_path):
+    before = hashes(release)
+    link = tmp_path / "link"
+    link.symlink_to(release)
+    for out in (release, release / "mlx", release.parent, link, release / ".." / "release"):
+        with pytest.raises(UsageError, match="overlap; choose another --mlx-path"):
+            make(release, out, overwrite=True)
+    assert hashes(release) == before
+
+
+def test_finished_output_is_replaced_only_when_asked(release, tmp_path):
+    [out] = make(release, tmp_path / "out")
+    (out / "parity.json").write_text("{}")
+    before = hashes(out)
+    with pytest.raises(UsageError, match="holds a finished conversion; use --overwrite"):
+        make(release, out, FOUR_BIT)
+    assert hashes(out) == before
+    make(release, out, FOUR_BIT, overwrite=True)
+    assert hashes(out) == hashes(make(release, tmp_path / "fresh", FOUR_BIT)[0])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fresh", "in", "out"]
+
+
+def test_folder_with_other_things_is_left_alone(release, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("dear")
+    with pytest.raises(UsageError, match="is not empty; use --overwrite"):
+        make(release, out)
+    assert hashes(out).keys() == {"thesis.txt"}
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_current_folder_is_no_output(release, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    (here / "below").mkdir(parents=True)
+    for place, out in ((here, "."), (here, here), (here / "below", "..")):
+        monkeypatch.chdir(place)
+        with pytest.raises(UsageError, match="is the current folder or holds it"):
+            make(release, Path(out), overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "in"]
+
+
+def test_path_through_a_file(release, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "mlx", tmp_path / "file" / "a" / "mlx"):
+        with pytest.raises(ConvertError, match="a part of this path is a file, not a folder") as e:
+            make(release, out)
+        assert e.value.exit_code == 1
+    with pytest.raises(UsageError, match="exists and is no folder"):
+        make(release, tmp_path / "file")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO])
+def test_failing_disk_is_one_paragraph_and_can_go_on(release, tmp_path, monkeypatch, code):
+    """Every write from the tenth on fails, as on a disk that is full or taken away."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 256)
+    calls = iter(range(10**9))
+    pwrite = os.pwrite
+
+    def failing(descriptor, data, offset):
+        if next(calls) >= 40:
+            raise OSError(code, os.strerror(code))
+        return pwrite(descriptor, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.os, "pwrite", failing)
+        with pytest.raises(ConvertError) as caught:
+            make(release, tmp_path / "out" / "mlx", FOUR_BIT)
+    assert caught.value.exit_code == 1
+    message = str(caught.value)
+    assert message == os_error_text(OSError(code, os.strerror(code)), message.partition(":")[0])
+    assert "\n" not in message
+    [left] = (tmp_path / "out").iterdir()
+    assert left.name.startswith(".mlx.")
+    assert left.name.endswith(".partial")
+    assert not (left / "conversion.json").exists()
+    done = (left / ".journal.jsonl").read_text().splitlines()
+    assert len(done) > 1, "what was written before is kept"
+    [out] = make(release, tmp_path / "out" / "mlx", FOUR_BIT)
+    assert hashes(out) == hashes(make(release, tmp_path / "other", FOUR_BIT)[0])
+
+
+def test_error_texts():
+    def text(code):
+        return os_error_text(OSError(code, os.strerror(code)), "OUT")
+
+    assert text(errno.ENOSPC).startswith("OUT: the disk is full. Nothing unfinished looks finished")
+    assert text(errno.EROFS) == "OUT: no permission to write here; choose another --mlx-path."
+    assert text(errno.EIO) == "OUT: Input/output error"
+
+
+def test_failed_flush_is_never_followed_by_a_record(release, tmp_path, monkeypatch):
+    """Systems report lost writes once; a second flush that succeeds proves nothing."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 256)
+    monkeypatch.setattr(run, "FLUSH_BYTES", 4096)
+    calls = iter(range(10**9))
+
+    def datasync(descriptor):
+        if next(calls) == 2:
+            raise OSError(errno.EIO, "lost")
+
+    monkeypatch.setattr(run, "_datasync", datasync)
+    with pytest.raises(ConvertError, match="lost"):
+        make(release, tmp_path / "out", FOUR_BIT)
+    [left] = tmp_path.glob(".out.*.partial")
+    assert len((left / ".journal.jsonl").read_text().splitlines()) == 3  # header, two flushes
+
+
+class TestLock:
+    def test_second_process_is_turned_away(self, release, tmp_path):
+        plan = plan_request(Request(hf_path=str(release))).plans[0]
+        out = tmp_path / "out"
+        with locked(work_folder(out, plan.hash)), pytest.raises(UsageError, match="another process"):
+            make(release, out)
+        make(release, out)
+
+    def test_lock_file_of_a_dead_process_is_no_lock(self, release, tmp_path):
+        plan = plan_request(Request(hf_path=str(release))).plans[0]
+        work = work_folder(tmp_path / "out", plan.hash)
+        work.mkdir()
+        (work / "lock").write_text("4711")
+        work.with_suffix(".lock").write_text("4711")
+        [out] = make(release, tmp_path / "out")
+        assert hashes(out).keys() >= {"conversion.json"}
+
+    def test_lock_holds_until_the_work_is_published(self, tmp_path):
+        work, out = tmp_path / ".out.0.partial", tmp_path / "out"
+        with locked(work):
+            (work / "file").write_text("whole")
+            publish(work, out)
+            with pytest.raises(UsageError, match="another process"), locked(work):
+                pass
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+    def test_one_holder_at_a_time_among_many(self, tmp_path):
+        work = tmp_path / "w.partial"
+        inside, most, entered = [0], [0], [0]
+        guard = threading.Lock()
+
+        def enter():
+            for _ in range(200):
+                try:
+                    with locked(work):
+                        with guard:
+                            inside[0] += 1
+                            entered[0] += 1
+                            most[0] = max(most[0], inside[0])
+                        with guard:
+                            inside[0] -= 1
+                except UsageError:
+                    continue
+
+        threads = [threading.Thread(target=enter) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert entered[0] > 4
+        assert most[0] == 1
+
+
+def test_what_a_killed_replacement_left_is_removed(release, tmp_path):
+    [out] = make(release, tmp_path / "out")
+    out.rename(tmp_path / ".out.replaced")  # killed between the two renames of --overwrite
+    make(release, tmp_path / "out", FOUR_BIT)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
