@@ -12,7 +12,7 @@ from converter.source.index import case_collisions, path_problem
 
 _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".nemo"),
-    *(".h5", ".msgpack", ".npz", ".onnx", ".onnx_data", ".tflite", ".pb", ".xml", ".engine"),
+    *(".h5", ".msgpack", ".npz", ".onnx", ".onnx_data", ".tflite", ".ot", ".pb", ".xml", ".engine"),
     *(".gguf", ".ggml", ".mlmodel", ".mlpackage", ".zip", ".tar", ".gz"),
     *(".safetensors.index.json", ".bin.index.json"),
 )

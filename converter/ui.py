@@ -123,7 +123,7 @@ def plan_tables(plan: Plan, *, workers: int) -> str:
 
 def verdict_text(report: Mapping[str, Any], out: Path) -> str:
     """The checks of a parity report and its verdict, for a terminal."""
-    rows = [("", "runtime", "input", "check", "value", "at most")]
+    rows = [("", "runtime", "input", "check", "value", "gate")]
     notes: dict[str, None] = {}
     for check in report["checks"]:
         known = check["verdict"] == "fail" or check["name"] == "deviation"

@@ -16,12 +16,8 @@ import numpy.typing as npt
 
 from quant.compiled import Kernel, jit
 
-F32: Final = 0
-BF16: Final = 1
-F16: Final = 2
-MXFP4: Final = 0
-MXFP8: Final = 1
-NVFP4: Final = 2
+F32, BF16, F16 = range(3)
+MXFP4, MXFP8, NVFP4 = range(3)
 CHUNK: Final = 4096
 
 Array = npt.NDArray[Any]
@@ -380,7 +376,7 @@ def casting(source: int, target: int) -> Kernel:
                 target_chunk[i] = y
                 infinite = np.uint32(y & np.uint32(infinity)) == np.uint32(infinity)
                 finite = np.uint32(_bits(value) & _MAGNITUDE) < _INFINITY
-                overflow = np.uint32(1) if infinite & finite else overflow
+                overflow = np.uint32(overflow | np.uint32(1 if infinite & finite else 0))
             if overflow:
                 return start
         return -1

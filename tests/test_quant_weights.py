@@ -137,6 +137,22 @@ def test_every_half_precision_value_as_the_largest_of_its_block(code, mode):
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_float32_block_maxima_beside_every_scale_boundary(mode):
+    spec = QuantSpec.make(mode, method="mlx")
+    top = 448 if mode == "mxfp8" else 6
+    edges = [top * 2.0**k * m for k in range(-150, 125) for m in (1, 1.0625, 1.1875)]
+    bits = np.array([e for e in edges if e < 3e38], np.float32).view(np.int32)
+    steps = np.array([-9, -2, -1, 0, 1, 2, 9])
+    amax = (bits[:, None] + steps).clip(0).astype(np.int32).view(np.float32).reshape(-1, 1)
+    w = np.zeros((len(amax), 64), np.float32)
+    w[:, ::16] = amax
+    w[:, 1::16] = amax * np.float32(-0.3)
+    parts, expected = quantize_rows(w, spec), stock_quantize(w, spec)
+    assert same_bytes(parts["scales"], expected["scales"])
+    assert same_bytes(parts["weight"], expected["weight"])
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
 @pytest.mark.parametrize("code", FLOATS)
 def test_every_code_under_every_scale_dequantizes_like_mlx(mode, code):
     spec = QuantSpec.make(mode)
@@ -242,11 +258,12 @@ def test_an_empty_block_has_empty_parts():
 @pytest.mark.parametrize("code", FLOATS)
 @pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8", "nvfp4"])
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
-def test_the_first_nonfinite_element_is_named(code, mode, value):
+@pytest.mark.parametrize("method", ["rtn", "mlx"])
+def test_the_first_nonfinite_element_is_named(code, mode, value, method):
     w = np.ones((1100, 128), NUMPY_DTYPES[code])
     w[1050, 77] = w[1050, 99] = w[1090, 3] = value
     with pytest.raises(NonFiniteError, match="at row 1050, column 77") as error:
-        quantize_rows(w, QuantSpec.make(mode))
+        quantize_rows(w, QuantSpec.make(mode, method=method))
     assert (error.value.row, error.value.column) == (1050, 77)
 
 

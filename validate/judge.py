@@ -212,8 +212,7 @@ def _without_deviations(
             threshold=bound,
             verdict="info" if within else "fail",
             note="; ".join(item.what for item in known)
-            + ". This is the error users of the stock runtime get; "
-            "the rows that follow are judged with the fault taken out.",
+            + f". The other {modality} rows are judged with this fault taken out in memory.",
             cases=tuple(cases),
         )
     )

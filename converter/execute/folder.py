@@ -43,7 +43,10 @@ def check_output(out: Path, *, source: Path | None, overwrite: bool) -> None:
 
 @contextmanager
 def locked(work: Path) -> Iterator[None]:
-    """Make the work folder and hold it against other processes; the lock dies with its process."""
+    """Make the work folder and hold it against other processes; the lock dies with its process.
+
+    The lock file goes at the end; one that a killed process left is empty and locks nothing.
+    """
     path = work.with_suffix(".lock")  # beside the folder, which is renamed while it is held
     with explain(work):
         work.parent.mkdir(parents=True, exist_ok=True)
