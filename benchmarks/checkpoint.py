@@ -18,6 +18,7 @@ TOKENIZER = Path(__file__).parent.parent / "tests" / "fixtures" / "tinylm"
 _BLOCK = 4 << 20
 _SHARD_BYTES = 4 << 30
 _SEED = 20260722
+Tensors = Sequence[tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +35,8 @@ class Shape:
     @classmethod
     def of_bytes(cls, size: float) -> Shape:
         """The shape with the number of layers whose bf16 weights come nearest to ``size`` bytes."""
-        one, two = (_tensor_bytes(cls(layers=n).tensors()) for n in (1, 2))
+        one, two = (_tensor_bytes(list(cls(layers=n).tensors())) for n in (1, 2))
         return cls(layers=max(1, round((size - 2 * one + two) / (two - one))))
-
-    @classmethod
-    def of_tensors(cls, count: int) -> Shape:
-        """A shape of at least ``count`` tensors."""
-        per_layer = len(list(cls(layers=2).tensors())) - len(list(cls(layers=1).tensors()))
-        return cls(layers=math.ceil(count / per_layer))
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every tensor's name and shape, as transformers names them."""
@@ -86,7 +81,38 @@ class Shape:
         }
 
 
-def make_release(folder: Path, shape: Shape, *, zeros: bool = False) -> int:
+def of_tensors(count: int) -> tuple[dict[str, object], Tensors]:
+    """Config and tensors of a qwen3_5 release grown to ``count`` tensors and a few more.
+
+    Its hybrid text stack and its vision tower have the most tensors a layer of all maps; names
+    and shapes are those of the shipped example's map, so only planning can be measured with it.
+    """
+    from arch_maps.facts import Facts
+    from arch_maps.ops import sources
+    from arch_maps.registry import find
+    from validate.twin import load_example
+
+    arch = find("qwen3_5")
+    assert arch is not None
+
+    def grown(depth: int) -> tuple[dict[str, object], Tensors]:
+        config = load_example("qwen3_5")
+        text, vision = config["text_config"], config["vision_config"]
+        period = text["layer_types"][: text["full_attention_interval"]]
+        text["num_hidden_layers"] = vision["depth"] = depth
+        text["layer_types"] = [period[n % len(period)] for n in range(depth)]
+        text["mtp_num_hidden_layers"] = 0
+        rules = arch.expand(Facts(config), arch.layouts[0]).rules
+        leaves = {leaf.name: leaf.shape for rule in rules for leaf in sources(rule.expr)}
+        return config, [(name, tuple(map(int, dims))) for name, dims in sorted(leaves.items())]
+
+    few, more = (len(grown(depth)[1]) for depth in (4, 8))
+    return grown(4 * math.ceil((count - few) / (more - few)) + 4)
+
+
+def make_release(
+    folder: Path, config: dict[str, object], tensors: Tensors, *, zeros: bool = False
+) -> int:
     """Write the release and return the bytes of its weights; the same bytes on every machine.
 
     With ``zeros`` the weight files are holes: any size costs no disk, and reads as zeros.
@@ -95,9 +121,9 @@ def make_release(folder: Path, shape: Shape, *, zeros: bool = False) -> int:
     for source in TOKENIZER.iterdir():
         if source.suffix == ".json" and source.name != "config.json":
             shutil.copyfile(source, folder / source.name)
-    text = json.dumps(shape.config(), indent=2) + "\n"
+    text = json.dumps(config, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-    shards = list(_shards(list(shape.tensors())))
+    shards = list(_shards(tensors))
     names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
@@ -112,15 +138,12 @@ def make_release(folder: Path, shape: Shape, *, zeros: bool = False) -> int:
                 for block in _random_bf16(number, math.prod(dims), ones=len(dims) == 1):
                     file.write(block)
                 number += 1
-    total = _tensor_bytes(shape.tensors())
+    total = _tensor_bytes(tensors)
     if len(shards) > 1:
         owners = {tensor: n for n, s in zip(names, shards, strict=True) for tensor, _ in s}
         index = {"metadata": {"total_size": total}, "weight_map": owners}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return total
-
-
-Tensors = Sequence[tuple[str, tuple[int, ...]]]
 
 
 def _shards(tensors: Tensors) -> Iterator[Tensors]:
@@ -160,7 +183,7 @@ def _random_bf16(seed: int, count: int, *, ones: bool) -> Iterator[bytes]:
         yield values.astype(ml_dtypes.bfloat16).tobytes()
 
 
-def _tensor_bytes(tensors: Iterator[tuple[str, tuple[int, ...]]] | Tensors) -> int:
+def _tensor_bytes(tensors: Tensors) -> int:
     return sum(2 * math.prod(dims) for _, dims in tensors)
 
 
@@ -169,12 +192,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=make_release.__doc__)
     parser.add_argument("folder", type=Path)
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--bytes", type=float)
-    size.add_argument("--tensors", type=int)
+    size.add_argument("--bytes", type=float, help="of a qwen3 release")
+    size.add_argument("--tensors", type=int, help="of a qwen3_5 release, all zeros")
     parser.add_argument("--zeros", action="store_true")
     given = parser.parse_args()
-    shape = Shape.of_tensors(given.tensors) if given.tensors else Shape.of_bytes(given.bytes)
-    print(make_release(given.folder, shape, zeros=given.zeros))
+    if given.tensors:
+        config, tensors = of_tensors(given.tensors)
+        print(make_release(given.folder, config, tensors, zeros=True))
+        return
+    shape = Shape.of_bytes(given.bytes)
+    print(make_release(given.folder, shape.config(), list(shape.tensors()), zeros=given.zeros))
 
 
 if __name__ == "__main__":

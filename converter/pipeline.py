@@ -12,7 +12,7 @@ from typing import Any
 
 from arch_maps.config import stored_dtype
 from converter.decode import DecodingReader, decoded
-from converter.errors import PlanError, UsageError
+from converter.errors import ConvertError, PlanError, UsageError
 from converter.execute import Job, execute
 from converter.execute.folder import (
     MANIFEST,
@@ -32,7 +32,7 @@ from converter.plan.match import find_map, match_release
 from converter.release import Release, fetch, open_release
 from converter.sidecars import copy_sidecars
 from converter.source import Source
-from converter.ui import Console
+from converter.ui import Console, size_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,8 @@ class Request:
     """One per output; all are written from one read of the source."""
     dequantize: bool = False
     overwrite: bool = False
+    prove: bool = False
+    """Whether a report follows; then an output of this plan that lacks one is not made again."""
     workers: int | None = None
     command: str = ""
 
@@ -80,6 +82,13 @@ def plan_request(request: Request) -> Planned:
     """Decide everything from headers; raises PlanError with every problem."""
     back = request.dequantize or any(r.target == "torch" for r in request.recipes)
     release = open_release(request.hf_path, revision=request.revision, allow_mlx=back)
+    if back and release.source.mlx is None:
+        raise PlanError(
+            [
+                f"{request.hf_path}: is a torch release already; -d and --to torch start from an "
+                "MLX checkpoint"
+            ]
+        )
     source, decoding = decoded(release.source) if back else (release.source, {})
     arch = find_map(source.config)
     plans: list[Plan] = []
@@ -113,7 +122,10 @@ def convert(request: Request, console: Console) -> list[Converted]:
     """Plan, fetch, execute and finish; the outputs are whole when this returns."""
     planned = plan_request(request)
     folders = output_folders(request, planned)
-    done = [_finished(plan, out) for plan, out in zip(planned.plans, folders, strict=True)]
+    done = [
+        _unproven(plan, out) if request.prove and not request.overwrite else None
+        for plan, out in zip(planned.plans, folders, strict=True)
+    ]
     source_root = planned.release.root
     for out, finished in zip(folders, done, strict=True):
         if finished is None:
@@ -130,11 +142,29 @@ def convert(request: Request, console: Console) -> list[Converted]:
         if finished is None
     ]
     if todo:
+        _require_space(todo)
         _execute_all(request, console, planned, release, source, todo)
     return [
         Converted(plan=plan, manifest=read_manifest(out), folder=out, release=release)
         for plan, out in zip(planned.plans, folders, strict=True)
     ]
+
+
+def _require_space(todo: Sequence[tuple[Plan, Path]]) -> None:
+    """Refuse before writing what the disk has no room for, counting what is there already."""
+    needed: dict[Path, int] = {}
+    for plan, out in todo:
+        work = work_folder(out, plan.hash)
+        have = sum(file.stat().st_blocks * 512 for file in work.glob("*.safetensors"))
+        parent = out.parent.resolve()
+        needed[parent] = needed.get(parent, 0) + max(0, plan.output_bytes - have)
+    for parent, size in needed.items():
+        free = shutil.disk_usage(parent).free
+        if size > free:
+            raise ConvertError(
+                f"{parent}: the disk has {size_text(free)} free and the output needs "
+                f"{size_text(size)}; free some space or choose another --mlx-path"
+            )
 
 
 def _execute_all(
@@ -151,7 +181,7 @@ def _execute_all(
     with ExitStack() as stack:
         for job in jobs:
             stack.enter_context(locked(job.work))
-        reader = stack.enter_context(source.open())
+        reader = stack.enter_context(release.source.open())
         rows = DecodingReader(reader, source, planned.decoding) if planned.decoding else reader
         try:
             with console.progress("convert", unit="units") as tick:
@@ -197,8 +227,11 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _finished(plan: Plan, out: Path) -> Manifest | None:
-    """The manifest of an output that this very plan made but whose proof is still missing."""
+def _unproven(plan: Plan, out: Path) -> Manifest | None:
+    """The manifest of an output that this very plan made but whose proof is still missing.
+
+    Should the weights have changed under the same headers since, the proof will say so.
+    """
     if not (out / MANIFEST).is_file() or (out / "parity.json").exists():
         return None
     manifest = read_manifest(out)

@@ -32,10 +32,10 @@ def twin_of(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def twin_folders(twin_of) -> dict[str, Path]:
-    """The folders of the float32 twins of all mapped types."""
-    from arch_maps.registry import model_types
+    """The folders of the float32 twins of all types that have an example config."""
+    from validate.twin import list_examples
 
-    return {name: twin_of(name) for name in model_types()}
+    return {name: twin_of(name) for name in list_examples()}
 
 
 @pytest.fixture(scope="session")

@@ -153,12 +153,14 @@ def from_reference(model_type: str) -> dict[str, Any]:
     """The full-size class of the reference implementation, without memory for its weights."""
     import torch
     import transformers
+    from transformers.core_model_loading import revert_weight_conversion
 
     config = load_example(model_type)
     cls = getattr(transformers, config["architectures"][0])
     with torch.device("meta"):
         model = cls(transformers.AutoConfig.for_model(**config))
-    names = dict(model.state_dict())
+    # As it would save them: newer classes join experts that releases store one by one.
+    names = dict(revert_weight_conversion(model, model.state_dict()))
     if model.config.get_text_config().tie_word_embeddings:
         names.pop("lm_head.weight", None)
     return {

@@ -27,6 +27,7 @@ def main() -> None:
     make(source, source.with_name("warm"), *RECIPES, workers=2)  # compiles and imports
     units.UNIT_BYTES, run.FLUSH_BYTES = int(sys.argv[2]), int(sys.argv[3])
     os.pwrite = _slowly(os.pwrite)
+    os.fsync = os.fdatasync = lambda descriptor: None  # a kill takes nothing from the page cache
     run.encode = _counted(run.encode)
     print("ready", flush=True)
     for line in sys.stdin:
@@ -41,13 +42,13 @@ def main() -> None:
 
 
 def _slowly(pwrite):
-    """Halves of writes with a pause between, so that kills fall into the middle of them."""
+    """Writes in pieces with a pause between, so that kills fall into the middle of them."""
 
-    def half(descriptor, data, offset):
+    def piece(descriptor, data, offset):
         time.sleep(0.0003)
-        return pwrite(descriptor, data[: (len(data) + 1) // 2], offset)
+        return pwrite(descriptor, data[: max(4096, len(data) // 2)], offset)
 
-    return half
+    return piece
 
 
 def _counted(encode):

@@ -71,7 +71,9 @@ def test_integer_weights_are_refused_by_name(refused):
     assert problem.startswith(f"{DOWN}: made from I8")
 
 
-@pytest.mark.parametrize("flags", [(), ("-q",), ("--dtype", "float16"), ("--variants", "bf16,4bit")])
+@pytest.mark.parametrize(
+    "flags", [(), ("-q",), ("--dtype", "float16"), ("--variants", "bf16,4bit")]
+)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_every_tensor_that_is_not_finite_is_named(refused, value, flags):
     problems = refused(LLAMA, holding(value, DOWN, NORM, *GATES), *flags)
@@ -100,8 +102,7 @@ def test_one_line_for_each_tensor_however_many_places(refused, monkeypatch):
 def test_overflow_of_float16_says_where_and_what_to_do(refused):
     [problem] = refused(LLAMA, holding(1e5, DOWN), "--dtype", "float16")
     assert problem == (
-        f"out of range: {DOWN}, row 0, column 65 is 99840, too large for F16; "
-        "use another --dtype"
+        f"out of range: {DOWN}, row 0, column 65 is 99840.0, too large for F16; use another --dtype"
     )
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from release_helpers import (
 
 from converter.errors import ConvertError, UsageError
 from converter.execute import run, units
-from converter.execute.folder import locked, os_error_text, publish, work_folder
+from converter.execute.folder import os_error_text
 from converter.pipeline import Request, plan_request
 from converter.plan import Options
 from quant.recipe import QuantSpec
@@ -63,7 +62,9 @@ def test_units_cover_every_row_once(release, small_units):
     for index, out in enumerate(outputs):
         rows = [r for u in made if u.output == index for r in range(u.start, u.stop)]
         assert rows == list(range(out.expr.shape[0]))
-    assert sorted(units.reading_order(planned.source, outputs, made), key=lambda u: u.number) == made
+    assert (
+        sorted(units.reading_order(planned.source, outputs, made), key=lambda u: u.number) == made
+    )
 
 
 def test_source_is_read_front_to_back(release, small_units, tmp_path):
@@ -221,61 +222,23 @@ def test_failed_flush_is_never_followed_by_a_record(release, tmp_path, monkeypat
     assert len((left / ".journal.jsonl").read_text().splitlines()) == 3  # header, two flushes
 
 
-class TestLock:
-    def test_second_process_is_turned_away(self, release, tmp_path):
-        plan = plan_request(Request(hf_path=str(release))).plans[0]
-        out = tmp_path / "out"
-        with locked(work_folder(out, plan.hash)), pytest.raises(UsageError, match="another process"):
-            make(release, out)
-        make(release, out)
-
-    def test_lock_file_of_a_dead_process_is_no_lock(self, release, tmp_path):
-        plan = plan_request(Request(hf_path=str(release))).plans[0]
-        work = work_folder(tmp_path / "out", plan.hash)
-        work.mkdir()
-        (work / "lock").write_text("4711")
-        work.with_suffix(".lock").write_text("4711")
-        [out] = make(release, tmp_path / "out")
-        assert hashes(out).keys() >= {"conversion.json"}
-
-    def test_lock_holds_until_the_work_is_published(self, tmp_path):
-        work, out = tmp_path / ".out.0.partial", tmp_path / "out"
-        with locked(work):
-            (work / "file").write_text("whole")
-            publish(work, out)
-            with pytest.raises(UsageError, match="another process"), locked(work):
-                pass
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-
-    def test_one_holder_at_a_time_among_many(self, tmp_path):
-        work = tmp_path / "w.partial"
-        inside, most, entered = [0], [0], [0]
-        guard = threading.Lock()
-
-        def enter():
-            for _ in range(200):
-                try:
-                    with locked(work):
-                        with guard:
-                            inside[0] += 1
-                            entered[0] += 1
-                            most[0] = max(most[0], inside[0])
-                        with guard:
-                            inside[0] -= 1
-                except UsageError:
-                    continue
-
-        threads = [threading.Thread(target=enter) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert entered[0] > 4
-        assert most[0] == 1
-
-
 def test_what_a_killed_replacement_left_is_removed(release, tmp_path):
     [out] = make(release, tmp_path / "out")
     out.rename(tmp_path / ".out.replaced")  # killed between the two renames of --overwrite
     make(release, tmp_path / "out", FOUR_BIT)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_file_larger_than_the_system_allows(program, release, tmp_path):
+    """A real limit on a real process."""
+    import subprocess
+
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)); "
+    code += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " + program[2]
+    flags = ("--hf-path", release, "--mlx-path", tmp_path / "out" / "mlx", "--no-validate")
+    command = [program[0], "-c", code, *map(str, flags), "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "files as large as this output's are not allowed here" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert [p.name for p in (tmp_path / "out").iterdir() if not p.name.startswith(".")] == []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +90,16 @@ def request_from(given: dict[str, Any]) -> Request:
         recipes=tuple(_recipes(given)),
         dequantize=given["dequantize"],
         overwrite=given["overwrite"],
+        prove=not given.get("no_validate", True),
         workers=given.get("workers"),
-        command=shlex.join(["convert", *sys.argv[1:]]),
+        command=command_text(sys.argv[1:]),
     )
+
+
+def command_text(arguments: Sequence[str]) -> str:
+    """The command as it is recorded and published: folders by their names, not their paths."""
+    named = [Path(word).name if os.path.isabs(word) else word for word in arguments]
+    return shlex.join(["convert", *(word for word in named if word)])
 
 
 def _prove_and_publish(

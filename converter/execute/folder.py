@@ -152,6 +152,11 @@ def os_error_text(error: OSError, path: Path) -> str:
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{where}: no permission to write here; choose another --mlx-path."
+    if error.errno == errno.EFBIG:
+        return (
+            f"{where}: files as large as this output's are not allowed here, by the file system "
+            "or by a limit (ulimit -f); choose another --mlx-path."
+        )
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return f"{where}: a part of this path is a file, not a folder; choose another --mlx-path."
     return f"{where}: {error.strerror or error}"

@@ -54,7 +54,7 @@ def _ranges(source: Source, outputs: Sequence[Output]) -> Iterator[tuple[int, in
             continue
         widths = (itemsize(source.tensors[leaf.name].dtype) for leaf in sources(out.expr))
         width = max(widths, default=4)
-        row_bytes = max(1, width * math.prod(out.expr.shape[1:]))
+        row_bytes = max(1, width * math.prod(map(int, out.expr.shape[1:])))
         step = max(1, UNIT_BYTES // row_bytes)
         for start in range(0, rows, step):
             yield index, start, min(rows, start + step)

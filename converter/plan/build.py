@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,12 +18,14 @@ from converter.plan.match import Match
 from converter.plan.model import Output, Plan, Shard, StoredTensor
 from converter.plan.options import Options
 from converter.source import Source
+from converter.source.header import paused_gc
 from converter.version import program_version
 from quant.recipe import QuantSpec
 
 _CODES_TO_TORCH = {code: name for name, code in TORCH_NAMES.items()}
 
 
+@paused_gc()
 def build_plan(
     source: Source,
     match: Match,
@@ -102,7 +103,7 @@ def assemble(
         drops=tuple(drops),
         shards=shards,
         notes=tuple(dict.fromkeys(notes)),
-        parameters=sum(math.prod(out.expr.shape) for out in located),
+        parameters=sum(out.elements for out in located),
         source_bytes=sum(
             source.tensors[name].nbytes
             for name in {leaf.name for out in located for leaf in sources(out.expr)}
@@ -228,7 +229,7 @@ def _quantization_config(base: QuantSpec, outputs: Sequence[Output]) -> dict[str
             continue
         own = out.quant.to_config()
         # mlx-vlm quantizes only weights whose element count is a multiple of 64, unless named.
-        if own != base.to_config() or math.prod(out.expr.shape) % 64:
+        if own != base.to_config() or out.elements % 64:
             config[out.rule.module] = dict(own)
     return config
 
@@ -237,7 +238,7 @@ def main_dtype(outputs: Sequence[tuple[Output, dict[str, Pending]]]) -> str:
     """The dtype of most elements, as torch names it."""
     weights: dict[str, int] = {}
     for out, _ in outputs:
-        weights[out.dtype] = weights.get(out.dtype, 0) + math.prod(out.expr.shape)
+        weights[out.dtype] = weights.get(out.dtype, 0) + out.elements
     return _CODES_TO_TORCH[max(weights, key=lambda code: (weights[code], code))]
 
 

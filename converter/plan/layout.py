@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from arch_maps.dtypes import itemsize
 from arch_maps.ops import Shape
@@ -22,11 +22,11 @@ class Pending:
     name: str
     dtype: str
     shape: Shape
+    nbytes: int = field(init=False)
+    """Bytes of the tensor."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return math.prod(self.shape) * itemsize(self.dtype)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nbytes", math.prod(self.shape) * itemsize(self.dtype))
 
 
 def lay_out(

@@ -16,6 +16,7 @@ from arch_maps.registry import ArchMap, find, model_types
 from arch_maps.rules import Drop, Layout, Rule, Tensors
 from converter.errors import PlanError
 from converter.source import Source
+from converter.source.header import paused_gc
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _SHOWN = 10
@@ -51,26 +52,29 @@ def find_map(config: Mapping[str, Any]) -> ArchMap:
     return arch
 
 
+@paused_gc()
 def match_release(source: Source, arch: ArchMap) -> Match:
     """Account for every tensor of ``source``; raises PlanError with all problems, grouped."""
-    best: tuple[int, Layout, Tensors, list[str]] | None = None
-    facts = Facts(source.config)
+    candidates = []
     for layout in arch.layouts:
         facts = Facts(source.config)
         tensors = arch.expand(facts, layout)
         if facts.problems:  # sizes are unreliable, so comparing shapes would only mislead
             raise PlanError(facts.problems)
-        problems = _disagreements(source, tensors)
-        if best is None or len(problems) < best[0]:
-            best = (len(problems), layout, tensors, problems)
-        if not problems:
-            break
-    assert best is not None
-    _, layout, tensors, problems = best
+        candidates.append((layout, tensors, facts))
+    layout, tensors, facts = min(candidates, key=lambda one: _unmatched(source, one[1]))
+    problems = _disagreements(source, tensors)
     if problems:
         raise PlanError(_grouped(problems))
     present = tuple(drop for drop in tensors.drops if drop.name in source.tensors)
     return Match(arch, layout, tuple(tensors.rules), present, tuple(facts.notes))
+
+
+def _unmatched(source: Source, tensors: Tensors) -> int:
+    """How many names one side has without the other, to tell layouts apart quickly."""
+    wanted = {leaf.name for rule in tensors.rules for leaf in sources(rule.expr)}
+    known = wanted | {drop.name for drop in tensors.drops}
+    return len(wanted - source.tensors.keys()) + len(source.tensors.keys() - known)
 
 
 def _disagreements(source: Source, tensors: Tensors) -> list[str]:

@@ -13,6 +13,7 @@ from arch_maps.dtypes import itemsize
 from arch_maps.ops import Expr, Shape, describe
 from arch_maps.rules import Drop, Rule
 from converter.plan.options import Options
+from converter.source.header import paused_gc
 from quant.recipe import QuantSpec
 
 FORMAT = 1
@@ -56,6 +57,11 @@ class Output:
         """How the parameter is made."""
         return self.rule.expr
 
+    @property
+    def elements(self) -> int:
+        """Elements of the parameter, as a plain number: named sizes spell out every product."""
+        return math.prod(map(int, self.rule.expr.shape))
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -97,6 +103,7 @@ class Plan:
         return 8 * tensors / max(1, self.parameters)
 
     @cached_property
+    @paused_gc()
     def hash(self) -> str:
         """sha256 of the canonical JSON, 64 hex digits."""
         text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))

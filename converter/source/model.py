@@ -31,6 +31,8 @@ class Source:
     files: Mapping[str, SourceFile]
     weight_files: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    mlx: str | None = None
+    """What shows that this is an MLX checkpoint already, None for a torch release."""
     scratch: object = None
     """Keeps unpacked copies of pickled tensors alive as long as the source."""
 
@@ -87,7 +89,8 @@ def build_source(
         problems += _index_problems(index, headers, owners, broken)
     if not owners and not problems:
         problems.append(f"{where}: no tensors in {', '.join(sorted(headers)) or 'any file'}")
-    if not allow_mlx and (reason := mlx_reason(config, headers)):
+    reason = mlx_reason(config, headers)
+    if reason is not None and not allow_mlx:
         problems.append(
             f"{where}: already an MLX checkpoint ({reason}); give the original release, or use "
             "-d / --to torch to convert this one back"
@@ -108,6 +111,7 @@ def build_source(
         files=files,
         weight_files=tuple(files),
         notes=tuple(notes),
+        mlx=reason,
     )
 
 

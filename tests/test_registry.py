@@ -1,0 +1,126 @@
+"""Every mapped type is complete: example config, header fixture, twin, runtimes, parts."""
+
+import importlib
+
+import header_fixtures
+import pytest
+
+from arch_maps import registry
+from arch_maps.facts import Facts
+from arch_maps.ops import sources
+from arch_maps.registry import ArchMap, find, model_types
+from arch_maps.rules import targets
+from converter.plan.match import match_release
+from converter.source import open_folder
+from validate.twin import list_examples, load_example
+
+RUNTIMES = {"mlx-vlm": "mlx_vlm", "mlx-lm": "mlx_lm"}
+MODALITIES = {"text", "image", "audio", "video"}
+TAGS = {"text-generation", "image-text-to-text", "sentence-similarity", "any-to-any"}
+each_type = pytest.mark.parametrize("model_type", model_types())
+
+
+def test_the_registry_is_the_folder():
+    folder = header_fixtures.ROOT.parents[1] / "arch_maps" / "models"
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert set(model_types()) == files
+    assert list(model_types()) == sorted(files)
+    assert find("no_such_type") is None
+
+
+@each_type
+def test_type_has_an_example_config(model_type):
+    assert model_type in list_examples()
+    config = load_example(model_type)
+    assert config["model_type"] == model_type
+    assert config["architectures"]
+
+
+def test_no_example_without_a_map():
+    assert set(list_examples()) == set(model_types())
+
+
+@each_type
+def test_type_has_a_header_fixture(model_type):
+    assert list((header_fixtures.ROOT / model_type).glob("*.json")), (
+        f"python tests/header_fixtures.py SRC NAME  (or --example {model_type} NAME)"
+    )
+
+
+def test_no_fixture_without_a_map():
+    assert {path.name for path in header_fixtures.ROOT.iterdir()} <= set(model_types())
+
+
+@each_type
+def test_type_has_a_twin_that_its_map_accounts_for(model_type, twin_of):
+    """As the reference implementation itself saves it."""
+    source = open_folder(twin_of(model_type))
+    match = match_release(source, find(model_type))
+    used = {leaf.name for rule in match.rules for leaf in sources(rule.expr)}
+    assert used | {drop.name for drop in match.drops} == set(source.tensors)
+
+
+@pytest.mark.usefixtures("runtimes")
+@each_type
+def test_runtimes_are_the_ones_that_have_the_model(model_type):
+    from validate.runtime import runtimes_for
+
+    arch = find(model_type)
+    facts = Facts(load_example(model_type))
+    config = arch.config(load_example(model_type), facts)
+    assert facts.problems == []
+    assert set(arch.runtimes) <= set(RUNTIMES)
+    assert runtimes_for(config) == tuple(RUNTIMES[name] for name in arch.runtimes)
+
+
+@each_type
+def test_parts_exist_and_are_the_ones_that_are_mounted(model_type):
+    arch = find(model_type)
+    for name in arch.parts:
+        importlib.import_module(f"arch_maps.{name}")
+    tensors = arch.expand(Facts(load_example(model_type)), arch.layouts[0])
+    kinds = {"text": "text", "vision": "vision", "audio": "audio", "projector": "projectors"}
+    named = {name.partition(".")[0] for name in arch.parts}
+    mounted = {kinds[rule.part] for rule in tensors.rules}
+    # A projector may be a few tensors of its tower's own file.
+    assert named <= mounted <= named | {"projectors"}
+
+
+@each_type
+def test_what_a_map_says_of_itself(model_type):
+    arch = find(model_type)
+    assert arch.layouts
+    assert len({layout.name for layout in arch.layouts}) == len(arch.layouts)
+    assert set(arch.modalities) <= MODALITIES
+    assert ("image" in arch.modalities) == any(n.startswith("vision.") for n in arch.parts)
+    assert arch.pipeline_tag in TAGS
+    assert all(remark.endswith(".") for remark in arch.remarks)
+
+
+@each_type
+def test_targets_are_filled_once_and_drops_said_once(model_type):
+    arch = find(model_type)
+    tensors = arch.expand(Facts(load_example(model_type)), arch.layouts[0])
+    assert len(targets(tensors.rules)) == len(tensors.rules)
+    assert len({drop.name for drop in tensors.drops}) == len(tensors.drops)
+
+
+@each_type
+def test_an_empty_config_is_a_list_of_problems_not_a_crash(model_type):
+    arch = find(model_type)
+    for layout in arch.layouts:
+        facts = Facts({"model_type": model_type})
+        arch.expand(facts, layout)
+        assert facts.problems
+        assert all("config.json" in problem for problem in facts.problems)
+
+
+def test_a_file_whose_map_has_another_name_is_a_fault(monkeypatch):
+    module = importlib.import_module("arch_maps.models.llama")
+    monkeypatch.setattr(module, "MAP", find("qwen3"))
+    registry.find.cache_clear()
+    with pytest.raises(AssertionError):
+        find("llama")
+    monkeypatch.undo()
+    registry.find.cache_clear()
+    assert isinstance(find("llama"), ArchMap)
