@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,14 +49,18 @@ def write_manifest(
     *,
     command: str,
     source_config: Mapping[str, Any],
+    content: str,
+    digests: Mapping[str, str],
     names: Sequence[str],
-    workers: int,
 ) -> Manifest:
-    """Hash the named files of ``folder`` and write the manifest, as the last file."""
+    """Write the manifest of ``folder``, as its last file.
+
+    ``content`` tells one set of source weights from another under the same headers; ``digests``
+    holds the sha256 of the weight files, ``names`` lists the files to hash now.
+    """
     from quant.microscaling import ROUNDING_RULES
 
-    with ThreadPoolExecutor(workers) as pool:
-        digests = list(pool.map(lambda name: file_sha256(folder / name), names))
+    known = {**digests, **{name: file_sha256(folder / name) for name in names}}
     data = {
         "format": 1,
         "plan": plan.hash,
@@ -68,6 +71,7 @@ def write_manifest(
         "recipe": plan.options.to_json(),
         "rounding": dict(ROUNDING_RULES),
         "source": plan.source,
+        "content": content,
         "source_config": dict(source_config),
         "parameters": plan.parameters,
         "bits_per_weight": round(plan.bits_per_weight, 4),
@@ -76,7 +80,7 @@ def write_manifest(
         "versions": installed_versions(_RECORDED),
         "files": {
             name: {"sha256": digest, "bytes": (folder / name).stat().st_size}
-            for name, digest in sorted(zip(names, digests, strict=True))
+            for name, digest in sorted(known.items())
         },
     }
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"

@@ -46,8 +46,6 @@ class Request:
     """One per output; all are written from one read of the source."""
     dequantize: bool = False
     overwrite: bool = False
-    prove: bool = False
-    """Whether a report follows; then an output of this plan that lacks one is not made again."""
     workers: int | None = None
     command: str = ""
 
@@ -122,10 +120,7 @@ def convert(request: Request, console: Console) -> list[Converted]:
     """Plan, fetch, execute and finish; the outputs are whole when this returns."""
     planned = plan_request(request)
     folders = output_folders(request, planned)
-    done = [
-        _unproven(plan, out) if request.prove and not request.overwrite else None
-        for plan, out in zip(planned.plans, folders, strict=True)
-    ]
+    done = _reusable(request, planned, folders)
     source_root = planned.release.root
     for out, finished in zip(folders, done, strict=True):
         if finished is None:
@@ -185,7 +180,7 @@ def _execute_all(
         rows = DecodingReader(reader, source, planned.decoding) if planned.decoding else reader
         try:
             with console.progress("convert", unit="units") as tick:
-                execute(
+                digests = execute(
                     jobs,
                     source,
                     reader=rows,
@@ -197,26 +192,27 @@ def _execute_all(
             for job in jobs:  # a damaged source: nothing of it is worth resuming
                 shutil.rmtree(job.work, ignore_errors=True)
             raise
-        for job, (plan, out) in zip(jobs, todo, strict=True):
+        for job, (plan, out), hashes in zip(jobs, todo, digests, strict=True):
             with explain(job.work):
-                _finish(job.work, plan, release, request)
+                _finish(job.work, plan, release, request, hashes)
                 publish(job.work, out)
 
 
-def _finish(work: Path, plan: Plan, release: Release, request: Request) -> None:
+def _finish(
+    work: Path, plan: Plan, release: Release, request: Request, digests: Mapping[str, str]
+) -> None:
     """Everything but the weights, the manifest last; the work folder is an output afterwards."""
     write_json(work / "config.json", plan.config)
     write_json(work / "model.safetensors.index.json", plan.index())
     copy_sidecars(release.local(), release.sidecars, work)
-    names = [shard.file for shard in plan.shards]
-    names += ["config.json", "model.safetensors.index.json", *release.sidecars]
     write_manifest(
         work,
         plan,
         command=request.command,
         source_config=release.source.config,
-        names=names,
-        workers=request.thread_count,
+        content=release.content(),
+        digests=digests,
+        names=["config.json", "model.safetensors.index.json", *release.sidecars],
     )
     sync_tree(work)
     (work / JOURNAL).unlink()
@@ -227,15 +223,20 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _unproven(plan: Plan, out: Path) -> Manifest | None:
-    """The manifest of an output that this very plan made but whose proof is still missing.
+def _reusable(request: Request, planned: Planned, folders: Sequence[Path]) -> list[Manifest | None]:
+    """Outputs of these very plans and weights that an interrupted run has finished already."""
+    if request.overwrite:
+        return [None] * len(folders)
+    content = planned.release.content()
+    return [_finished(plan, out, content) for plan, out in zip(planned.plans, folders, strict=True)]
 
-    Should the weights have changed under the same headers since, the proof will say so.
-    """
+
+def _finished(plan: Plan, out: Path, content: str) -> Manifest | None:
     if not (out / MANIFEST).is_file() or (out / "parity.json").exists():
         return None
     manifest = read_manifest(out)
-    return manifest if manifest.plan == plan.hash else None
+    same = manifest.plan == plan.hash and manifest.data.get("content") == content
+    return manifest if same else None
 
 
 def _relocated(planned: Planned, release: Release) -> Source:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass, replace
 from functools import partial
@@ -56,6 +58,10 @@ class Release:
             if file.path is not None
         }
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+    def content(self) -> str:
+        """The stamp as one hash."""
+        return hashlib.sha256(json.dumps(self.stamp(), sort_keys=True).encode()).hexdigest()
 
     def card(self) -> str | None:
         """The release's own README.md, if it was fetched."""

@@ -382,22 +382,3 @@ def casting(source: int, target: int) -> Kernel:
         return -1
 
     return kernel
-
-
-@cache
-def nonfinite(kind: int) -> Kernel:
-    """``(x) -> int`` over flat bits in groups of CHUNK; rejects NaN and infinities."""
-    signed, magnitude, infinity = _layout(kind)
-
-    @jit
-    def kernel(x: Array) -> int:
-        for start in range(0, x.shape[0], CHUNK):
-            chunk = x[start : start + CHUNK]
-            most = signed(0)
-            for i in range(chunk.shape[0]):
-                most = max(most, signed(chunk[i] & magnitude))
-            if most >= infinity:
-                return start
-        return -1
-
-    return kernel

@@ -90,7 +90,6 @@ def request_from(given: dict[str, Any]) -> Request:
         recipes=tuple(_recipes(given)),
         dequantize=given["dequantize"],
         overwrite=given["overwrite"],
-        prove=not given.get("no_validate", True),
         workers=given.get("workers"),
         command=command_text(sys.argv[1:]),
     )

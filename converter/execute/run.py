@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from arch_maps.ops import RowReader, evaluate
+from arch_maps.ops import RowReader, evaluate, row_count
 from converter.errors import PlanError
 from converter.execute import units
+from converter.execute.digest import Digests
 from converter.execute.encode import BadValueError, encode
 from converter.execute.folder import explain, sync_folder
 from converter.execute.journal import Journal
@@ -39,6 +40,7 @@ class Job:
     files: dict[str, int] = field(init=False, default_factory=dict)
     pending: list[int] = field(init=False, default_factory=list)
     written: int = field(init=False, default=0)
+    digests: Digests = field(init=False)
     _durable: bool = field(init=False, default=True)
 
     def open(self, stamp: dict[str, Any]) -> None:
@@ -52,13 +54,27 @@ class Job:
                 whole &= found
             self.journal = Journal(self.work, identity, trusted=whole)
             sync_folder(self.work)
+        sizes = {shard.file: shard.size for shard in self.plan.shards}
+        self.digests = Digests(self.files, sizes)
+        for shard in self.plan.shards:
+            self.digests.written(shard.file, 0, len(shard.header))
 
     def write(self, file: str, offset: int, array: np.ndarray) -> None:
         """Put the bytes of ``array`` at ``offset`` of ``file``."""
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         _pwrite_all(self.files[file], flat.data, offset)
+        self.digests.written(file, offset, offset + flat.nbytes)
 
-    def flush(self) -> None:
+    def already(self, done: Sequence[units.Unit]) -> None:
+        """Count what an earlier run wrote of these units as written."""
+        for unit in done:
+            for tensor in self.plan.outputs[unit.output].stored.values():
+                row_bytes = tensor.nbytes // row_count(tensor.shape)
+                start = tensor.start + unit.start * row_bytes
+                stop = tensor.start + unit.stop * row_bytes
+                self.digests.written(tensor.file, start, stop)
+
+    def flush(self, lock: threading.Lock) -> None:
         """Make finished units durable and record them; after a failure nothing more is recorded.
 
         A system reports lost writes once only: the next flush would succeed without them.
@@ -66,11 +82,11 @@ class Job:
         if not self._durable:
             return
         self._durable = False
+        with lock:  # workers go on meanwhile; what they finish now waits for the next flush
+            finished, self.pending, self.written = self.pending, [], 0
         for descriptor in self.files.values():
             _datasync(descriptor)
-        self.journal.record(self.pending)
-        self.pending = []
-        self.written = 0
+        self.journal.record(finished)
         self._durable = True
 
     def close(self) -> None:
@@ -89,11 +105,12 @@ def execute(
     stamp: dict[str, Any],
     workers: int,
     progress: Progress | None = None,
-) -> None:
+) -> list[dict[str, str]]:
     """Write the weight files of every job's plan; all plans share their rules.
 
-    Raises PlanError naming every tensor with a value that cannot be stored (the caller removes
-    the work folder), ConvertError when the disk fails (the work folder stays and can resume).
+    Returns the sha256 of each job's files. Raises PlanError naming every tensor with a value that
+    cannot be stored (the caller removes the work folder), ConvertError when the disk fails (the
+    work folder stays and can resume).
     """
     outputs = jobs[0].plan.outputs
     for job in jobs:
@@ -102,14 +119,19 @@ def execute(
     try:
         for job in jobs:
             job.open(stamp)
-        try:
-            _run(jobs, source, reader, workers, progress)
-        except BaseException:
-            for job in jobs:  # what is done is not done again by the run that resumes
-                with contextlib.suppress(OSError):
-                    job.flush()
-            raise
-        _check_aliases(jobs[0].plan, source, reader)
+        with contextlib.ExitStack() as hashing:
+            for job in jobs:
+                hashing.enter_context(job.digests)
+            try:
+                _run(jobs, source, reader, workers, progress)
+            except BaseException:
+                for job in jobs:  # what is done is not done again by the run that resumes
+                    with contextlib.suppress(OSError):
+                        job.flush(threading.Lock())
+                raise
+            _check_aliases(jobs[0].plan, source, reader)
+            with explain(jobs[0].work):
+                return [job.digests.finish() for job in jobs]
     finally:
         for job in jobs:
             job.close()
@@ -125,6 +147,8 @@ def _run(
     outputs = jobs[0].plan.outputs
     ordered = units.reading_order(source, outputs, units.units_of(source, outputs))
     todo = [unit for unit in ordered if any(unit.number not in job.journal.done for job in jobs)]
+    for job in jobs:
+        job.already([unit for unit in ordered if unit.number in job.journal.done])
     total, finished = len(ordered), len(ordered) - len(todo)
     bad: dict[int, tuple[int, str]] = {}
     lock = threading.Lock()
@@ -159,7 +183,7 @@ def _run(
             progress(finished, total)
         try:
             while True:
-                while len(running) < 2 * workers and (unit := next(queue, None)) is not None:
+                while len(running) < 4 * workers and (unit := next(queue, None)) is not None:
                     running.add(pool.submit(convert, unit))
                 if not running:
                     break
@@ -170,9 +194,8 @@ def _run(
                 if progress:
                     progress(finished, total)
                 if sum(job.written for job in jobs) >= FLUSH_BYTES:
-                    with lock:
-                        for job in jobs:
-                            job.flush()
+                    for job in jobs:
+                        job.flush(lock)
         except BaseException:
             for future in running:
                 future.cancel()
@@ -180,7 +203,7 @@ def _run(
         if bad:
             raise PlanError(_summary([text for _, text in bad.values()]))
         for job in jobs:
-            job.flush()
+            job.flush(lock)
 
 
 def _summary(bad: list[str]) -> list[str]:
