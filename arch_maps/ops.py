@@ -217,12 +217,11 @@ def children(expr: Expr) -> tuple[Expr, ...]:
     return () if isinstance(expr, Source | Constant) else (expr.x,)
 
 
-def sources(expr: Expr) -> Iterator[Source]:
-    """Yield every leaf that reads a tensor, left to right, repeats included."""
-    if isinstance(expr, Source):
-        yield expr
-    for child in children(expr):
-        yield from sources(child)
+def sources(expr: Expr) -> tuple[Source, ...]:
+    """Every leaf that reads a tensor, left to right, repeats included."""
+    if isinstance(expr, Source):  # nearly every expression of a large release
+        return (expr,)
+    return tuple(leaf for child in children(expr) for leaf in sources(child))
 
 
 def streamable(expr: Expr) -> bool:

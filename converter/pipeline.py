@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from arch_maps.config import stored_dtype
+from converter.calibrated import statistics_of
 from converter.decode import DecodingReader, decoded
 from converter.errors import ConvertError, PlanError, UsageError
 from converter.execute import Job, execute
@@ -47,6 +48,9 @@ class Request:
     dequantize: bool = False
     overwrite: bool = False
     workers: int | None = None
+    calibration_data: Path | None = None
+    """Text of the calibrated methods; None for the built-in one."""
+    trust_remote_code: bool = False
     command: str = ""
 
     @property
@@ -172,7 +176,20 @@ def _execute_all(
 ) -> None:
     from contextlib import ExitStack
 
-    jobs = [Job(plan, work_folder(out, plan.hash)) for plan, out in todo]
+    jobs = [
+        Job(
+            plan,
+            work_folder(out, plan.hash),
+            statistics_of(
+                plan,
+                release,
+                data=request.calibration_data,
+                console=console,
+                trust_remote_code=request.trust_remote_code,
+            ),
+        )
+        for plan, out in todo
+    ]
     with ExitStack() as stack:
         for job in jobs:
             stack.enter_context(locked(job.work))

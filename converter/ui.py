@@ -165,7 +165,7 @@ def memory_estimate(plan: Plan, workers: int) -> int:
             elements = 1
             for size in out.expr.shape:
                 elements *= int(size)
-            whole = max(whole, 8 * elements * len(list(sources(out.expr))))
+            whole = max(whole, 8 * elements * len(sources(out.expr)))
     return 200_000_000 + workers * max(8 * UNIT_BYTES, whole)
 
 

@@ -17,9 +17,16 @@ from converter.manifest import verify
 from converter.pipeline import Converted, Request, convert, plan_request
 from converter.plan import Options
 from converter.ui import Console, plan_tables, size_text, verdict_text
-from quant.recipe import QuantSpec
+from quant.calibrate.text import (
+    DEFAULT_LENGTH,
+    DEFAULT_SEQUENCES,
+    Calibration,
+    calibration_of,
+)
+from quant.recipe import CALIBRATED, QuantSpec
 
 _PLAIN = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_CALIBRATION = ("calibration_data", "calibration_sequences", "calibration_length")
 _MODES = ("mxfp4", "mxfp8", "nvfp4")
 
 
@@ -91,6 +98,8 @@ def request_from(given: dict[str, Any]) -> Request:
         dequantize=given["dequantize"],
         overwrite=given["overwrite"],
         workers=given.get("workers"),
+        calibration_data=given["calibration_data"],
+        trust_remote_code=given["trust_remote_code"],
         command=command_text(sys.argv[1:]),
     )
 
@@ -189,15 +198,39 @@ def _recipes(given: dict[str, Any]) -> list[Options]:
                 quant=quant,
                 predicate=given["quant_predicate"],
                 target=given["target"],
+                calibration=_calibration(given, quant),
             )
         ]
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
+def _quantized(given: dict[str, Any], quant: QuantSpec) -> Options:
+    return Options(dtype=given["dtype"], quant=quant, calibration=_calibration(given, quant))
+
+
+def _calibration(given: dict[str, Any], quant: QuantSpec | None) -> Calibration | None:
+    """What the flags say about calibration text, None where the method needs none."""
+    if quant is None or quant.method not in CALIBRATED:
+        if named := [f"--{n.replace('_', '-')}" for n in _CALIBRATION if given[n] is not None]:
+            raise UsageError(f"{named[0]}: has no effect without --q-method imatrix or gptq")
+        return None
+    return calibration_of(
+        given["calibration_data"],
+        sequences=given["calibration_sequences"] or DEFAULT_SEQUENCES,
+        length=given["calibration_length"] or DEFAULT_LENGTH,
+    )
+
+
 def _quantizing(given: dict[str, Any]) -> list[str]:
     """The flags that only say how to quantize, where they are not at their defaults."""
-    defaults = {"q_bits": None, "q_group_size": None, "q_mode": "affine", "q_method": "rtn"}
+    defaults = {
+        "q_bits": None,
+        "q_group_size": None,
+        "q_mode": "affine",
+        "q_method": "rtn",
+        **dict.fromkeys(_CALIBRATION),
+    }
     return [
         f"--{name.replace('_', '-')}" for name, value in defaults.items() if given[name] != value
     ]
@@ -218,11 +251,11 @@ def _variants(given: dict[str, Any]) -> list[Options]:
             recipes.append(Options(dtype=_PLAIN[name]))
         elif name in _MODES:
             quant = QuantSpec.make(name, method=given["q_method"])
-            recipes.append(Options(dtype=given["dtype"], quant=quant))
+            recipes.append(_quantized(given, quant))
         elif name.endswith("bit") and name.removesuffix("bit").isdigit():
             bits = int(name.removesuffix("bit"))
             quant = QuantSpec.make("affine", bits, given["q_group_size"], given["q_method"])
-            recipes.append(Options(dtype=given["dtype"], quant=quant))
+            recipes.append(_quantized(given, quant))
         else:
             known = ", ".join([*_PLAIN, "2bit ... 8bit", *_MODES])
             raise UsageError(f"--variants: {name!r} is not one of {known}")

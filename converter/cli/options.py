@@ -45,11 +45,20 @@ recipe = _all(
     ),
     click.option(
         "--q-method",
-        type=click.Choice(["rtn", "mlx"]),
+        type=click.Choice(["rtn", "mlx", "search", "imatrix", "gptq"]),
         default="rtn",
         show_default=True,
-        help="mlx: the bytes of mx.quantize; rtn: codes from the stored scale and bias.",
+        help="mlx: the bytes of mx.quantize; rtn: codes from the stored scale and bias; search: "
+        "scale and bias by least squares; imatrix: weighted by activations; gptq: errors made up "
+        "for by later columns.",
     ),
+    click.option(
+        "--calibration-data",
+        type=click.Path(path_type=Path),
+        help="Text file or folder for imatrix and gptq; default: a small built-in text.",
+    ),
+    click.option("--calibration-sequences", type=click.IntRange(1), help="Default: 64."),
+    click.option("--calibration-length", type=click.IntRange(8), help="Tokens each; default: 512."),
     click.option("--quant-predicate", help="A stock mixed recipe such as mixed_4_6."),
     click.option("-d", "--dequantize", is_flag=True, help="Plain weights from an MLX checkpoint."),
     click.option("--to", "target", type=click.Choice(["mlx", "torch"]), default="mlx"),

@@ -9,6 +9,7 @@ import numpy as np
 
 from arch_maps.dtypes import CODES, FLOAT_CODES
 from arch_maps.ops import row_count
+from converter.calibrated import Calibrated
 from converter.errors import ConvertError
 from converter.plan.model import Output, StoredTensor
 from quant.errors import CastOverflowError, ElementError, NonFiniteError
@@ -21,11 +22,17 @@ class BadValueError(ConvertError):
 
 
 def encode(
-    out: Output, rows: np.ndarray, start: int, *, checked: bool = False
+    out: Output,
+    rows: np.ndarray,
+    start: int,
+    *,
+    checked: bool = False,
+    calibrated: Calibrated | None = None,
 ) -> Iterator[tuple[StoredTensor, int, np.ndarray]]:
     """Yield (tensor, absolute byte offset, array) for rows from ``start`` of a parameter.
 
-    ``checked`` says that the rows are known to be finite. Raises BadValueError.
+    ``checked`` says that the rows are known to be finite; ``calibrated`` holds what the
+    calibrated methods need. Raises BadValueError.
     """
     from quant.floats import cast, check_finite
     from quant.weights import quantize_rows
@@ -36,7 +43,11 @@ def encode(
             if not checked and out.quant is None:
                 check_finite(rows)
             rows = cast(rows, out.dtype)
-        parts = {"": rows} if out.quant is None else quantize_rows(rows, out.quant)
+        parts = {"": rows}
+        if out.quant is not None:
+            made = calibrated.parts(out, start, start + len(rows)) if calibrated else None
+            weights = calibrated.weights(out) if calibrated else None
+            parts = made or quantize_rows(rows, out.quant, weights=weights)
     except ElementError as error:
         raise BadValueError(_explain(out, error, rows, start)) from error
     for role, array in parts.items():

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from arch_maps.ops import RowReader, evaluate, row_count
+from converter.calibrated import Calibrated
 from converter.errors import PlanError
 from converter.execute import units
 from converter.execute.digest import Digests
@@ -36,6 +37,7 @@ class Job:
 
     plan: Plan
     work: Path
+    calibrated: Calibrated | None = None
     journal: Journal = field(init=False)
     files: dict[str, int] = field(init=False, default_factory=dict)
     pending: list[int] = field(init=False, default_factory=list)
@@ -46,6 +48,8 @@ class Job:
     def open(self, stamp: dict[str, Any]) -> None:
         """Open or resume: the files at their final sizes, headers written."""
         identity = {"plan": self.plan.hash, "source": stamp, "unit_bytes": units.UNIT_BYTES}
+        if self.calibrated is not None:
+            identity["calibration"] = self.calibrated.digest
         with explain(self.work):
             whole = True
             for shard in self.plan.shards:
@@ -163,7 +167,9 @@ def _run(
             size = 0
             try:
                 out = job.plan.outputs[unit.output]
-                for tensor, offset, array in encode(out, rows, unit.start, checked=checked):
+                for tensor, offset, array in encode(
+                    out, rows, unit.start, checked=checked, calibrated=job.calibrated
+                ):
                     job.write(tensor.file, offset, array)
                     size += array.nbytes
             except BadValueError as error:

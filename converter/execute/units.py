@@ -37,7 +37,7 @@ def reading_order(source: Source, outputs: Sequence[Output], units: Sequence[Uni
     """The units sorted by where their source lies, so that files are read front to back."""
 
     def position(unit: Unit) -> tuple[str, int, int]:
-        leaf = next(sources(outputs[unit.output].expr), None)
+        leaf = next(iter(sources(outputs[unit.output].expr)), None)
         if leaf is None:
             return ("", 0, unit.start)
         info = source.tensors[leaf.name]

@@ -62,7 +62,7 @@ def build_back_plan(
         raise PlanError(problems)
     outputs = []
     for rule in rules:
-        leaf = next(sources(rule.expr))
+        leaf = sources(rule.expr)[0]
         code = options.dtype_code or source.tensors[leaf.name].dtype
         out = Output(rule, code, None, {})
         outputs.append((out, pending_tensors(rule.target, rule.expr.shape, code, None)))

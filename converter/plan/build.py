@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from arch_maps.config import spell_dtype, stored_dtype
 from arch_maps.dtypes import FLOAT_CODES, TORCH_NAMES
 from arch_maps.facts import Facts
 from arch_maps.ops import Affine, Expr, children, describe, sources
+from arch_maps.ops import Source as Leaf
 from arch_maps.rules import Kind, Rule
 from converter.errors import PlanError, UsageError
+from converter.plan.calibrated import calibrated_spec
 from converter.plan.layout import Pending, lay_out
 from converter.plan.match import Match
 from converter.plan.model import Output, Plan, Shard, StoredTensor
@@ -152,6 +156,8 @@ def _outputs(
     outputs = []
     notes: list[str] = []
     rounded = 0
+    headless = all(rule.kind is not Kind.HEAD for rule in rules)
+    uncalibrated: Counter[str] = Counter()
     for rule in rules:
         code, problem = _storage_dtype(source, rule, dtype)
         if problem:
@@ -161,7 +167,11 @@ def _outputs(
         if spec is not None and int(rule.expr.shape[-1]) % spec.group_size:
             kept = f"rows of {int(rule.expr.shape[-1])} do not divide into {spec.group_size}"
             spec = None
-        rounded += code in ("BF16", "F16") and _has_arithmetic(rule.expr)
+        if spec is not None:
+            spec, why = calibrated_spec(rule, spec, headless=headless)
+            uncalibrated.update([why] if why else [])
+        arithmetic = not isinstance(rule.expr, Leaf) and _has_arithmetic(rule.expr)
+        rounded += arithmetic and code in ("BF16", "F16")
         out = Output(rule, code, spec, {}, kept)
         outputs.append((out, pending_tensors(rule.target, rule.expr.shape, code, spec)))
     if rounded:
@@ -169,26 +179,37 @@ def _outputs(
             f"{rounded} norm weights are stored as 1 + weight and round to the storage dtype "
             "once more; the parity report runs the reference on the stored values"
         )
+    notes += [
+        f"{count} {why}: method search, without activations"
+        for why, count in uncalibrated.items()
+    ]
     return outputs, notes
 
 
 def _storage_dtype(source: Source, rule: Rule, dtype: str | None) -> tuple[str, str | None]:
-    codes = {source.tensors[leaf.name].dtype for leaf in sources(rule.expr)}
-    name = rule.target
-    if not codes:
-        return (TORCH_NAMES[dtype] if dtype else "F32"), None
-    if not codes <= FLOAT_CODES or any(code.startswith("F8") for code in codes):
+    codes = frozenset(source.tensors[leaf.name].dtype for leaf in sources(rule.expr))
+    code = _stored_code(codes, dtype, state=rule.kind is Kind.STATE)
+    if code is None:
         found = ", ".join(sorted(codes))
-        return "", f"{name}: made from {found} in {describe(rule.expr)}; floats are expected"
-    widest = max(codes, key=lambda code: (code in ("F32", "F64"), code))
-    if rule.kind is Kind.STATE and widest in ("F32", "F64"):
-        return "F32", None
+        made = f"{rule.target}: made from {found} in {describe(rule.expr)}"
+        return "", f"{made}; floats are expected"
+    return code, None
+
+
+@cache
+def _stored_code(codes: frozenset[str], dtype: str | None, *, state: bool) -> str | None:
+    """The storage dtype for sources of these dtypes; None where they are not plain floats."""
+    if not codes:
+        return TORCH_NAMES[dtype] if dtype else "F32"
+    if not codes <= FLOAT_CODES or any(code.startswith("F8") for code in codes):
+        return None
+    wide = bool(codes & {"F32", "F64"})  # MLX stores no float64
+    if state and wide:
+        return "F32"
     if dtype is not None:
         code = TORCH_NAMES[dtype]
-        return ("F32" if code == "F64" else code), None
-    if len(codes) > 1:
-        return "F32", None
-    return ("F32" if widest == "F64" else widest), None
+        return "F32" if code == "F64" else code
+    return "F32" if wide or len(codes) > 1 else next(iter(codes))
 
 
 def _has_arithmetic(expr: Expr) -> bool:

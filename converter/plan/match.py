@@ -71,10 +71,13 @@ def match_release(source: Source, arch: ArchMap) -> Match:
 
 
 def _unmatched(source: Source, tensors: Tensors) -> int:
-    """How many names one side has without the other, to tell layouts apart quickly."""
-    wanted = {leaf.name for rule in tensors.rules for leaf in sources(rule.expr)}
-    known = wanted | {drop.name for drop in tensors.drops}
-    return len(wanted - source.tensors.keys()) + len(source.tensors.keys() - known)
+    """How many tensors disagree in name or shape, to tell layouts apart quickly."""
+    wanted = {leaf.name: leaf.shape for rule in tensors.rules for leaf in sources(rule.expr)}
+    known = wanted.keys() | {drop.name for drop in tensors.drops}
+    have = source.tensors
+    shared = wanted.keys() & have.keys()
+    otherwise = sum(have[name].shape != tuple(map(int, wanted[name])) for name in shared)
+    return len(wanted.keys() - have.keys()) + len(have.keys() - known) + otherwise
 
 
 def _disagreements(source: Source, tensors: Tensors) -> list[str]:

@@ -154,6 +154,8 @@ def _output(out: Output) -> dict[str, Any]:
     }
     if out.quant is not None:
         entry["quantization"] = out.quant.to_config()
+        if out.quant.method not in ("rtn", "mlx"):
+            entry["method"] = out.quant.method
     if out.kept:
         entry["kept"] = out.kept
     return entry

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from arch_maps.dtypes import TORCH_NAMES
-from quant.recipe import QuantSpec
+from quant.calibrate.text import Calibration
+from quant.recipe import CALIBRATED, QuantSpec
 
 Target = Literal["mlx", "torch"]
 MLX_DTYPES = ("float16", "bfloat16", "float32")
@@ -21,12 +22,22 @@ class Options:
     predicate: str | None = None
     """Name of a stock mixed recipe, for ``--quant-predicate``."""
     target: Target = "mlx"
+    calibration: Calibration | None = None
+    """Which text calibrates; needed by the methods that weigh or propagate activations."""
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in MLX_DTYPES:
             raise ValueError(f"--dtype is {self.dtype!r}, not one of {', '.join(MLX_DTYPES)}")
         if self.predicate and self.quant is None:
             raise ValueError("--quant-predicate needs -q")
+        needed = self.quant is not None and self.quant.method in CALIBRATED
+        if needed != (self.calibration is not None):
+            method = self.quant.method if self.quant else "rtn"
+            raise ValueError(
+                f"--q-method {method} needs calibration text"
+                if needed
+                else f"--calibration-data has no effect with --q-method {method}"
+            )
         if self.target == "torch" and self.quant is not None:
             raise ValueError("--to torch writes plain tensors; it cannot be combined with -q")
 
@@ -51,9 +62,12 @@ class Options:
         quant = None
         if self.quant is not None:
             quant = {**self.quant.to_config(), "method": self.quant.method}
-        return {
+        recipe: dict[str, Any] = {
             "dtype": self.dtype,
             "quantization": quant,
             "predicate": self.predicate,
             "target": self.target,
         }
+        if self.calibration is not None:
+            recipe["calibration"] = self.calibration.to_json()
+        return recipe

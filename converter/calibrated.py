@@ -1,0 +1,107 @@
+"""Calibration as a step of the conversion: the statistics of a plan, by output and row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arch_maps.ops import Source as Leaf
+from arch_maps.rules import Kind
+from converter.errors import PlanError, UsageError
+from converter.plan.model import Output, Plan
+from converter.release import Release
+from converter.ui import Console
+from quant.calibrate.store import Statistics
+from quant.recipe import CALIBRATED
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """The statistics of one plan, by output and row."""
+
+    statistics: Statistics
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the statistics: with the plan, it decides every byte."""
+        return self.statistics.digest
+
+    def weights(self, out: Output) -> np.ndarray | None:
+        """Column weights of an output of method "imatrix", None for other methods."""
+        if out.quant is None or out.quant.method != "imatrix":
+            return None
+        assert isinstance(out.expr, Leaf)
+        return self.statistics[out.expr.name]
+
+    def parts(self, out: Output, start: int, stop: int) -> dict[str, np.ndarray] | None:
+        """Rows of the stored tensors of an output of method "gptq", None for other methods."""
+        if out.quant is None or out.quant.method != "gptq":
+            return None
+        names = {role: f"{out.rule.module}.{role}" for role in out.stored}
+        return {role: self.statistics[name][start:stop] for role, name in names.items()}
+
+
+def statistics_of(
+    plan: Plan,
+    release: Release,
+    *,
+    data: Path | None,
+    console: Console,
+    trust_remote_code: bool = False,
+) -> Calibrated | None:
+    """The statistics that ``plan`` needs, from the cache or a pass over the text at ``data``.
+
+    Raises UsageError where the text is not the planned one, PlanError where the release cannot
+    be calibrated.
+    """
+    calibration = plan.options.calibration
+    tasks = _tasks(plan.outputs)
+    if calibration is None or not tasks:
+        return None
+    from quant.calibrate.run import calibrate
+    from quant.calibrate.text import CalibrationError, calibration_of, read_text
+
+    try:
+        now = calibration_of(
+            data, sequences=calibration.sequences, length=calibration.length
+        )
+        if now != calibration:
+            raise UsageError(f"--calibration-data {data}: changed since it was planned")
+        found = calibrate(
+            release.local(),
+            tasks,
+            text=read_text(data),
+            calibration=calibration,
+            source=_identity(plan, release),
+            say=console.say,
+            trust_remote_code=trust_remote_code,
+        )
+    except CalibrationError as error:
+        raise PlanError([str(error)]) from error
+    return Calibrated(found)
+
+
+def _tasks(outputs: Sequence[Output]) -> list[Any]:
+    from quant.calibrate.gather import Task
+
+    return [
+        Task(
+            source=out.expr.name,
+            module=out.rule.module,
+            dtype=out.dtype,
+            spec=out.quant,
+            table=out.rule.kind is Kind.EMBEDDING,
+        )
+        for out in outputs
+        if out.quant is not None and out.quant.method in CALIBRATED and isinstance(out.expr, Leaf)
+    ]
+
+
+def _identity(plan: Plan, release: Release) -> dict[str, Any]:
+    """What tells this release's content from any other's."""
+    where = {} if release.snapshot else {"folder": str(release.local().resolve())}
+    return {**plan.source, **where, "stamp": release.stamp()}

@@ -1,0 +1,25 @@
+"""Which matrices the calibrated methods can serve, decided from the rules alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from arch_maps.ops import Source as Leaf
+from arch_maps.rules import Kind, Rule
+from quant.recipe import CALIBRATED, QuantSpec
+
+
+def calibrated_spec(rule: Rule, spec: QuantSpec, *, headless: bool) -> tuple[QuantSpec, str]:
+    """The spec that calibration can serve for a rule, and why where it is "search" instead.
+
+    ``headless`` says that no rule makes a head, so that a tied one reads the embedding.
+    """
+    if spec.method not in CALIBRATED:
+        return spec, ""
+    if rule.kind is Kind.EMBEDDING and not headless:
+        reason = "embeddings that are only looked up, where all columns count alike"
+    elif not isinstance(rule.expr, Leaf) or len(rule.expr.shape) != 2:
+        reason = "matrices that the release stores fused or stacked"
+    else:
+        return spec, ""
+    return replace(spec, method="search"), reason
