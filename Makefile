@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test lint bench golden clean
+.PHONY: demo test lint bench golden parity-matrix clean
 .DELETE_ON_ERROR:
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -25,6 +25,12 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks
+
+parity-matrix: $(VENV)/ready
+	$(BIN)/python -m benchmarks.matrix
+
+golden: $(VENV)/ready
+	$(BIN)/python tests/golden_plans.py
 
 clean:
 	rm -rf $(VENV) .demo .bench build dist *.egg-info

@@ -1,0 +1,322 @@
+"""The parity matrix: every mapped type's twin, converted and run beside the stock converters.
+
+``python -m benchmarks.matrix [TYPE ...]`` makes the twin of each type as published checkpoints
+spell their config and as transformers 5 saves it, converts both, judges text and images in every
+runtime that knows the type, judges what the stock converter makes of the first one, and restores
+it with ``--to torch``. It writes docs/parity-matrix.md and docs/parity-matrix.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+TEXT = ("logits", "hidden")
+IMAGE = "image/logits"
+DECODE = "decode"
+LIMIT_S = 240
+
+
+def main() -> None:
+    from arch_maps.registry import model_types
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*", help="model types; default: all")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    parser.add_argument("--jobs", type=int, default=2)
+    given = parser.parse_args()
+    started = time.perf_counter()
+    rows = measure(given.types or list(model_types()), jobs=given.jobs)
+    kept = given.docs / "parity-matrix.json"
+    if given.types and kept.exists():  # a partial run renews its own rows only
+        renewed = {row["model_type"] for row in rows}
+        old = json.loads(kept.read_text())["rows"]
+        rows = sorted(
+            [row for row in old if row["model_type"] not in renewed] + rows,
+            key=lambda row: str(row["model_type"]),
+        )
+    kept.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
+    (given.docs / "parity-matrix.md").write_text(table(rows))
+    print(f"{len(rows)} types, {time.perf_counter() - started:.0f} s")
+
+
+def measure(types: list[str], *, jobs: int) -> list[dict[str, Any]]:
+    """One row for each type, each in a fork of a process that has the heavy imports loaded."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.matrix_imports"])
+    rows: list[dict[str, Any]] = []
+    waiting, running = list(types), []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            receive, send = context.Pipe(duplex=False)
+            name = waiting.pop(0)
+            process = context.Process(target=_child, args=(name, send))
+            process.start()
+            send.close()
+            running.append((name, process, receive, time.monotonic()))
+        for entry in list(running):
+            name, process, receive, since = entry
+            row: dict[str, Any] | None = None
+            if receive.poll(0.05):
+                try:
+                    row = receive.recv()
+                except EOFError:
+                    row = {"model_type": name, "error": f"the process died ({process.exitcode})"}
+            elif time.monotonic() - since > LIMIT_S:
+                process.kill()
+                row = {"model_type": name, "error": f"no answer in {LIMIT_S} s"}
+            if row is not None:
+                process.join()
+                running.remove(entry)
+                rows.append(row)
+                print(one_line(row), flush=True)
+    return sorted(rows, key=lambda row: str(row["model_type"]))
+
+
+def _child(model_type: str, answer: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # as many processes as cores run beside each other
+    answer.send(row_of(model_type))
+    answer.close()
+
+
+def row_of(model_type: str) -> dict[str, Any]:
+    """Everything the matrix says of one type."""
+    from arch_maps.registry import find
+    from validate.twin import load_example, make_twin
+
+    arch = find(model_type)
+    assert arch is not None
+    row: dict[str, Any] = {
+        "model_type": model_type,
+        "parts": list(arch.parts),
+        "modalities": list(arch.modalities),
+        "remarks": list(arch.remarks),
+    }
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            make_twin(load_example(model_type), folder / "twin")
+            row["published"] = _ours(folder / "twin", folder / "ours")
+            row["restored"] = _restored(folder / "twin", folder / "ours", folder / "back")
+            row["transformers"] = _ours(_resaved(folder / "twin", folder / "saved"), folder / "two")
+            row["stock"] = _stock(folder / "twin", folder / "stock")
+        except Exception as error:
+            row["error"] = _short(error)
+    row["seconds"] = round(time.perf_counter() - started, 1)
+    return row
+
+
+def _ours(source: Path, out: Path) -> dict[str, Any]:
+    from converter.pipeline import Request, convert
+    from converter.proof import prove
+    from converter.ui import Console
+
+    quiet = Console(quiet=True)
+    try:
+        done = convert(Request(hf_path=str(source), mlx_path=out), quiet)
+        return summary(prove(out, source=source, console=quiet, plan=done[0].plan))
+    except Exception as error:
+        return {"verdict": "error", "error": _short(error)}
+
+
+def _stock(source: Path, out: Path) -> dict[str, Any]:
+    """What the stock converter makes of the release, judged the same way."""
+    import contextlib
+    import io
+
+    from converter.proof import prove
+    from converter.ui import Console
+    from validate.reference import read_config
+    from validate.runtime import runtimes_for
+
+    runtimes = runtimes_for(read_config(source))
+    if not runtimes:
+        return {"verdict": "error", "error": "no stock runtime knows the type"}
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            if "mlx_vlm" in str(runtimes[0]):
+                from mlx_vlm.convert import convert as stock
+            else:
+                from mlx_lm.convert import convert as stock
+            stock(hf_path=str(source), mlx_path=str(out))
+        mine = "mlx_vlm" if "mlx_vlm" in stock.__module__ else "mlx_lm"
+    except Exception as error:
+        return {"verdict": "error", "error": _short(error)}
+    try:
+        found = summary(prove(out, source=source, console=Console(quiet=True)))
+    except Exception as error:
+        return {"verdict": "error", "error": _short(error)}
+    own = found["runtimes"].get(mine, {"failed": True})  # the runtime it was converted for
+    verdict = "fail" if own.get("failed") else "pass"
+    return {**found, "runtimes": {mine: own}, "verdict": verdict}
+
+
+def _resaved(source: Path, out: Path) -> Path:
+    """The release as transformers 5 writes it, with everything that is not weights or config."""
+    import transformers
+
+    config = json.loads((source / "config.json").read_text())
+    model = getattr(transformers, config["architectures"][0]).from_pretrained(source)
+    model.save_pretrained(out)
+    for path in source.iterdir():
+        if not (out / path.name).exists() and path.suffix != ".safetensors":
+            shutil.copyfile(path, out / path.name)
+    return out
+
+
+def _restored(source: Path, out: Path, back: Path) -> str:
+    """Whether ``--to torch`` gives the release's tensors back."""
+    import numpy as np
+
+    from converter.pipeline import Request, convert
+    from converter.plan import Options
+    from converter.source import open_folder
+    from converter.ui import Console
+
+    try:
+        recipe = Options(target="torch")
+        convert(Request(hf_path=str(out), mlx_path=back, recipes=(recipe,)), Console(quiet=True))
+    except Exception as error:
+        return f"no: {_short(error)}"
+    first, second = open_folder(source), open_folder(back)
+    lost = [name for name in first.tensors if name not in second.tensors]
+    changed = 0
+    with first.open() as ours, second.open() as theirs:
+        for name in second.tensors:
+            left, right = ours.read(name), theirs.read(name)
+            if left.tobytes() != right.tobytes():
+                close = np.allclose(left.astype(np.float32), right.astype(np.float32), atol=1e-6)
+                if not close:
+                    return f"no: {name} differs"
+                changed += 1
+    words = ["bit for bit" if not changed else f"{changed} norms within rounding"]
+    return ", ".join(words + ([f"{len(lost)} dropped"] if lost else []))
+
+
+def summary(report: dict[str, Any]) -> dict[str, Any]:
+    """The worst figures by runtime, and the notes of what failed."""
+    runtimes: dict[str, dict[str, Any]] = {}
+    notes: list[str] = []
+    for check in report["checks"]:
+        entry = runtimes.setdefault(check.get("runtime") or "-", {})
+        name, value = check["name"], check.get("value")
+        if isinstance(value, int | float):
+            kind = "text" if name in TEXT else "image" if name == IMAGE else name
+            if kind in ("text", "image", DECODE, "deviation"):
+                entry[kind] = max(entry.get(kind, 0.0), value)
+        if check["verdict"] == "fail":
+            entry["failed"] = True
+            notes.append(f"{check.get('runtime')}: {name}: {check.get('note') or value}"[:200])
+        elif name == "deviation":
+            notes.append(str(check.get("note"))[:200])
+    return {
+        "verdict": report["verdict"],
+        "runtimes": runtimes,
+        "notes": list(dict.fromkeys(notes))[:6],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The matrix as Markdown."""
+    lines = [
+        "# Parity matrix",
+        "",
+        "Twins in float32 on CPU against torch; the gate is 1e-4 of the largest logit. `text` and",
+        "`image` are the worst prompts of a prefill, `decode` is step by step. *Published* twins",
+        "carry the config as releases spell it, *transformers 5* is the same model loaded and",
+        "saved by transformers. *Stock* is the runtime's own converter on the published twin.",
+        "Made by `make parity-matrix`; the figures of every runtime are in parity-matrix.json.",
+        "",
+        ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
+        "",
+        f"Published: {_passing(rows, 'published')} of {len(rows)} types pass; "
+        f"transformers 5: {_passing(rows, 'transformers')}; stock converter: "
+        f"{_passing(rows, 'stock')}.",
+        "",
+        "| type | published | text | decode | image | transformers 5 | stock | to torch |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours = row.get("published") or {}
+        cells = [
+            row["model_type"],
+            ours.get("verdict", "error"),
+            _worst(ours, "text"),
+            _worst(ours, "decode"),
+            _worst(ours, "image"),
+            (row.get("transformers") or {}).get("verdict", "error"),
+            _stock_cell(row.get("stock") or {}),
+            str(row.get("restored", "-")),
+        ]
+        lines.append("| " + " | ".join(str(c).replace("|", "/") for c in cells) + " |")
+    remarks = [
+        f"- **{row['model_type']}**: {text}"
+        for row in rows
+        for text in dict.fromkeys(
+            [
+                *row.get("remarks", ()),
+                *(row.get("published") or {}).get("notes", ()),
+                *([row["error"]] if "error" in row else ()),
+                *(
+                    [f"the converter: {row['published']['error']}"]
+                    if "error" in (row.get("published") or {})
+                    else ()
+                ),
+            ]
+        )
+    ]
+    if remarks:
+        lines += ["", "## Remarks", "", *remarks]
+    return "\n".join(lines) + "\n"
+
+
+def one_line(row: dict[str, Any]) -> str:
+    """Progress of the run."""
+    words = [
+        (row.get(key) or {}).get("verdict", "-") for key in ("published", "transformers", "stock")
+    ]
+    return f"{row['model_type']:22} {' '.join(f'{w:6}' for w in words)} {row.get('error', '')}"
+
+
+def versions() -> dict[str, str]:
+    """What was compared."""
+    from converter.manifest import installed_versions
+
+    return installed_versions(("mlx", "mlx-vlm", "mlx-lm", "torch", "transformers"))
+
+
+def _passing(rows: list[dict[str, Any]], key: str) -> int:
+    return sum((row.get(key) or {}).get("verdict") == "pass" for row in rows)
+
+
+def _worst(result: dict[str, Any], kind: str) -> str:
+    found = [entry[kind] for entry in result.get("runtimes", {}).values() if kind in entry]
+    return f"{max(found):.1e}" if found else "-"
+
+
+def _stock_cell(stock: dict[str, Any]) -> str:
+    if stock.get("verdict") == "pass":
+        return f"pass {_worst(stock, 'text')}"
+    if stock.get("verdict") == "fail":
+        return (
+            f"wrong: {_worst(stock, 'text')}" if _worst(stock, "text") != "-" else "does not load"
+        )
+    return str(stock.get("error", "-"))[:80]
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:240]
+
+
+if __name__ == "__main__":
+    main()
