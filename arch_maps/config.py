@@ -62,7 +62,7 @@ def rope(facts: Facts, *, default_theta: float = 10000.0) -> dict[str, Any]:
 def spell_rope(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Every spelling of the position settings that a runtime reads."""
     kind = settings["rope_type"]
-    both = {**settings, "type": kind, "rope_type": kind}
+    both = {**settings, "type": kind, "rope_type": kind, **_yarn_scale(settings)}
     scaling = {key: value for key, value in both.items() if key != "rope_theta"}
     spelled: dict[str, Any] = {
         "rope_theta": settings["rope_theta"],
@@ -74,12 +74,28 @@ def spell_rope(settings: Mapping[str, Any]) -> dict[str, Any]:
     return spelled
 
 
-def require_rope_type(facts: Facts, settings: Mapping[str, Any]) -> None:
+def _yarn_scale(settings: Mapping[str, Any]) -> dict[str, float]:
+    """The ``mscale`` that makes the runtimes scale attention as the reference does.
+
+    They compute 0.1 * mscale * ln(factor) + 1, over the same of ``mscale_all_dim``; the reference
+    takes ``attention_factor`` where it is stated, and ``mscale`` only beside ``mscale_all_dim``.
+    """
+    stated, factor = settings.get("attention_factor"), settings.get("factor")
+    if settings["rope_type"] != "yarn" or not factor or factor <= 1:
+        return {}
+    if stated:
+        return {"mscale": (stated - 1) / (0.1 * math.log(factor)), "mscale_all_dim": 0}
+    return {} if settings.get("mscale_all_dim") else {"mscale": 1.0}
+
+
+def require_rope_type(
+    facts: Facts, settings: Mapping[str, Any], *, allowed: tuple[str, ...] = NATIVE_ROPE_TYPES
+) -> None:
     """A position scaling that the runtimes would ignore or compute otherwise is a problem."""
-    if settings["rope_type"] not in NATIVE_ROPE_TYPES:
+    if settings["rope_type"] not in allowed:
         facts.problem(
             f"config.json: {facts.path}rope_type is {settings['rope_type']!r}; the runtimes "
-            f"compute only {', '.join(NATIVE_ROPE_TYPES)} as the reference does"
+            f"compute only {', '.join(allowed)} as the reference does"
         )
 
 

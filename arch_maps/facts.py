@@ -6,6 +6,7 @@ at once. Sizes carry their names, so that a wrong shape can be explained in the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
@@ -80,6 +81,15 @@ class Facts:
             value = {}
         return Facts(value, path=f"{self._at(name)}.", parent=self)
 
+    def nested(self, name: str) -> Facts:
+        """The sub-config ``name``, or this one where the release is written flat."""
+        return self.section(name) if name in self.data else self
+
+    def filled(self, defaults: Mapping[str, Any]) -> Facts:
+        """The same view, where keys that are not stated have the reference's ``defaults``."""
+        stated = {key: value for key, value in self.data.items() if value is not None}
+        return Facts({**defaults, **stated}, path=self.path, parent=self)
+
     def size(self, name: str, default: int | None = None) -> Dim:
         """A positive integer."""
         value = self.data.get(name)
@@ -105,11 +115,13 @@ class Facts:
 
     def pair(self, name: str, default: tuple[int, int]) -> tuple[int, int]:
         """Two positive integers, or one that stands for both."""
-        value = self.data.get(name, default)
-        if isinstance(value, int) and not isinstance(value, bool):
+        value = self.data.get(name)
+        if value is None:
+            return default
+        if type(value) is int:
             value = (value, value)
         ok = isinstance(value, list | tuple) and len(value) == 2
-        if not ok or not all(isinstance(v, int) and 0 < v <= MAX_SIZE for v in value):
+        if not ok or not all(type(v) is int and 0 < v <= MAX_SIZE for v in value):
             self.problem(f"config.json: {self._at(name)} must be two positive integers")
             return default
         return (value[0], value[1])
@@ -134,6 +146,9 @@ class Facts:
             return 0.0
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.problem(f"config.json: {self._at(name)} must be a number, not {value!r}")
+            return 0.0
+        if not math.isfinite(value):
+            self.problem(f"config.json: {self._at(name)} must be a finite number, not {value!r}")
             return 0.0
         return value
 

@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 from arch_maps.facts import Facts
 from arch_maps.rules import Layout, Mount, Tensors
@@ -38,15 +38,21 @@ class ArchMap:
     def expand(self, facts: Facts, layout: Layout) -> Tensors:
         """Rules and drops for a config; its problems are collected in ``facts``."""
         tensors = Tensors()
-        self.tensors(Mount(tensors), facts, layout)
+        self.tensors(Mount(tensors, leaves=layout.leaves), facts, layout)
         return tensors
+
+
+_MODULES: Final = {"xlm-roberta": "xlm_roberta"}
+"""Modules of the types whose names are no Python names."""
 
 
 @cache
 def model_types() -> tuple[str, ...]:
     """Every mapped model_type, sorted."""
     package = importlib.import_module("arch_maps.models")
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(package.__path__)))
+    spelled = {module: model_type for model_type, module in _MODULES.items()}
+    found = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return tuple(sorted(spelled.get(name, name) for name in found))
 
 
 @cache
@@ -54,7 +60,8 @@ def find(model_type: str) -> ArchMap | None:
     """The map for ``model_type``, or None."""
     if model_type not in model_types():
         return None
-    found = importlib.import_module(f"arch_maps.models.{model_type}").MAP
+    module = _MODULES.get(model_type, model_type)
+    found = importlib.import_module(f"arch_maps.models.{module}").MAP
     assert isinstance(found, ArchMap)
     assert found.model_type == model_type
     return found

@@ -7,8 +7,8 @@ so there are no patterns and no matching order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal
 
@@ -76,10 +76,14 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One generation of source names: where each mounted part lives."""
+    """One generation of source names: where each mounted part lives, and what it calls a leaf."""
 
     name: str
     prefixes: dict[str, str]
+    leaves: Mapping[str, str] = field(default_factory=dict)
+    """Ends of source names, whole dotted words, as this generation spells them: map's -> its."""
+    fused_experts: bool = False
+    """Experts as transformers 5 holds them in memory: stacked, gate and up in one tensor."""
 
     def __getitem__(self, part: str) -> str:
         """Source prefix of the part."""
@@ -102,20 +106,16 @@ class Mount:
     source: str = ""
     target: str = ""
     part: Part = "text"
+    leaves: Mapping[str, str] = field(default_factory=dict)
 
     def __truediv__(self, name: str) -> Mount:
         """The child module ``name``, called the same on both sides."""
-        return Mount(
-            out=self.out,
-            source=_join(self.source, name),
-            target=_join(self.target, name),
-            part=self.part,
-        )
+        return self.at(source=name, target=name)
 
     def at(self, *, source: str, target: str, part: Part | None = None) -> Mount:
         """The child that is called ``source`` there and ``target`` here."""
-        return Mount(
-            out=self.out,
+        return replace(
+            self,
             source=_join(self.source, source),
             target=_join(self.target, target),
             part=part or self.part,
@@ -128,7 +128,7 @@ class Mount:
 
     def input(self, name: str, *shape: int) -> Source:
         """The source tensor ``name`` below this mount."""
-        return Source(_join(self.source, name), shape)
+        return Source(self._source_name(name), shape)
 
     def rule(self, name: str, expr: Expr, kind: Kind) -> None:
         """Fill the target parameter ``name`` with ``expr``."""
@@ -177,7 +177,7 @@ class Mount:
     ) -> None:
         """Leave out the source tensor ``name`` below this mount; it may be absent."""
         self.out.drops.append(
-            Drop(_join(self.source, name), reason, shape or None, same_as, required)
+            Drop(self._source_name(name), reason, shape or None, same_as, required)
         )
 
     def head(self, name: str, vocab: int, size: int, *, tied_to: str | None) -> None:
@@ -187,6 +187,18 @@ class Mount:
         else:
             reason = "tied to the input embedding; the runtime reuses that table"
             self.drop(f"{name}.weight", reason, vocab, size, same_as=tied_to)
+
+    def copied_head(self, name: str, vocab: int, size: int, *, tied_to: str) -> None:
+        """The output projection of a runtime that stores a tied one apart from the embedding."""
+        self.rule(f"{name}.weight", Source(tied_to, (vocab, size)), Kind.HEAD)
+        self.drop(f"{name}.weight", "tied to the input embedding", vocab, size, same_as=tied_to)
+
+    def _source_name(self, name: str) -> str:
+        full = _join(self.source, name)
+        for ours, theirs in self.leaves.items():
+            if full == ours or full.endswith(f".{ours}"):
+                return full.removesuffix(ours) + theirs
+        return full
 
 
 def _join(prefix: str, name: str) -> str:

@@ -66,9 +66,7 @@ def statistics_of(
     from quant.calibrate.text import CalibrationError, calibration_of, read_text
 
     try:
-        now = calibration_of(
-            data, sequences=calibration.sequences, length=calibration.length
-        )
+        now = calibration_of(data, sequences=calibration.sequences, length=calibration.length)
         if now != calibration:
             raise UsageError(f"--calibration-data {data}: changed since it was planned")
         found = calibrate(

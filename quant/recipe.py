@@ -6,7 +6,10 @@ from typing import Final, Literal, Self, cast, get_args
 from arch_maps.dtypes import itemsize
 
 Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
-Method = Literal["rtn", "mlx"]
+Method = Literal["rtn", "mlx", "search", "imatrix", "gptq"]
+
+CALIBRATED: Final = frozenset({"imatrix", "gptq"})
+"""Methods that need statistics of the activations, and so calibration text."""
 
 AFFINE_BITS: Final = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUP_SIZES: Final = (32, 64, 128)
@@ -23,7 +26,10 @@ class QuantSpec:
     """How one weight is quantized along its last axis; ValueError where no runtime reads it.
 
     Method "mlx" gives the codes of mx.quantize on CPU, "rtn" takes them from the scale and bias
-    as stored; for the microscaled modes both coincide within the range of the format.
+    as stored; for the microscaled modes both coincide within the range of the format. "search"
+    finds scale and bias by least squares, "imatrix" the same with every input column weighted by
+    its mean square activation, and "gptq" rounds to that grid with the errors of earlier columns
+    made up for in later ones.
     """
 
     mode: Mode

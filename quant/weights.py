@@ -11,17 +11,23 @@ from quant.affine import dequantize_affine, quantize_affine
 from quant.floats import KINDS
 from quant.microscaling import dequantize_microscaled, quantize_microscaled
 from quant.recipe import QuantSpec
+from quant.search import quantize_searched
 
 
 def quantize_rows(
-    w: npt.NDArray[Any], spec: QuantSpec, *, out: Mapping[str, npt.NDArray[Any]] | None = None
+    w: npt.NDArray[Any],
+    spec: QuantSpec,
+    *,
+    out: Mapping[str, npt.NDArray[Any]] | None = None,
+    weights: npt.NDArray[np.float32] | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
     """Quantize (..., cols) float32, float16 or bfloat16 along the last axis.
 
     Returns ``weight`` (uint32 codes), ``scales`` and, for affine, ``biases`` with the types and
     shapes of ``spec.output_tensors``; fills the C-contiguous arrays of ``out`` where given.
-    Runs in the calling thread without the GIL. Raises NonFiniteError at the first NaN or
-    infinity, its row counted over all leading axes.
+    ``weights`` (cols,) weigh the squared errors of method "imatrix"; "gptq" quantizes whole
+    matrices (``quant.gptq``). Runs in the calling thread without the GIL. Raises NonFiniteError
+    at the first NaN or infinity, its row counted over all leading axes.
     """
     code = CODES[w.dtype]
     assert code in KINDS, f"{code} weights are not quantized directly"
@@ -36,6 +42,11 @@ def quantize_rows(
     if w.size == 0:
         return parts
     flat = {suffix: part.reshape(-1, part.shape[-1]) for suffix, part in parts.items()}
+    assert spec.method != "gptq", "GPTQ is not row-local; its codes come from the calibration"
+    assert (weights is not None) == (spec.method == "imatrix"), "imatrix alone takes weights"
+    if spec.method in ("search", "imatrix"):
+        quantize_searched(w.reshape(-1, w.shape[-1]), spec, weights=weights, out=flat)
+        return parts
     quantize = quantize_affine if spec.mode == "affine" else quantize_microscaled
     quantize(w.reshape(-1, w.shape[-1]), spec, out=flat)
     return parts

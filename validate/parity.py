@@ -64,7 +64,7 @@ def run_parity(
         checks.append(_no_runtime(str(config.get("model_type"))))
     described: dict[str, Any] = {"fast_blas": fast, "runtimes": []}
     if is_generative(config):
-        reference, answers = _ask(source, dequantized, judgement, wants_images)
+        reference, answers = _ask(source, dequantized, judgement, wants_images, checks)
         for runtime in runtimes:
             found = judge_runtime(judgement, answers, runtime=runtime)
             checks += found.checks
@@ -79,7 +79,11 @@ def run_parity(
 
 
 def _ask(
-    source: Path, dequantized: Path | None, judgement: Judgement, wants_images: bool
+    source: Path,
+    dequantized: Path | None,
+    judgement: Judgement,
+    wants_images: bool,
+    checks: list[Check],
 ) -> tuple[dict[str, Any], Answers]:
     trust = judgement.trust_remote_code
     say = judgement.progress
@@ -93,7 +97,13 @@ def _ask(
         described["rounded_to"] = judgement.dtype
     questions = text_questions(source, vocab_size=model.vocab_size, trust_remote_code=trust)
     if wants_images:
-        questions += image_questions(source, trust_remote_code=trust)
+        try:
+            questions += image_questions(source, trust_remote_code=trust)
+        except ReferenceError as error:
+            note = str(error).strip()
+            checks.append(
+                Check(name="image/input_ids", modality="image", verdict="fail", note=note)
+            )
     answers = Answers(exact=answer(model, questions, say))
     model.close()
     if rounded or dequantized is not None:

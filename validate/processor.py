@@ -77,6 +77,8 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
 class NoVideo:
     """Stands where the video processor belongs, with the image processor's settings."""
 
+    num_frames = fps = 1
+
     def __init__(self, parts: Sequence[Any]) -> None:
         for part in parts:
             if hasattr(part, "image_mean") or hasattr(part, "patch_size"):
@@ -101,7 +103,10 @@ def _accepting(cls: Any) -> Any:
 
 def image_inputs(folder: Path, case: Case, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Model inputs for a picture and a question, made by the release's own processor."""
-    processor = load_processor(folder, trust_remote_code=trust_remote_code)
+    try:
+        processor = load_processor(folder, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise ReferenceError(f"{folder}: its processor cannot be loaded here: {error}") from error
     prompt = processor.apply_chat_template(
         picture_question(case), add_generation_prompt=True, tokenize=False
     )

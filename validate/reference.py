@@ -1,17 +1,20 @@
 """The reference: transformers and torch on the CPU."""
 
 import gc
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 Logits = NDArray[np.float32]
+_SUFFIX_TYPE: Final = {"paligemma": 1}
+"""Token type of what follows the prompt, where it is not the prompt's own 0."""
 
 
 class ReferenceError(ValueError):
@@ -123,6 +126,10 @@ class TorchReference:
         """``count`` greedy tokens after a text prompt, one cached step at a time."""
         return self.greedy_from(self._text_inputs(ids), count)
 
+    def _has_usual_cache(self) -> bool:
+        """Whether steps hand on ``past_key_values``; pure state-space models do otherwise."""
+        return "past_key_values" in inspect.signature(self.model.forward).parameters
+
     def greedy_from(self, inputs: Mapping[str, Any], count: int) -> Greedy:
         """``count`` greedy tokens after prepared inputs.
 
@@ -134,7 +141,7 @@ class TorchReference:
         tokens: list[int] = []
         rows: list[Logits] = []
         current = dict(self._cast(inputs))
-        cached = set(inputs) <= {"input_ids", "attention_mask"}
+        cached = set(inputs) <= {"input_ids", "attention_mask"} and self._has_usual_cache()
         cache = None
         with torch.inference_mode():
             for _ in range(count):
@@ -147,7 +154,8 @@ class TorchReference:
                 rows.append(_numpy(output.logits[0, -1]))
                 tokens.append(int(rows[-1].argmax()))
                 if not cached:
-                    current = _extended(current, tokens[-1])
+                    kind = _SUFFIX_TYPE.get(self.model.config.model_type, 0)
+                    current = _extended(current, tokens[-1], token_type=kind)
         return Greedy(tokens=tuple(tokens), logits=np.stack(rows))
 
     def hidden(self, ids: Sequence[int]) -> Logits:
@@ -155,7 +163,7 @@ class TorchReference:
         import torch
 
         with torch.inference_mode():
-            output = self.model(**self._text_inputs(ids))
+            output = self.model.base_model(**self._text_inputs(ids))  # the encoder below any head
         return _numpy(output.last_hidden_state[0])
 
     def _text_inputs(self, ids: Sequence[int]) -> dict[str, Any]:
@@ -207,12 +215,12 @@ def _row(ids: Sequence[int]) -> Any:
     return torch.tensor([list(ids)], dtype=torch.long)
 
 
-def _extended(inputs: Mapping[str, Any], token: int) -> dict[str, Any]:
+def _extended(inputs: Mapping[str, Any], token: int, *, token_type: int) -> dict[str, Any]:
     """The inputs with one more text token: every [1, length] tensor grows by its text value."""
     import torch
 
     length = inputs["input_ids"].shape[1]
-    fill = {"input_ids": token, "attention_mask": 1}
+    fill = {"input_ids": token, "attention_mask": 1, "token_type_ids": token_type}
     result = dict(inputs)
     for key, value in inputs.items():
         if isinstance(value, torch.Tensor) and value.shape == (1, length):

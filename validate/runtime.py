@@ -63,8 +63,12 @@ def _knows(name: str, config: dict[str, Any]) -> bool:
         return False
     with _quiet(), contextlib.suppress(ValueError, KeyError, ImportError):
         if name == "mlx_vlm":
+            from mlx_vlm.embedding_loader import EMBEDDING_MODEL_REMAPPING
             from mlx_vlm.utils import get_model_and_args
 
+            if not is_generative(config):
+                named = str(config.get("model_type"))
+                config["model_type"] = EMBEDDING_MODEL_REMAPPING.get(named, named)
             get_model_and_args(config)
         else:
             from mlx_lm.utils import _get_classes
@@ -77,7 +81,7 @@ def _knows(name: str, config: dict[str, Any]) -> bool:
 def is_generative(config: Mapping[str, Any]) -> bool:
     """Whether the architecture has a head (``...ForCausalLM``); bare encoders have none."""
     names = config.get("architectures") or ()
-    return not names or "For" in str(names[0])
+    return not names or any(word in str(names[0]) for word in ("For", "LMHeadModel"))
 
 
 @dataclass(frozen=True)
@@ -249,7 +253,10 @@ class MlxRuntime:
             if stock_prompt:
                 prompt = apply_chat_template(processor, model_config, case.text, num_images=1)
             else:
-                prompt = processor.apply_chat_template(
+                # Some of the runtime's processors leave the template to their tokenizer.
+                has_own = getattr(processor, "chat_template", None)
+                speaker = processor if has_own else processor.tokenizer
+                prompt = speaker.apply_chat_template(
                     picture_question(case), add_generation_prompt=True, tokenize=False
                 )
             inputs: dict[str, Any] = utils.prepare_inputs(

@@ -11,6 +11,7 @@ from arch_maps.rules import Layout, Mount
 from arch_maps.text import bert
 
 _POOLER = "the runtime pools token states itself and has no pooler layer"
+_TENSORFLOW = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 _LM = "the runtime has no masked-language-model head; it embeds sentences"
 
 
@@ -24,10 +25,15 @@ def _tensors(root: Mount, facts: Facts, layout: Layout) -> None:
     else:
         base.drop("pooler.dense.weight", _POOLER, hidden, hidden)
         base.drop("pooler.dense.bias", _POOLER, hidden)
-    if {"BertForSequenceClassification", "BertForTokenClassification"} & set(names):
+    if _classifies(facts):
         labels = len(facts.data.get("id2label") or ()) or int(facts.size("num_labels", 2))
         root.linear("classifier", labels, hidden, bias=True)
     _drop_lm_head(root, facts, f"{base.source}.embeddings.word_embeddings.weight".lstrip("."))
+
+
+def _classifies(facts: Facts) -> bool:
+    names = set(facts.data.get("architectures") or ())
+    return bool(names & {"BertForSequenceClassification", "BertForTokenClassification"})
 
 
 def _drop_lm_head(root: Mount, facts: Facts, table: str) -> None:
@@ -60,6 +66,8 @@ def _config(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
         max_position_embeddings=int(facts.size("max_position_embeddings", 512)),
         pad_token_id=facts.data.get("pad_token_id") or 0,
     )
+    if not _classifies(facts):  # its head, if it had one, has been dropped
+        out["architectures"] = ["BertModel"]
     labels = facts.data.get("id2label")
     if isinstance(labels, dict):
         out["num_labels"] = len(labels)
@@ -70,7 +78,11 @@ MAP = ArchMap(
     model_type="bert",
     tensors=_tensors,
     config=_config,
-    layouts=(Layout("encoder", {"encoder": ""}), Layout("with a head", {"encoder": "bert"})),
+    layouts=(
+        Layout("encoder", {"encoder": ""}),
+        Layout("with a head", {"encoder": "bert"}),
+        Layout("from TensorFlow", {"encoder": "bert"}, _TENSORFLOW),
+    ),
     runtimes=("mlx-vlm",),
     parts=("text.bert",),
     pipeline_tag="sentence-similarity",

@@ -11,11 +11,11 @@ from arch_maps.rules import Layout, Mount
 from arch_maps.text import qwen3_5
 
 
-def _tensors(root: Mount, facts: Facts, _: Layout) -> None:
+def _tensors(root: Mount, facts: Facts, layout: Layout) -> None:
     s = qwen3_5.sizes(facts)
     # The runtime adds 1 to the norms of every checkpoint that lacks this prefix.
-    qwen3_5.stack(root.at(source="model", target="language_model.model"), s)
-    tied = "model.embed_tokens.weight" if qwen3_5.tied(facts) else None
+    qwen3_5.stack(root.at(source=layout["text"], target="language_model.model"), s)
+    tied = f"{layout['text']}.embed_tokens.weight" if qwen3_5.tied(facts) else None
     root.at(source="", target="language_model").head("lm_head", s.vocab, s.hidden, tied_to=tied)
     if facts.data.get("mtp_num_hidden_layers"):
         qwen3_5.drop_mtp(root, s, facts.count("mtp_num_hidden_layers"))
@@ -31,7 +31,10 @@ MAP = ArchMap(
     model_type="qwen3_5_text",
     tensors=_tensors,
     config=_config,
-    layouts=(Layout("transformers", {}),),
+    layouts=(
+        Layout("transformers", {"text": "model"}),
+        Layout("cut from the multimodal release", {"text": "model.language_model"}),
+    ),
     runtimes=("mlx-vlm",),
     parts=("text.qwen3_5",),
 )

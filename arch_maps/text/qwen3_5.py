@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from arch_maps import config as spell
 from arch_maps.facts import Dim, Facts
+from arch_maps.ops import sources
 from arch_maps.rules import Kind, Mount, Tensors
 from arch_maps.text.llama import gated_mlp
 
+FeedForward = Callable[[Mount, "Sizes"], None]
+"""Adds what follows the attention of a layer, below the layer's mount."""
 NORM_OFFSET = 1.0
 """The reference multiplies by (1 + weight); the runtimes store the sum."""
 
@@ -33,8 +37,8 @@ class Sizes:
     kernel: Dim
 
 
-def sizes(facts: Facts) -> Sizes:
-    """Read the sizes, with the reference's defaults."""
+def sizes(facts: Facts, *, intermediate: str = "intermediate_size") -> Sizes:
+    """Read the sizes, with the reference's defaults; ``intermediate`` names the MLP's."""
     layers = facts.count("num_hidden_layers")
     interval = int(facts.size("full_attention_interval", 4))
     by_interval = [
@@ -47,7 +51,7 @@ def sizes(facts: Facts) -> Sizes:
     return Sizes(
         vocab=facts.size("vocab_size"),
         hidden=facts.size("hidden_size"),
-        intermediate=facts.size("intermediate_size"),
+        intermediate=facts.size(intermediate),
         layer_types=tuple(kinds),
         heads=facts.size("num_attention_heads"),
         kv_heads=facts.size("num_key_value_heads", 4),
@@ -61,7 +65,12 @@ def sizes(facts: Facts) -> Sizes:
     )
 
 
-def stack(at: Mount, s: Sizes) -> None:
+def dense(at: Mount, s: Sizes) -> None:
+    """The MLP of every layer."""
+    gated_mlp(at / "mlp", s.hidden, s.intermediate)
+
+
+def stack(at: Mount, s: Sizes, feed_forward: FeedForward = dense) -> None:
     """Embedding, decoder layers and final norm, below ``at``."""
     at.embedding("embed_tokens", s.vocab, s.hidden)
     for index, layer in at.layers("layers", len(s.layer_types)):
@@ -69,7 +78,7 @@ def stack(at: Mount, s: Sizes) -> None:
             gated_attention(layer / "self_attn", s)
         else:
             gated_delta_net(layer / "linear_attn", s)
-        gated_mlp(layer / "mlp", s.hidden, s.intermediate)
+        feed_forward(layer, s)
         layer.norm("input_layernorm", s.hidden, offset=NORM_OFFSET)
         layer.norm("post_attention_layernorm", s.hidden, offset=NORM_OFFSET)
     at.norm("norm", s.hidden, offset=NORM_OFFSET)
@@ -102,9 +111,11 @@ def gated_delta_net(at: Mount, s: Sizes) -> None:
     at.linear("out_proj", s.hidden, values)
 
 
-def spell_config(config: dict[str, Any], facts: Facts, *, tied: bool) -> None:
+def spell_config(
+    config: dict[str, Any], facts: Facts, *, tied: bool, intermediate: str = "intermediate_size"
+) -> None:
     """Write the stack's facts under the names both runtimes read, in place."""
-    s = sizes(facts)
+    s = sizes(facts, intermediate=intermediate)
     facts.expect(
         "hidden_act", "silu", default="silu", why="the runtimes compute SiLU whatever it says"
     )
@@ -154,7 +165,7 @@ def tied(root: Facts) -> bool:
     return root.flag("tie_word_embeddings", inner if isinstance(inner, bool) else False)
 
 
-def drop_mtp(root: Mount, s: Sizes, layers: int) -> None:
+def drop_mtp(root: Mount, s: Sizes, layers: int, feed_forward: FeedForward = dense) -> None:
     """The release's multi-token-prediction layers, which the runtimes load as a drafter only."""
     why = "multi-token-prediction layers are a drafter of their own, not part of this checkpoint"
     at = root / "mtp"
@@ -165,9 +176,9 @@ def drop_mtp(root: Mount, s: Sizes, layers: int) -> None:
         at.drop(name, why, size)
     block = Mount(Tensors())  # the block's names relative to itself
     gated_attention(block / "self_attn", s)
-    gated_mlp(block / "mlp", s.hidden, s.intermediate)
+    feed_forward(block, s)
     block.norm("input_layernorm", s.hidden)
     block.norm("post_attention_layernorm", s.hidden)
     for _, layer in at.layers("layers", layers):
-        for rule in block.out.rules:
-            layer.drop(rule.target, why, *rule.expr.shape)
+        for leaf in dict.fromkeys(leaf for rule in block.out.rules for leaf in sources(rule.expr)):
+            layer.drop(leaf.name, why, *leaf.shape)

@@ -34,16 +34,36 @@ def tower(at: Mount, facts: Facts) -> None:
         block.linear("attn.proj", hidden, hidden, bias=True)
         block.linear("mlp.linear_fc1", inner, hidden, bias=True)
         block.linear("mlp.linear_fc2", hidden, inner, bias=True)
+    out = facts.size("out_hidden_size")
     merger = at.at(source="merger", target="merger", part="projector")
-    merger.norm("norm", hidden, bias=True)
-    merger.linear("linear_fc1", merged, merged, bias=True)
-    merger.linear("linear_fc2", facts.size("out_hidden_size"), merged, bias=True)
+    _merge(merger, hidden, merged, out)
+    # Deeper mergers, one per listed block, normalise after joining neighbours, not before.
+    deeper = at.at(source="deepstack_merger_list", target="deepstack_merger_list", part="projector")
+    for index in range(len(_deepstack(facts))):
+        _merge(deeper / str(index), merged, merged, out)
 
 
-def spell_config(config: dict[str, Any], facts: Facts, *, model_type: str) -> None:
-    """Write the tower's facts as the runtimes read them, in place."""
+def _merge(at: Mount, normed: int, merged: int, out: int) -> None:
+    at.norm("norm", normed, bias=True)
+    at.linear("linear_fc1", merged, merged, bias=True)
+    at.linear("linear_fc2", out, merged, bias=True)
+
+
+def _deepstack(facts: Facts) -> list[int]:
+    found = facts.data.get("deepstack_visual_indexes") or []
+    depth = facts.count("depth")
+    if not isinstance(found, list) or not all(type(i) is int and 0 <= i < depth for i in found):
+        facts.problem(f"config.json: {facts.path}deepstack_visual_indexes must list blocks")
+        return []
+    return found
+
+
+def spell_config(
+    config: dict[str, Any], facts: Facts, *, model_type: str, deepstack: bool = False
+) -> None:
+    """Write the tower's facts as the runtimes read them, in place; ``deepstack`` is allowed."""
     facts.expect("hidden_act", "gelu_pytorch_tanh", default="gelu_pytorch_tanh", why=_EXACT)
-    if facts.data.get("deepstack_visual_indexes"):
+    if not deepstack and facts.data.get("deepstack_visual_indexes"):
         facts.problem(
             f"config.json: {facts.path}deepstack_visual_indexes is not empty; this tower has none"
         )
@@ -56,5 +76,5 @@ def spell_config(config: dict[str, Any], facts: Facts, *, model_type: str) -> No
         in_channels=int(facts.size("in_channels", 3)),
         num_heads=int(facts.size("num_heads", 16)),
         num_position_embeddings=int(facts.size("num_position_embeddings", 2304)),
-        deepstack_visual_indexes=[],
+        deepstack_visual_indexes=_deepstack(facts),
     )

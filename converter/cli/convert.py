@@ -259,4 +259,6 @@ def _variants(given: dict[str, Any]) -> list[Options]:
         else:
             known = ", ".join([*_PLAIN, "2bit ... 8bit", *_MODES])
             raise UsageError(f"--variants: {name!r} is not one of {known}")
+    if all(options.calibration is None for options in recipes):
+        _calibration(given, None)
     return recipes

@@ -180,8 +180,7 @@ def _outputs(
             "once more; the parity report runs the reference on the stored values"
         )
     notes += [
-        f"{count} {why}: method search, without activations"
-        for why, count in uncalibrated.items()
+        f"{count} {why}: method search, without activations" for why, count in uncalibrated.items()
     ]
     return outputs, notes
 

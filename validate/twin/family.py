@@ -27,6 +27,7 @@ def no_files(config: Json) -> Files:
 class Family:
     """Per-type additions to the generic shrinker; the defaults suit any text-only decoder.
 
+    ``template`` replaces ChatML, with the same places for pictures.
     ``tokens`` names the special token behind a config field (``image_token_id``), ``named_tokens``
     the attributes a tokenizer must carry (``image_token``), ``pinned`` the dotted config paths that
     keep the source's value, each with the reason.  ``adjust(shrunk, source)`` finishes the config
@@ -36,10 +37,13 @@ class Family:
     tokenizer: str = "byte_bpe"
     tokenizer_class: str = "PreTrainedTokenizerFast"
     add_bos: bool = False
+    silent_bos: str | None = None
+    """A begin-of-text token that the tokenizer has but does not put before a prompt."""
     specials: tuple[str, ...] = CHAT_TOKENS
     tokens: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     named_tokens: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     stop_tokens: tuple[str, ...] = ("<|im_end|>", "<|endoftext|>")
+    template: str | None = None
     image_markup: str | None = None
     video_markup: str | None = None
     pinned: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))

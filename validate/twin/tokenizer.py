@@ -68,8 +68,8 @@ def write_tokenizer(out: Path, plan: TokenPlan, family: Family, *, vocab_size: i
 
 
 def chat_template(family: Family) -> str:
-    """ChatML, with the family's own markup where an image or a video stands."""
-    text = TEMPLATE.replace("{{ IMAGE }}", json_literal(family.image_markup))
+    """ChatML or the family's own, with its markup where an image or a video stands."""
+    text = (family.template or TEMPLATE).replace("{{ IMAGE }}", json_literal(family.image_markup))
     return text.replace("{{ VIDEO }}", json_literal(family.video_markup))
 
 
@@ -100,7 +100,7 @@ def _byte_bpe(plan: TokenPlan, family: Family, vocab_size: int) -> tuple["Tokeni
     tokenizer.train_from_iterator(CORPUS.splitlines(keepends=True), trainer)
     _add_specials(tokenizer, plan)
     settings: Json = {
-        "bos_token": None,
+        "bos_token": family.silent_bos,
         "eos_token": family.stop_tokens[0],
         "pad_token": "<|endoftext|>",
         "unk_token": None,

@@ -1,0 +1,59 @@
+"""GLM-4 0414 and GLM-Z1: GLM with norms after each half of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from arch_maps import config as spell
+from arch_maps.facts import Facts
+from arch_maps.registry import ArchMap
+from arch_maps.rules import Layout, Mount
+from arch_maps.text import llama
+
+_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "post_self_attn_layernorm",
+    "post_mlp_layernorm",
+)
+
+
+def _sizes(facts: Facts) -> llama.Sizes:
+    found = llama.sizes(facts, kv_heads=2, head_dim=128)
+    biased = facts.flag("attention_bias", True)
+    found = replace(found, qkv_bias=biased, attention_bias=False, fused_mlp=True, mlp_bias=False)
+    return replace(found, norms=_NORMS)
+
+
+def _tensors(root: Mount, facts: Facts, _: Layout) -> None:
+    facts.expect(
+        "tie_word_embeddings", False, default=False, why="the runtimes have a head of its own"
+    )
+    llama.causal_lm(root, _sizes(facts))
+
+
+def _config(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    out = spell.start(config)
+    s = _sizes(facts)
+    llama.spell_config(
+        out,
+        facts,
+        s,
+        max_positions=131072,
+        eps=("rms_norm_eps", 1.5625e-07),
+        partial=0.5,
+        rope_types=("default",),
+    )
+    out.update(attention_bias=s.qkv_bias, rope_traditional=True)
+    return out
+
+
+MAP = ArchMap(
+    model_type="glm4",
+    tensors=_tensors,
+    config=_config,
+    layouts=(Layout("transformers", {}),),
+    runtimes=("mlx-vlm", "mlx-lm"),
+    parts=("text.llama",),
+)

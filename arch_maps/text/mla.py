@@ -1,0 +1,80 @@
+"""Multi-head latent attention: keys and values made from one small latent per token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from arch_maps.facts import Dim, Facts
+from arch_maps.ops import Permute, Reshape, Slice
+from arch_maps.rules import Kind, Mount
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What the attention's shapes depend on; ``q_rank`` is None where queries are made directly."""
+
+    hidden: Dim
+    heads: Dim
+    q_rank: Dim | None
+    kv_rank: Dim
+    nope: Dim
+    rope: Dim
+    value: Dim
+    bias: bool = False
+
+
+def sizes(facts: Facts) -> Sizes:
+    """Read the sizes; releases state them all."""
+    return Sizes(
+        hidden=facts.size("hidden_size"),
+        heads=facts.size("num_attention_heads"),
+        q_rank=None if facts.data.get("q_lora_rank") is None else facts.size("q_lora_rank"),
+        kv_rank=facts.size("kv_lora_rank"),
+        nope=facts.size("qk_nope_head_dim"),
+        rope=facts.size("qk_rope_head_dim"),
+        value=facts.size("v_head_dim"),
+        bias=facts.flag("attention_bias", False),
+    )
+
+
+def attention(at: Mount, s: Sizes, *, absorbed: bool = True) -> None:
+    """The projections; ``absorbed`` where the runtime holds ``kv_b_proj`` as two per-head ones."""
+    queries = s.heads * (s.nope + s.rope)
+    if s.q_rank is None:
+        at.linear("q_proj", queries, s.hidden)
+    else:
+        at.linear("q_a_proj", s.q_rank, s.hidden, bias=s.bias)
+        at.norm("q_a_layernorm", s.q_rank)
+        at.linear("q_b_proj", queries, s.q_rank)
+    at.linear("kv_a_proj_with_mqa", s.kv_rank + s.rope, s.hidden, bias=s.bias)
+    at.norm("kv_a_layernorm", s.kv_rank)
+    if absorbed:
+        per_head(at, s)
+    else:
+        at.linear("kv_b_proj", s.heads * (s.nope + s.value), s.kv_rank)
+    at.linear("o_proj", s.hidden, s.heads * s.value, bias=s.bias)
+
+
+def per_head(at: Mount, s: Sizes) -> None:
+    """``kv_b_proj`` [heads * (nope + value), rank] as its key half, transposed, and its value half.
+
+    ``embed_q`` is [heads, rank, nope] and ``unembed_out`` [heads, value, rank].
+    """
+    both = at.input("kv_b_proj.weight", s.heads * (s.nope + s.value), s.kv_rank)
+    heads = Reshape(both, (s.heads, s.nope + s.value, s.kv_rank))
+    nope, end = int(s.nope), int(s.nope) + int(s.value)
+    at.rule("embed_q.weight", Permute(Slice(heads, 1, 0, nope), (0, 2, 1)), Kind.LINEAR)
+    at.rule("unembed_out.weight", Slice(heads, 1, nope, end), Kind.LINEAR)
+
+
+def spell_config(config: dict[str, Any], s: Sizes) -> None:
+    """Write the attention's sizes as the runtimes read them, in place."""
+    config.update(
+        q_lora_rank=None if s.q_rank is None else int(s.q_rank),
+        kv_lora_rank=int(s.kv_rank),
+        qk_nope_head_dim=int(s.nope),
+        qk_rope_head_dim=int(s.rope),
+        v_head_dim=int(s.value),
+        attention_bias=s.bias,
+    )

@@ -1,0 +1,50 @@
+"""The GLM-OCR vision tower: 3-D patches, normed heads, a strided convolution, a gated merger."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from arch_maps.facts import Facts
+from arch_maps.rules import Mount
+from arch_maps.text.llama import gated_mlp
+
+
+def tower(at: Mount, facts: Facts) -> None:
+    """Patches, blocks, downsampling and merger, below ``at``."""
+    hidden, out = facts.size("hidden_size"), facts.size("out_hidden_size")
+    channels, inner = facts.size("in_channels", 3), facts.size("intermediate_size")
+    patch, frames = facts.size("patch_size", 14), facts.size("temporal_patch_size", 2)
+    head = hidden // facts.size("num_heads")
+    bias = facts.flag("attention_bias", True)
+    at.conv("patch_embed.proj", hidden, channels, frames, patch, patch, bias=True)
+    for _, block in at.layers("blocks", facts.count("depth")):
+        block.norm("norm1", hidden)
+        block.norm("norm2", hidden)
+        block.linear("attn.qkv", 3 * hidden, hidden, bias=bias)
+        block.linear("attn.proj", hidden, hidden, bias=bias)
+        block.norm("attn.q_norm", head)
+        block.norm("attn.k_norm", head)
+        gated_mlp(block / "mlp", hidden, inner, bias=bias)
+    at.norm("post_layernorm", hidden)
+    side = facts.size("spatial_merge_size", 2)
+    at.conv("downsample", out, hidden, side, side, bias=True)
+    merger = at.at(source="merger", target="merger", part="projector")
+    merger.linear("proj", out, out)
+    merger.norm("post_projection_norm", out, bias=True)
+    gated_mlp(merger, out, out * channels)
+
+
+def spell_config(config: dict[str, Any], facts: Facts) -> None:
+    """Write the tower's facts as the runtime reads them, in place."""
+    facts.expect("hidden_act", "silu", default="silu", why="the runtime computes SiLU")
+    facts.expect("in_channels", 3, default=3, why="the runtime tells layouts apart by it")
+    config.update(
+        model_type="glm_ocr_vision",
+        attention_bias=facts.flag("attention_bias", True),
+        in_channels=3,
+        num_heads=int(facts.size("num_heads")),
+        patch_size=int(facts.size("patch_size", 14)),
+        rms_norm_eps=facts.number("rms_norm_eps", 1e-5),
+        spatial_merge_size=int(facts.size("spatial_merge_size", 2)),
+        temporal_patch_size=int(facts.size("temporal_patch_size", 2)),
+    )

@@ -1,0 +1,71 @@
+"""The InternViT tower as transformers has it: a class token, layer scales, no final norm."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from arch_maps.facts import Facts
+from arch_maps.rules import Kind, Mount
+
+_WORDS: Final = (
+    ("hidden_act", "gelu", "the runtime computes GELU"),
+    ("norm_type", "layer_norm", "this map is checked with LayerNorm only"),
+)
+_FLAGS: Final = (
+    ("use_qk_norm", False, "this map is checked without these norms"),
+    ("use_mask_token", False, "the runtime has no mask token"),
+    ("use_mean_pooling", True, "the runtime has no final norm"),
+    ("use_absolute_position_embeddings", True, "the runtime adds a table of positions"),
+)
+
+
+def tower(at: Mount, facts: Facts) -> None:
+    """Embeddings and layers, below ``at``."""
+    hidden, inner = facts.size("hidden_size", 1024), facts.size("intermediate_size", 4096)
+    (height, width), (tall, wide) = _sides(facts)
+    embeddings = at / "embeddings"
+    embeddings.tensor("cls_token", 1, 1, hidden, kind=Kind.POSITION)
+    positions = (height // tall) * (width // wide) + 1
+    embeddings.tensor("position_embeddings", 1, positions, hidden, kind=Kind.POSITION)
+    channels = facts.size("num_channels", 3)
+    embeddings.conv("patch_embeddings.projection", hidden, channels, tall, wide, bias=True)
+    bias = facts.flag("attention_bias", False)
+    for _, layer in at.layers("encoder.layer", facts.count("num_hidden_layers", 24)):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            layer.linear(f"attention.{name}", hidden, hidden, bias=bias)
+        layer.linear("attention.projection_layer", hidden, hidden, bias=True)
+        layer.linear("mlp.fc1", inner, hidden, bias=True)
+        layer.linear("mlp.fc2", hidden, inner, bias=True)
+        layer.norm("layernorm_before", hidden, bias=True)
+        layer.norm("layernorm_after", hidden, bias=True)
+        layer.tensor("lambda_1", hidden, kind=Kind.STATE)
+        layer.tensor("lambda_2", hidden, kind=Kind.STATE)
+
+
+def spell_config(config: dict[str, Any], facts: Facts) -> None:
+    """Write the tower's facts as the runtime reads them, in place."""
+    for name, word, why in _WORDS:
+        facts.expect(name, word, default=word, why=why)
+    for name, flag, why in _FLAGS:
+        facts.expect(name, flag, default=flag, why=why)
+    image, patch = _sides(facts)
+    if image[0] != image[1] or patch[0] != patch[1]:
+        facts.problem(f"config.json: {facts.path}image_size: the runtime takes squares only")
+    config.update(
+        model_type="internvl_vision",
+        hidden_size=int(facts.size("hidden_size", 1024)),
+        intermediate_size=int(facts.size("intermediate_size", 4096)),
+        num_hidden_layers=facts.count("num_hidden_layers", 24),
+        num_attention_heads=int(facts.size("num_attention_heads", 16)),
+        num_channels=int(facts.size("num_channels", 3)),
+        image_size=list(image),
+        patch_size=list(patch),
+        layer_norm_eps=facts.number("layer_norm_eps", 1e-6),
+        norm_type="layer_norm",
+        attention_bias=facts.flag("attention_bias", False),
+        use_qk_norm=False,
+    )
+
+
+def _sides(facts: Facts) -> tuple[tuple[int, int], tuple[int, int]]:
+    return facts.pair("image_size", (448, 448)), facts.pair("patch_size", (14, 14))

@@ -1,0 +1,89 @@
+"""Calibration text: which bytes, which tokens, and the digest that a plan records."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+DEFAULT_SEQUENCES = 64
+DEFAULT_LENGTH = 512
+_SUFFIXES = {".txt", ".md", ".json", ".jsonl", ".py"}
+_LIMIT = 64 << 20
+
+
+class CalibrationError(ValueError):
+    """Calibration cannot be done as asked; the message says what to change."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Which text calibrates, as a plan records it: the text by its sha256, and how much of it."""
+
+    sha256: str
+    sequences: int = DEFAULT_SEQUENCES
+    length: int = DEFAULT_LENGTH
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"text": self.sha256, "sequences": self.sequences, "length": self.length}
+
+
+def read_text(path: Path | None) -> str:
+    """The text of a file, of all text files of a folder in name order, or the built-in text.
+
+    Raises CalibrationError naming what cannot be read.
+    """
+    if path is None:
+        return (files("quant.calibrate") / "data" / "default.txt").read_text(encoding="utf-8")
+    if not path.exists():
+        raise CalibrationError(f"--calibration-data {path}: no such file or folder")
+    found = [path]
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
+        if not found:
+            raise CalibrationError(
+                f"--calibration-data {path}: holds no text ({', '.join(sorted(_SUFFIXES))})"
+            )
+    if sum(p.stat().st_size for p in found) > _LIMIT:
+        raise CalibrationError(f"--calibration-data {path}: more than 64 MB of text; give less")
+    try:
+        text = "\n".join(p.read_text(encoding="utf-8") for p in found)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"--calibration-data {path}: not UTF-8 text: {error}") from error
+    if not text.strip():
+        raise CalibrationError(f"--calibration-data {path}: is empty")
+    return text
+
+
+def calibration_of(path: Path | None, *, sequences: int, length: int) -> Calibration:
+    """What a plan records of the text at ``path``; raises CalibrationError."""
+    digest = hashlib.sha256(read_text(path).encode()).hexdigest()
+    return Calibration(sha256=digest, sequences=sequences, length=length)
+
+
+def tokenized(text: str, folder: Path, calibration: Calibration) -> list[list[int]]:
+    """Token sequences of one length, spread evenly over the text; fewer where it is short.
+
+    Tokenised by the release in ``folder``, without special tokens. Raises CalibrationError when
+    there is no tokenizer or the text is shorter than one sequence.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise CalibrationError(f"{folder}: no tokenizer to calibrate with: {error}") from error
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    length = calibration.length
+    windows = len(ids) // length
+    if not windows:
+        raise CalibrationError(
+            f"the calibration text has {len(ids)} tokens, less than one sequence of {length}; "
+            "give more text or a smaller --calibration-length"
+        )
+    count = min(windows, calibration.sequences)
+    starts = [(i * windows // count) * length for i in range(count)]
+    return [ids[start : start + length] for start in starts]

@@ -1,0 +1,118 @@
+"""GPTQ: rounding that makes up for the errors of earlier columns in later ones.
+
+Frantar et al., arXiv 2210.17323, with act-order and static groups: columns are visited by
+decreasing activation, while scales and biases are fixed before in the original column order, so
+that the stored groups stay contiguous. Their grid is that of method "imatrix".
+"""
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from arch_maps.dtypes import CODES, NUMPY_DTYPES
+from quant.recipe import QuantSpec
+from quant.search import pack_codes, search_codes
+
+DAMPING: Final = 0.01
+"""Share of the mean diagonal added to the Hessian's."""
+_BLOCK: Final = 128
+
+Matrix = npt.NDArray[np.float64]
+
+
+def quantize_gptq(
+    w: npt.NDArray[Any], spec: QuantSpec, hessian: npt.NDArray[Any]
+) -> dict[str, npt.NDArray[Any]]:
+    """Quantize (rows, cols) ``w`` for inputs with ``hessian`` = mean of x x^T (cols, cols).
+
+    Returns the tensors of ``spec.output_tensors``. Raises NonFiniteError as quantize_rows does.
+    """
+    code = CODES[w.dtype]
+    tensors = spec.output_tensors(w.shape, code)
+    parts = {r: np.empty(shape, NUMPY_DTYPES[c]) for r, (c, shape) in tensors.items()}
+    diagonal = np.ascontiguousarray(np.diagonal(hessian)).astype(np.float32)
+    search_codes(w, spec, weights=diagonal, out=parts)
+    order, factor = inverse_factor(hessian)
+    scale, bias = _expanded(parts, spec)
+    codes = _rounded(w.astype(np.float32)[:, order], scale[:, order], bias[:, order], factor, spec)
+    back = np.empty_like(codes)
+    back[:, order] = codes
+    pack_codes(back, spec, out=parts["weight"])
+    return parts
+
+
+def inverse_factor(
+    hessian: npt.NDArray[Any], *, damping: float = DAMPING
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]:
+    """The order of columns and U, upper, with U^T U = (H + damping)^-1 in that order.
+
+    The damping grows tenfold until the matrix is positive definite. Columns that never saw an
+    input count as independent.
+    """
+    h: Matrix = np.array(hessian, np.float64)
+    assert np.isfinite(h).all(), "the Hessian must be finite"
+    diagonal = np.diagonal(h).copy()
+    mean = float(diagonal.mean()) or 1.0
+    order = np.argsort(-diagonal, kind="stable")
+    h = h[order][:, order]
+    h[np.diag_indices_from(h)] += np.where(diagonal[order] == 0, mean, 0.0)
+    while True:
+        damped = h + damping * mean * np.eye(len(h))
+        try:
+            # With P the reversal, P H P = L L^T gives H^-1 = U^T U for U = P L^-1 P.
+            lower = np.linalg.cholesky(damped[::-1, ::-1])
+            break
+        except np.linalg.LinAlgError:
+            damping *= 10
+    inverse = np.linalg.solve(lower, np.eye(len(h)))
+    return order, np.ascontiguousarray(inverse[::-1, ::-1], np.float32)
+
+
+def _expanded(
+    parts: dict[str, npt.NDArray[Any]], spec: QuantSpec
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Scale and bias of every element as float32."""
+    import ml_dtypes
+
+    scales = parts["scales"]
+    if spec.mode == "affine":
+        scale, bias = scales.astype(np.float32), parts["biases"].astype(np.float32)
+    else:
+        if spec.mode == "nvfp4":
+            scale = scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        else:
+            scale = np.ldexp(np.float32(1), scales.astype(np.int32) - 127).astype(np.float32)
+        bias = np.zeros_like(scale)
+    size = spec.group_size
+    return np.repeat(scale, size, axis=1), np.repeat(bias, size, axis=1)
+
+
+def _rounded(
+    w: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float32],
+    bias: npt.NDArray[np.float32],
+    factor: npt.NDArray[np.float32],
+    spec: QuantSpec,
+) -> npt.NDArray[np.uint8]:
+    """Codes of columns in the order given; block updates as in the paper's algorithm 1."""
+    from quant import kernels_gptq
+
+    element = {"affine": 0, "mxfp8": 2}.get(spec.mode, 1)
+    kernel = kernels_gptq.round_block(element)
+    w = np.ascontiguousarray(w)
+    codes = np.empty(w.shape, np.uint8)
+    levels = np.float32(2**spec.bits - 1)
+    for start in range(0, w.shape[1], _BLOCK):
+        block = slice(start, min(start + _BLOCK, w.shape[1]))
+        values, scales, biases, u = (
+            np.ascontiguousarray(part)
+            for part in (w[:, block], scale[:, block], bias[:, block], factor[block, block])
+        )
+        found = np.empty(values.shape, np.uint8)
+        errors = np.empty_like(values)
+        kernel(values, scales, biases, levels, u, found, errors)
+        codes[:, block] = found
+        if block.stop < w.shape[1]:
+            w[:, block.stop :] -= errors @ factor[block, block.stop :]
+    return codes
