@@ -107,9 +107,9 @@ def test_failing_report_is_exit_4_and_not_published(staged, tmp_path):
     assert done.returncode == 4, done.stderr[-2000:]
     assert "not published" in done.stderr
     assert not api.repo_exists("local/bad")
-    assert json.loads((tmp_path / "MiniCPM-V-4_6-2bit" / "parity.json").read_text())[
-        "verdict"
-    ] == ("fail")
+    assert json.loads((tmp_path / "MiniCPM-V-4_6-2bit" / "parity.json").read_text())["verdict"] == (
+        "fail"
+    )
 
 
 def test_plan_from_the_hub_reads_headers_only(staged, tmp_path):

@@ -1,6 +1,7 @@
 """Maps against real headers: every tensor accounted for, and every fault named."""
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from header_fixtures import collapse, expand, fixtures, source_of
 
 from arch_maps.facts import Facts
+from arch_maps.ops import Source as Leaf
 from arch_maps.ops import sources
 from arch_maps.registry import find, model_types
 from arch_maps.rules import Drop, Kind, Layout, Mount, Tensors, targets
@@ -26,6 +28,7 @@ from validate.twin.shrink import shrink_config
 FIXTURES = fixtures()
 _NUMBER = re.compile(r"\.\d+\.")
 each_fixture = pytest.mark.parametrize("fixture", FIXTURES, ids=lambda f: f.id)
+THOROUGH = {"bert", "llama", "minicpmv4_6", "qwen3", "qwen3_5"}
 each_type = pytest.mark.parametrize("model_type", model_types())
 
 
@@ -36,8 +39,15 @@ def problems_of(fixture, tensors=None, **config):
 
 
 def samples(fixture):
-    """One tensor name for each pattern of names, from the last layer that has it."""
-    return list({_NUMBER.sub(".N.", name): name for name in fixture.tensors}.values())
+    """One tensor name for each pattern of names, from the last layer that has it.
+
+    Every sample matches the whole release once, so of the largest ones only a few are taken.
+    """
+    names = list({_NUMBER.sub(".N.", name): name for name in fixture.tensors}.values())
+    few = 3 if len(fixture.tensors) > 5000 else 12
+    if len(names) <= few or fixture.model_type in THOROUGH:
+        return names
+    return random.Random(fixture.id).sample(names, few)
 
 
 def mapped(fixture):
@@ -89,7 +99,11 @@ def test_every_tensor_is_used_or_dropped_with_a_reason(fixture):
     match = match_release(fixture.source(), find(fixture.model_type))
     used = [leaf.name for rule in match.rules for leaf in sources(rule.expr)]
     dropped = [drop.name for drop in match.drops]
-    assert len(used) == len(set(used))
+    # A tensor is read twice only where it is split, or where a tied table is stored as a head.
+    twice = {name for name in used if used.count(name) > 1} if len(used) < 5000 else set()
+    for rule in match.rules:
+        whole = isinstance(rule.expr, Leaf) and rule.kind is not Kind.HEAD
+        assert not (whole and rule.expr.name in twice and rule.kind is not Kind.EMBEDDING)
     assert not set(used) & set(dropped)
     assert set(used) | set(dropped) == set(fixture.tensors)
     assert all(drop.reason for drop in match.drops)
@@ -117,22 +131,35 @@ def test_a_surplus_tensor_is_named_with_its_shape(fixture):
         assert problem.startswith(f"surplus: {extra} [2, 5] in model.safetensors")
 
 
-@each_fixture
-def test_a_layer_too_many_is_one_line_for_each_tensor_of_a_layer(fixture):
-    """A config of one layer less: the whole last layer is surplus."""
+def layer_count(config):
+    """The section and key that state the number of text layers, if the config states it."""
+    for section in (config.get("text_config"), config):
+        for key in ("num_hidden_layers", "n_layer", "num_layers"):
+            if isinstance(section, dict) and isinstance(section.get(key), int):
+                return section, key
+    return None
+
+
+@pytest.mark.parametrize(
+    "fixture",
+    # The layer after the last is a drafter's, with a drop of its own, in glm_ocr.
+    [f for f in FIXTURES if layer_count(f.config) and f.model_type != "glm_ocr"],
+    ids=lambda f: f.id,
+)
+def test_a_layer_too_many_is_told(fixture):
+    """A config of one layer less: the whole last layer is surplus, or the config is at odds."""
     config = json.loads(json.dumps(fixture.config))
-    text = config.get("text_config", config)
-    text["num_hidden_layers"] -= 1
-    if "layer_types" in text:
-        text["layer_types"] = text["layer_types"][:-1]
+    section, key = layer_count(config)
+    section[key] -= 1
+    for listed in ("layer_types", "layers_block_type", "mlp_layer_types"):
+        if isinstance(section.get(listed), list):
+            section[listed] = section[listed][:-1]
+    last = section[key]
     problems = problems_of(fixture, **config)
-    last = f".{text['num_hidden_layers']}."
-    in_text = [n for n in fixture.tensors if last in n and "vision" not in n and "visual" not in n]
-    optional = {n for n in in_text if n not in mapped(fixture)}
-    assert len([p for p in problems if p.startswith("surplus: ")]) >= 1
-    for problem in problems:
-        if problem.startswith("surplus: ") and "more like these" not in problem:
-            assert any(name in problem for name in {*in_text, *optional}), problem
+    surplus = [p for p in problems if p.startswith("surplus: ") and "more like these" not in p]
+    assert surplus or all("config.json" in problem for problem in problems), problems
+    for problem in surplus:
+        assert f".{last}." in problem or f"{{{last}}}" in problem, problem
 
 
 @each_fixture
@@ -146,7 +173,8 @@ def test_a_wrong_shape_is_told_in_the_words_of_the_config(fixture):
         (problem,) = problems_of(fixture, tensors)
         assert problem.startswith(f"wrong shape: {name} is {list(wrong)} in model.safetensors")
         expected = problem.partition("config.json makes it ")[2]
-        assert [int(n.rpartition("=")[2]) for n in expected[1:-1].split(", ")] == list(shape)
+        sizes = [n for n in expected[1:-1].split(", ") if n]
+        assert [int(n.rpartition("=")[2]) for n in sizes] == list(shape)
         if name.endswith(("_proj.weight", "norm.weight", "dense.weight", "embed_tokens.weight")):
             assert re.search(r"[a-z_]{4,}", expected), problem
 
@@ -266,7 +294,12 @@ RECIPES = {
 @pytest.mark.parametrize(
     ("model_type", "recipe"),
     # The stock mixed recipes name modules that an encoder does not have.
-    [(t, r) for t in model_types() for r in RECIPES if (t, r) != ("bert", "mixed")],
+    [
+        (t, r)
+        for t in model_types()
+        for r in (RECIPES if t in THOROUGH else ("plain", "4bit"))
+        if (t, r) != ("bert", "mixed")
+    ],
 )
 def test_targets_are_the_parameters_of_the_stock_runtimes(model_type, recipe, tmp_path):
     """Files of zeros with the plan's headers and config, loaded by the stock loaders."""
