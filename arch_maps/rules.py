@@ -72,6 +72,8 @@ class Drop:
     same_as: str | None = None
     """Source tensor that it must equal, bit for bit (a tied head)."""
     required: bool = False
+    only_with: str | None = None
+    """Source tensor without which this one is no such thing, but surplus."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,17 @@ class Mount:
         self.out.drops.append(
             Drop(self._source_name(name), reason, shape or None, same_as, required)
         )
+
+    def bind_drops(self, witness: str) -> None:
+        """Let the drops below this mount hold only where its tensor ``witness`` is present.
+
+        Else a config that understates its layers would drop the last one as a drafter.
+        """
+        inside, sign = f"{self.source}.", self._source_name(witness)
+        self.out.drops[:] = [
+            replace(drop, only_with=sign) if drop.name.startswith(inside) else drop
+            for drop in self.out.drops
+        ]
 
     def head(self, name: str, vocab: int, size: int, *, tied_to: str | None) -> None:
         """The output projection, or its drop when it is tied to the embedding ``tied_to``."""

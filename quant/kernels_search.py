@@ -171,7 +171,7 @@ def affine_search(kind: int, group: int) -> Kernel:
                     s = _round_to(s, kind)
                     b = _round_to(found[1] + (found[0] - s) * found[2], kind)
                     e = error(xs, vs, s, b, levels, t)
-                    fresh = e < least and abs(s) >= _LEAST_SCALE
+                    fresh = bool(e < least and abs(s) >= _LEAST_SCALE)
                     if fresh:
                         least = e
                         best_s = s

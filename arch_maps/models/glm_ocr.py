@@ -56,6 +56,7 @@ def _drop_drafter(at: Mount, text: Facts, s: llama.Sizes) -> None:
         layer.drop("eh_proj.weight", why, s.hidden, 2 * s.hidden)
         for name in ("enorm", "hnorm", "shared_head.norm"):
             layer.drop(f"{name}.weight", why, s.hidden)
+        layer.bind_drops("eh_proj.weight")
 
 
 def _tensors(root: Mount, facts: Facts, layout: Layout) -> None:

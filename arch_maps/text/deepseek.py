@@ -81,6 +81,7 @@ def drop_mtp(root: Mount, facts: Facts, layers: int, block: moe.Block) -> None:
         at.drop("eh_proj.weight", MTP, hidden, 2 * hidden)
         at.drop("shared_head.head.weight", MTP, vocab, hidden)
         moe.drop_block(root, f"model.layers.{index}", block, MTP)
+        at.bind_drops("eh_proj.weight")
 
 
 def mtp_layers(facts: Facts) -> bool:

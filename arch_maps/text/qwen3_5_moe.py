@@ -37,6 +37,7 @@ def drop_mtp(root: Mount, facts: Facts, s: qwen3_5.Sizes) -> None:
         for fused in (True, False):
             experts = feed_forward(facts, fused=fused)
             qwen3_5.drop_mtp(root, s, facts.count("mtp_num_hidden_layers"), experts)
+        root.out.drops[:] = {drop.name: drop for drop in root.out.drops}.values()
 
 
 def spell_config(config: dict[str, Any], facts: Facts, *, tied: bool) -> None:

@@ -73,18 +73,27 @@ def match_release(source: Source, arch: ArchMap) -> Match:
 def _unmatched(source: Source, tensors: Tensors) -> int:
     """How many tensors disagree in name or shape, to tell layouts apart quickly."""
     wanted = {leaf.name: leaf.shape for rule in tensors.rules for leaf in sources(rule.expr)}
-    known = wanted.keys() | {drop.name for drop in tensors.drops}
+    known = wanted.keys() | _drops(source, tensors).keys()
     have = source.tensors
     shared = wanted.keys() & have.keys()
     otherwise = sum(have[name].shape != tuple(map(int, wanted[name])) for name in shared)
     return len(wanted.keys() - have.keys()) + len(have.keys() - known) + otherwise
 
 
+def _drops(source: Source, tensors: Tensors) -> dict[str, Drop]:
+    """The drops that hold for this release, by name."""
+    return {
+        drop.name: drop
+        for drop in tensors.drops
+        if drop.only_with is None or drop.only_with in source.tensors
+    }
+
+
 def _disagreements(source: Source, tensors: Tensors) -> list[str]:
     wanted: dict[str, SourceLeaf] = {
         leaf.name: leaf for rule in tensors.rules for leaf in sources(rule.expr)
     }
-    drops = {drop.name: drop for drop in tensors.drops}
+    drops = _drops(source, tensors)
     have = source.tensors
     missing = [name for name in wanted if name not in have]
     missing += [d.name for d in drops.values() if d.required and d.name not in have]
