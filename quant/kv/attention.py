@@ -1,0 +1,181 @@
+"""Attention over a cache that is unpacked a stretch at a time, never as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from quant.kv.rotation import Rotation
+from quant.kv.store import Store
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+CHUNK: Final = 2048
+"""Tokens that are unpacked at once."""
+
+
+class Part(Protocol):
+    """A run of tokens with keys and values, each in a basis of its own."""
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+
+    @property
+    def key_basis(self) -> Rotation | None:
+        """The keys' basis; None for their own."""
+
+    @property
+    def value_basis(self) -> Rotation | None:
+        """The values' basis."""
+
+    def keys(self, start: int, end: int) -> mx.array:
+        """Keys [batch, heads, end - start, dim]."""
+
+    def values(self, start: int, end: int) -> mx.array:
+        """Values [batch, heads, end - start, dim]."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Tokens in full precision."""
+
+    key_array: mx.array
+    value_array: mx.array
+    key_basis: Rotation | None = None
+    value_basis: Rotation | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+        return int(self.key_array.shape[2])
+
+    def keys(self, start: int, end: int) -> mx.array:
+        """Keys as they were given."""
+        return self.key_array[:, :, start:end]
+
+    def values(self, start: int, end: int) -> mx.array:
+        """Values as they were given."""
+        return self.value_array[:, :, start:end]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Packed tokens; ``mean`` [batch, heads, 1, dim] was taken off the keys."""
+
+    key_store: Store
+    value_store: Store
+    mean: mx.array | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many."""
+        return self.key_store.count
+
+    @property
+    def key_basis(self) -> Rotation | None:
+        """The keys' basis."""
+        return self.key_store.codec.rotation
+
+    @property
+    def value_basis(self) -> Rotation | None:
+        """The values' basis."""
+        return self.value_store.codec.rotation
+
+    def keys(self, start: int, end: int) -> mx.array:
+        """Keys, less the mean, in their basis."""
+        return self.key_store.decoded(start, end)
+
+    def values(self, start: int, end: int) -> mx.array:
+        """Values in their basis."""
+        return self.value_store.decoded(start, end)
+
+
+def attend(queries: mx.array, parts: Sequence[Part], *, scale: float, mask: Any = None) -> mx.array:
+    """softmax(scale * q k^T + mask) v over all parts in order, [batch, heads, length, dim].
+
+    ``mask``: None, "causal" (the queries are the last tokens), or an array that broadcasts to
+    [batch, heads, length, tokens], boolean (True attends) or added to the scores. Queries are
+    rotated into the keys' basis once and results back once, so that packed tokens are never
+    rotated. Scores are accumulated in float32 by the online softmax (arXiv 1805.02867).
+    """
+    import mlx.core as mx
+
+    batch, heads, length, dim = queries.shape
+    total = sum(part.tokens for part in parts)
+    groups = heads // parts[0].keys(0, 1).shape[1]
+    grouped = (queries.astype(mx.float32) * scale).reshape(batch, -1, groups, length, dim)
+    state = _Softmax()
+    at = 0
+    for part in parts:
+        rotated = part.key_basis.forward(grouped) if part.key_basis else grouped
+        mean = getattr(part, "mean", None)
+        offset = None
+        if mean is not None:
+            offset = (grouped * mean[:, :, None]).sum(axis=-1, keepdims=True)
+        for start in range(0, part.tokens, CHUNK):
+            end = min(start + CHUNK, part.tokens)
+            keys = part.keys(start, end).astype(mx.float32)[:, :, None]
+            scores = rotated @ keys.swapaxes(-1, -2)
+            if offset is not None:
+                scores = scores + offset
+            scores = _masked(scores, mask, at + start, at + end, length, total)
+            state.add(scores, part.values(start, end).astype(mx.float32), part.value_basis)
+        at += part.tokens
+    result: mx.array = state.result().reshape(batch, heads, length, -1)
+    return result.astype(queries.dtype)
+
+
+class _Softmax:
+    """Weighted sums of values by basis, rescaled when a larger score comes."""
+
+    def __init__(self) -> None:
+        self.top: Any = None
+        self.total: Any = None
+        self.sums: dict[int, tuple[Rotation | None, Any]] = {}
+
+    def add(self, scores: mx.array, values: mx.array, basis: Rotation | None) -> None:
+        import mlx.core as mx
+
+        top = scores.max(axis=-1, keepdims=True)
+        top = top if self.top is None else mx.maximum(self.top, top)
+        # A row may have no token to attend to in what has come so far.
+        floor = mx.maximum(top, -1e30)
+        weights = mx.exp(scores - floor)
+        mass = weights.sum(axis=-1, keepdims=True)
+        if self.top is not None:
+            shrink = mx.exp(mx.maximum(self.top, -1e30) - floor)
+            mass = mass + self.total * shrink
+            self.sums = {key: (b, value * shrink) for key, (b, value) in self.sums.items()}
+        self.top, self.total = top, mass
+        found = weights @ values[:, :, None]
+        kept = self.sums.get(id(basis))
+        self.sums[id(basis)] = (basis, found if kept is None else kept[1] + found)
+
+    def result(self) -> Any:
+        total = None
+        for basis, value in self.sums.values():
+            plain = basis.inverse(value) if basis else value
+            total = plain if total is None else total + plain
+        return total / self.total
+
+
+def _masked(scores: mx.array, mask: Any, start: int, end: int, length: int, total: int) -> mx.array:
+    import mlx.core as mx
+
+    if mask is None:
+        return scores
+    if isinstance(mask, str):
+        rows = mx.arange(total - length, total)[:, None]
+        allowed = mx.arange(start, end)[None] <= rows
+        return mx.where(allowed, scores, -mx.inf)
+    piece: mx.array = mask[..., start:end]
+    if piece.ndim == 4 and piece.shape[1] > 1:  # one for each query head
+        piece = piece.reshape(piece.shape[0], scores.shape[1], -1, *piece.shape[2:])
+    elif piece.ndim == 4:
+        piece = piece[:, :, None]
+    if piece.dtype == mx.bool_:
+        return mx.where(piece, scores, -mx.inf)
+    return scores + piece.astype(mx.float32)

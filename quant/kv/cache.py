@@ -1,0 +1,212 @@
+"""A quantized KV cache with the protocol of the stock runtimes' caches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final
+
+from quant.kv.attention import Part, Plain, Stored, attend
+from quant.kv.rotation import Rotation
+from quant.kv.spec import LayerSpec, TensorSpec
+from quant.kv.store import Store
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+_BLOCK: Final = 64
+"""Tokens that leave the full-precision window together."""
+
+
+class QuantizedStateCache:
+    """One attention layer's keys and values [batch, heads, tokens, dim].
+
+    Tokens lie in three runs: the first few and the last few as they came, those between encoded.
+    New tokens are attended to as they came and are encoded when later ones push them out of the
+    window. Hand instances to ``generate`` of mlx-lm or mlx-vlm in place of their own caches, inside
+    :func:`quant.kv.runtime.caches`. ``bits`` and ``group_size`` are what the runtimes look for to
+    tell a quantized cache.
+    """
+
+    group_size = 64
+
+    def __init__(self, spec: LayerSpec, rotations: Mapping[int, Rotation]) -> None:
+        self.spec = spec
+        self.rotations = rotations
+        self.bits = spec.key.bits
+        self.offset = 0
+        self.dims = (0, 0)
+        self.first: Plain | None = None
+        self.last: Plain | None = None
+        self.stores: tuple[Store, Store] | None = None
+        self.mean: mx.array | None = None
+
+    # What attention layers call
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Take new tokens; what is returned is the cache itself, for the attention to read."""
+        self._settle()
+        self.dims = (keys.shape[-1], values.shape[-1])
+        skip = 0
+        have = self.first.tokens if self.first else 0
+        if have < self.spec.sinks and self.offset == have:
+            skip = min(self.spec.sinks - have, keys.shape[2])
+            self.first = _joined(self.first, keys[:, :, :skip], values[:, :, :skip])
+        if skip < keys.shape[2]:
+            self.last = _joined(self.last, keys[:, :, skip:], values[:, :, skip:])
+        self.offset += keys.shape[2]
+        return self, self
+
+    def attend(self, queries: mx.array, *, scale: float, mask: Any = None) -> mx.array:
+        """Attention of [batch, heads, length, dim] over everything that is kept."""
+        return attend(queries, self.parts(), scale=scale, mask=mask)
+
+    def make_mask(
+        self, length: int, return_array: bool = False, window_size: int | None = None
+    ) -> Any:
+        """The causal mask as the runtimes ask for it; "causal" is left to the attention."""
+        if window_size is None and not return_array:
+            return None if length == 1 else "causal"
+        import mlx.core as mx
+
+        rows = mx.arange(self.offset, self.offset + length)[:, None]
+        columns = mx.arange(self.offset + length)[None]
+        mask = columns <= rows
+        return mask if window_size is None else mask & (columns > rows - window_size)
+
+    def parts(self) -> list[Part]:
+        """The runs of tokens in order."""
+        found: list[Part] = []
+        if self.first is not None:
+            found.append(self.first)
+        if self.stores is not None and self.stores[0].count:
+            found.append(Stored(*self.stores, self.mean))
+        if self.last is not None and self.last.tokens:
+            found.append(self.last)
+        return found
+
+    def _settle(self) -> None:
+        """Encode what has left the window, in whole blocks."""
+        tokens = self.last.tokens if self.last else 0
+        over = (tokens - self.spec.window) // _BLOCK * _BLOCK
+        if self.last is None or over <= 0:
+            return
+        keys, values = self.last.keys(0, over), self.last.values(0, over)
+        if self.stores is None:
+            self.stores = self._new_stores()
+        if self.mean is None and self.spec.subtract_mean:
+            self.mean = keys.astype(_float32()).mean(axis=2, keepdims=True)
+        if self.mean is not None:
+            keys = keys.astype(_float32()) - self.mean
+        self.stores[0].append(keys)
+        self.stores[1].append(values)
+        self.last = Plain(self.last.keys(over, tokens), self.last.values(over, tokens))
+
+    def _new_stores(self) -> tuple[Store, Store]:
+        key = self.spec.key.codec(self.dims[0], self.rotations[self.dims[0]], "key")
+        value = self.spec.value.codec(self.dims[1], self.rotations[self.dims[1]], "value")
+        return Store(key), Store(value)
+
+    # What the runtimes' generation and prompt caches call
+
+    def is_trimmable(self) -> bool:
+        """Always: tokens are cut off the end, encoded or not."""
+        return True
+
+    def trim(self, count: int) -> int:
+        """Forget the last ``count`` tokens; how many there were to forget."""
+        count = min(count, self.offset)
+        left = count
+        if self.last is not None:
+            cut = min(left, self.last.tokens)
+            self.last = _cut(self.last, cut)
+            left -= cut
+        if self.stores is not None and left:
+            cut = min(left, self.stores[0].count)
+            for store in self.stores:
+                store.count -= cut
+            left -= cut
+        if self.first is not None and left:
+            self.first = _cut(self.first, left)
+        self.offset -= count
+        return count
+
+    def size(self) -> int:
+        """Tokens."""
+        return self.offset
+
+    def empty(self) -> bool:
+        """Whether no token was seen."""
+        return self.offset == 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept, the full-precision runs included."""
+        plain = (part for part in (self.first, self.last) if part is not None)
+        total = sum(part.key_array.nbytes + part.value_array.nbytes for part in plain)
+        total += sum(store.nbytes for store in self.stores or ())
+        return total + (self.mean.nbytes if self.mean is not None else 0)
+
+    @property
+    def state(self) -> Any:
+        """Arrays and plain values, from which :meth:`from_state` makes the cache again."""
+        used = {dim: r.to_json() for dim, r in self.rotations.items() if dim in self.dims}
+        facts = {"spec": asdict(self.spec), "dims": self.dims, "rotations": used}
+        about = json.dumps(facts)
+        runs = [[p.key_array, p.value_array] if p else None for p in (self.first, self.last)]
+        stored = [list(store.kept()) for store in self.stores] if self.stores else None
+        count = self.stores[0].count if self.stores else 0
+        return [about, self.offset, count, *runs, stored, self.mean]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        about, offset, count, first, last, stored, mean = value
+        facts = json.loads(about)
+        tensors = {name: TensorSpec(**facts["spec"][name]) for name in ("key", "value")}
+        spec = LayerSpec(**{**facts["spec"], **tensors})
+        rotations = {int(dim): Rotation.from_json(r) for dim, r in facts["rotations"].items()}
+        QuantizedStateCache.__init__(self, spec, rotations)
+        self.offset, self.dims = int(offset), tuple(facts["dims"])
+        self.first = Plain(*first) if first else None
+        self.last = Plain(*last) if last else None
+        self.mean = mean
+        if stored:
+            self.stores = self._new_stores()
+            for store, arrays in zip(self.stores, stored, strict=True):
+                store.arrays, store.count = tuple(arrays), int(count)
+
+    @classmethod
+    def from_state(cls, state: Any, meta_state: Any = None) -> QuantizedStateCache:
+        """Make a cache of what ``state`` gave."""
+        del meta_state
+        made = cls.__new__(cls)
+        made.state = state
+        return made
+
+    @property
+    def meta_state(self) -> str:
+        """Everything is in :attr:`state`."""
+        return ""
+
+
+def _joined(run: Plain | None, keys: mx.array, values: mx.array) -> Plain:
+    import mlx.core as mx
+
+    if run is None or not run.tokens:
+        return Plain(keys, values)
+    return Plain(
+        mx.concatenate([run.key_array, keys], axis=2),
+        mx.concatenate([run.value_array, values], axis=2),
+    )
+
+
+def _cut(run: Plain, count: int) -> Plain:
+    kept = run.tokens - count
+    return Plain(run.keys(0, kept), run.values(0, kept))
+
+
+def _float32() -> Any:
+    import mlx.core as mx
+
+    return mx.float32

@@ -1,0 +1,114 @@
+"""Random rotations that spread a vector's energy evenly over its coordinates."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+HADAMARD_SIZES: Final = (64, 80, 96, 112, 128, 160, 192, 256, 512)
+"""Sizes at which mx.hadamard_transform is proven right on every backend; elsewhere it has returned
+wrong numbers (36), NaN (576) and damaged memory (72, 144) on the CPU."""
+_ROUNDS: Final = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """An orthogonal map of ``dim`` coordinates, given by its numbers and not by a seed.
+
+    ``signs`` [rounds, dim] of +1 and -1: each round multiplies by one row and applies the
+    orthonormal Hadamard matrix. One round leaves a vector with a massive channel on few distinct
+    values, two on sums of signs, whose lattice costs 2.5 % of the error at three bits and 64
+    channels; after three it is as after the dense rotation that arXiv 2504.19874 assumes.
+    ``matrix`` [dim, dim]: a dense rotation, for sizes without a proven transform.
+    """
+
+    dim: int
+    signs: NDArray[np.int8] | None = None
+    matrix: NDArray[np.float32] | None = None
+
+    @classmethod
+    def random(cls, dim: int, seed: int) -> Rotation:
+        """A rotation of ``dim`` coordinates drawn from ``seed``; Haar-distributed where dense."""
+        draw = np.random.default_rng(np.random.SeedSequence([seed, dim]))
+        if dim in HADAMARD_SIZES:
+            return cls(dim, signs=(1 - 2 * draw.integers(0, 2, (_ROUNDS, dim))).astype(np.int8))
+        q, r = np.linalg.qr(draw.standard_normal((dim, dim)))
+        return cls(dim, matrix=(q * np.sign(np.diag(r))).astype(np.float32))
+
+    def forward(self, x: mx.array) -> mx.array:
+        """Rotate the last axis."""
+        import mlx.core as mx
+
+        if self.matrix is not None:
+            turned: mx.array = x @ self._arrays[0].astype(x.dtype)
+            return turned
+        scale = self.dim**-0.5
+        for row in self._arrays:
+            x = mx.hadamard_transform(x * row.astype(x.dtype), scale=scale)
+        return x
+
+    def inverse(self, x: mx.array) -> mx.array:
+        """Undo :meth:`forward`."""
+
+        if self.matrix is not None:
+            turned: mx.array = x @ self._arrays[0].astype(x.dtype).T
+            return turned
+        scale = self.dim**-0.5
+        for row in reversed(self._arrays):
+            x = _transposed_hadamard(x, scale) * row.astype(x.dtype)
+        return x
+
+    @cached_property
+    def _arrays(self) -> tuple[Any, ...]:
+        import mlx.core as mx
+
+        if self.matrix is not None:
+            return (mx.array(self.matrix),)
+        assert self.signs is not None
+        return tuple(mx.array(row.astype(np.float32)) for row in self.signs)
+
+    def to_json(self) -> dict[str, Any]:
+        """What config.json stores: sign bits in hex, or the hash of a dense matrix."""
+        if self.signs is not None:
+            bits = [np.packbits(row < 0, bitorder="little").tobytes().hex() for row in self.signs]
+            return {"type": "hadamard", "dim": self.dim, "signs": bits}
+        assert self.matrix is not None
+        digest = hashlib.sha256(self.matrix.astype("<f4").tobytes()).hexdigest()
+        return {"type": "dense", "dim": self.dim, "sha256": digest}
+
+    @classmethod
+    def from_json(
+        cls, stored: dict[str, Any], matrix: NDArray[np.float32] | None = None
+    ) -> Rotation:
+        """Read :meth:`to_json` back; a dense rotation needs its ``matrix``, which is checked.
+
+        ValueError when the matrix is missing or is not the one whose hash is stored.
+        """
+        dim = int(stored["dim"])
+        if stored["type"] == "hadamard":
+            rows = [np.frombuffer(bytes.fromhex(text), np.uint8) for text in stored["signs"]]
+            bits = np.stack([np.unpackbits(row, bitorder="little")[:dim] for row in rows])
+            return cls(dim, signs=(1 - 2 * bits.astype(np.int8)).astype(np.int8))
+        found = cls(dim, matrix=matrix) if matrix is not None else None
+        if found is None or found.to_json() != stored:
+            raise ValueError(f"the dense rotation of {dim} coordinates is not the stored one")
+        return found
+
+
+def _transposed_hadamard(x: mx.array, scale: float) -> mx.array:
+    """Undo mx.hadamard_transform: its matrix is symmetric at powers of two only."""
+    import mlx.core as mx
+
+    dim = x.shape[-1]
+    if dim & (dim - 1) == 0:
+        return mx.hadamard_transform(x, scale=scale)
+    columns = mx.hadamard_transform(mx.eye(dim), scale=scale)  # row i holds column i
+    return x @ columns.T.astype(x.dtype)

@@ -1,0 +1,82 @@
+"""Quantized caches in the stock runtimes: made for a model, taken by its attention."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from typing import Any, Final
+
+from quant.kv.cache import QuantizedStateCache
+from quant.kv.spec import KvSpec
+from quant.kv.turbo import KvError
+
+_RUNTIMES: Final = ("mlx_lm", "mlx_vlm")
+_ATTENTION: Final = "quantized_scaled_dot_product_attention"
+
+
+def caches(model: Any, spec: KvSpec) -> list[Any]:
+    """Prompt caches for a loaded model of mlx-lm or of mlx-vlm's language model.
+
+    Pass them as ``prompt_cache``. Layers that ``spec`` keeps in float, and those whose own cache
+    is none that grows by a token a time (sliding windows, recurrences), have the runtime's own.
+    KvError when the model has another number of caches, or a layer cannot be what is asked.
+    """
+    own = own_caches(model)
+    install(type(model).__module__.partition(".")[0])
+    if len(own) != len(spec.layers):
+        raise KvError(f"the model has {len(own)} caches, the settings {len(spec.layers)} layers")
+    made: list[Any] = []
+    for index, (cache, layer) in enumerate(zip(own, spec.layers, strict=True)):
+        if layer is None or layer.is_float:
+            made.append(cache)
+        elif takes_quantized(cache):
+            made.append(QuantizedStateCache(layer, spec.rotations))
+        else:
+            raise KvError(f"layer {index} has a {type(cache).__name__}, which stays in float")
+    return made
+
+
+def own_caches(model: Any) -> list[Any]:
+    """The caches that the model's runtime gives it. KvError for a model of neither runtime."""
+    runtime = type(model).__module__.partition(".")[0]
+    if runtime not in _RUNTIMES:
+        raise KvError(f"{type(model).__name__} is a model of neither {' nor '.join(_RUNTIMES)}")
+    made: list[Any] = import_module(f"{runtime}.models.cache").make_prompt_cache(model)
+    return made
+
+
+def takes_quantized(cache: Any) -> bool:
+    """Whether a runtime's cache is one that only grows, token by token."""
+    return type(cache).__name__ == "KVCache"
+
+
+def install(runtime: str) -> None:
+    """Let a runtime's attention read these caches; does nothing a second time.
+
+    Both runtimes send caches that have ``bits`` through one function of their base module. It is
+    wrapped: for a cache of ours it hands the queries over, for any other it is what it was.
+    """
+    base: Any = import_module(f"{runtime}.models.base")
+    stock = getattr(base, _ATTENTION)
+    if not hasattr(stock, "reads_quantized_state"):
+        setattr(base, _ATTENTION, _reading(stock))
+    # Saved prompt caches name their class; the loader looks among the runtime's own.
+    home: Any = sys.modules[f"{runtime}.models.cache"] if runtime in sys.modules else None
+    if home is None:
+        home = import_module(f"{runtime}.models.cache")
+    setattr(home, QuantizedStateCache.__name__, QuantizedStateCache)
+
+
+def _reading(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(stock)
+    def attention(queries: Any, keys: Any, values: Any, *args: Any, **named: Any) -> Any:
+        if not isinstance(keys, QuantizedStateCache):
+            return stock(queries, keys, values, *args, **named)
+        scale = named["scale"] if "scale" in named else args[0]
+        mask = named["mask"] if "mask" in named else args[1]
+        return keys.attend(queries, scale=scale, mask=mask)
+
+    attention.reads_quantized_state = True  # type: ignore[attr-defined]
+    return attention

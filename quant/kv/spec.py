@@ -1,0 +1,112 @@
+"""What is stored how: one entry per layer, keys and values apart, written to config.json."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Literal, get_args
+
+from quant.kv.affine import AffineCodec
+from quant.kv.codec import Codec, FloatCodec
+from quant.kv.rotation import Rotation
+from quant.kv.turbo import KvError, TurboCodec
+
+SCHEMA: Final = 1
+Scheme = Literal["float", "uniform", "turboquant", "rotated"]
+SCHEMES: Final = get_args(Scheme)
+Role = Literal["key", "value"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """How the keys or the values of one layer are stored.
+
+    ``float`` keeps them; ``uniform`` is affine in groups of ``group`` channels; ``rotated`` the
+    same after a rotation; ``turboquant`` rotates and takes centroids, with ``tries`` scales.
+    """
+
+    scheme: Scheme
+    bits: float = 16.0
+    group: int = 64
+    tries: int = 1
+
+    def codec(self, dim: int, rotation: Rotation, role: Role) -> Codec:
+        """What encodes vectors of ``dim`` channels; KvError where the scheme cannot."""
+        if self.scheme == "float":
+            return FloatCodec(dim)
+        if self.scheme == "turboquant":
+            norm: Any = "unbiased" if role == "key" else "least"
+            return TurboCodec(
+                dim=dim, bits=self.bits, rotation=rotation, norm=norm, tries=self.tries
+            )
+        if self.scheme not in SCHEMES:
+            raise KvError(f"no KV scheme {self.scheme!r}; there are {', '.join(SCHEMES)}")
+        if self.bits != int(self.bits):
+            raise KvError(f"{self.bits} bits: {self.scheme} caches have whole bits")
+        basis = rotation if self.scheme == "rotated" else None
+        return AffineCodec(dim=dim, bits=int(self.bits), group=self.group, rotation=basis)
+
+
+FLOAT: Final = TensorSpec(scheme="float")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """One layer's cache.
+
+    The first ``sinks`` tokens and at least the last ``window`` stay in full precision;
+    ``subtract_mean`` takes the keys' mean off before coding, which softmax cannot see.
+    """
+
+    key: TensorSpec
+    value: TensorSpec
+    sinks: int = 4
+    window: int = 64
+    subtract_mean: bool = True
+
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing is quantized."""
+        return self.key.scheme == self.value.scheme == "float"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvSpec:
+    """A model's caches: ``layers`` by number (None: not an attention cache, left alone).
+
+    ``rotations`` by head size. ``to_json`` is what goes under ``kv_cache_quantization``.
+    """
+
+    layers: tuple[LayerSpec | None, ...]
+    rotations: dict[int, Rotation] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, schema versioned."""
+        return {
+            "schema": SCHEMA,
+            "layers": [None if layer is None else asdict(layer) for layer in self.layers],
+            "rotations": {str(dim): r.to_json() for dim, r in sorted(self.rotations.items())},
+        }
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> KvSpec:
+        """Read :meth:`to_json`; KvError for another schema version."""
+        if stored.get("schema") != SCHEMA:
+            raise KvError(f"kv_cache_quantization has schema {stored.get('schema')}, not {SCHEMA}")
+        layers = tuple(
+            None
+            if layer is None
+            else LayerSpec(
+                **{
+                    **layer,
+                    "key": TensorSpec(**layer["key"]),
+                    "value": TensorSpec(**layer["value"]),
+                }
+            )
+            for layer in stored["layers"]
+        )
+        rotations = {int(dim): Rotation.from_json(r) for dim, r in stored["rotations"].items()}
+        return cls(layers=layers, rotations=rotations)
+
+    def rotation(self, dim: int) -> Rotation:
+        """The rotation of heads of ``dim`` channels."""
+        return self.rotations.setdefault(dim, Rotation.random(dim, seed=dim))

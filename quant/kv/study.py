@@ -1,0 +1,182 @@
+"""The whole study of one model's caches: ours at the bits asked for, the stock runtime's beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any, Final, Literal
+
+from quant.kv.measure import Baseline, Forward, baseline, forward_of, loss
+from quant.kv.runtime import own_caches
+from quant.kv.scan import (
+    CHUNK,
+    LayerFacts,
+    allocate,
+    allocated_spec,
+    effective_bits,
+    joint,
+    sensitivity,
+    spec_for,
+    static_scan,
+)
+from quant.kv.spec import KvSpec, TensorSpec
+from quant.kv.turbo import KvError
+
+Choice = Literal["uniform", "turboquant", "auto"]
+CHOICES: Final[tuple[Choice, ...]] = ("uniform", "turboquant", "auto")
+SHORT: Final = 512
+LONG: Final = 4096 + 2 * CHUNK
+_TRIES: Final = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stock:
+    """One setting of a stock runtime, as its command line spells it."""
+
+    flags: str
+    scheme: str
+    bits: float
+    group: int
+    effective_bits: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What was chosen, and what everything costs."""
+
+    spec: KvSpec
+    report: dict[str, Any]
+
+
+def study(
+    model: Any,
+    ids: Sequence[int],
+    *,
+    choice: Choice,
+    bits: float,
+    group: int = 64,
+    progress: Callable[[str], None] | None = None,
+) -> Study:
+    """Choose a spec for a loaded model and measure it on ``ids``, short and long.
+
+    ``bits`` are effective bits on average for "auto", code bits for the others. KvError where no
+    layer can be quantized, a head cannot be stored as asked, or the text is too short to tell.
+    """
+    say = progress or (lambda text: None)
+    if len(ids) < 4 * CHUNK:
+        raise KvError(f"{len(ids)} tokens of text: a KV study needs {4 * CHUNK} or more")
+    facts = static_scan(model)
+    if not any(fact.quantizable for fact in facts):
+        reasons = sorted({fact.reason for fact in facts})
+        raise KvError(f"no layer's cache can be quantized: {'; '.join(reasons)}")
+    report: dict[str, Any] = {"layers": [asdict(fact) for fact in facts]}
+    short = list(ids[:SHORT])
+    if choice == "auto":
+        measured = sensitivity(model, facts, short, progress=progress)
+        spec = allocated_spec(facts, allocate(facts, measured, bits=bits))
+        report["sensitivity"] = [
+            {"layer": layer, "of": role, "bits": width, "kl_mean": kl}
+            for (layer, role, width), kl in sorted(measured.kl.items())
+        ]
+    else:
+        tensor = TensorSpec(scheme=choice, bits=bits, group=group, tries=_TRIES)
+        spec = spec_for(facts, lambda fact: (tensor, tensor))
+    forward = forward_of(model)
+    texts = {"short": short, "long": list(ids[:LONG])}
+    exact: dict[str, Baseline] = {}
+    for name, text in texts.items():
+        say(f"KV cache: {len(text)} tokens with a float cache")
+        exact[name] = baseline(forward, own_caches(model), text, chunk=CHUNK, start=_start(text))
+    say("KV cache: as chosen")
+    report["chosen"] = {
+        "scheme": choice,
+        "bits": bits,
+        "effective_bits": round(effective_bits(spec, facts), 4),
+        **{name: joint(model, spec, wanted) for name, wanted in exact.items()},
+    }
+    report["stock"] = []
+    for setting in stock_settings(model, facts):
+        say(f"KV cache: {setting.flags}")
+        report["stock"].append(_stock_row(model, forward, setting, exact))
+    return Study(spec=spec, report=report)
+
+
+def _start(text: Sequence[int]) -> int:
+    """Where measuring starts: of a long text its last part, which attends to all before it."""
+    return CHUNK if len(text) <= SHORT else len(text) - SHORT
+
+
+def stock_settings(model: Any, facts: Sequence[LayerFacts]) -> list[Stock]:
+    """The settings of the model's own runtime that are worth measuring."""
+    dims = [fact.key_dim for fact in facts if fact.quantizable]
+    group = 64 if all(dim % 64 == 0 for dim in dims) else 32
+    grouped = f"--kv-group-size {group} --quantized-kv-start 0"
+    found = [
+        Stock(
+            flags=f"--kv-bits {bits} {grouped}",
+            scheme="uniform",
+            bits=bits,
+            group=group,
+            effective_bits=bits + 32 / group,
+        )
+        for bits in (8, 4)
+    ]
+    if type(model).__module__.startswith("mlx_vlm"):
+        for bits in (8.0, 4.0, 3.5):
+            found.append(
+                Stock(
+                    flags=f"--kv-bits {bits:g} --kv-quant-scheme turboquant --quantized-kv-start 0",
+                    scheme="turboquant",
+                    bits=bits,
+                    group=group,
+                    effective_bits=bits + 16 / (sum(dims) / len(dims)),
+                )
+            )
+    return found
+
+
+def _stock_row(
+    model: Any, forward: Forward, setting: Stock, exact: dict[str, Baseline]
+) -> dict[str, Any]:
+    """The runtime's own caches, quantized by its own function after every chunk as it generates."""
+    row: dict[str, Any] = asdict(setting)
+    try:
+        for name, wanted in exact.items():
+            stepped = _with_stock(model, forward, setting)
+            row[name] = {"all": loss(stepped, own_caches(model), wanted).to_json()}
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+        row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    return row
+
+
+def _with_stock(model: Any, forward: Forward, setting: Stock) -> Forward:
+    if type(model).__module__.startswith("mlx_vlm"):
+        quantize: Any = import_module("mlx_vlm.generate.common").maybe_quantize_kv_cache
+        extra: dict[str, Any] = {"kv_quant_scheme": setting.scheme, "kv_bits": setting.bits}
+    else:
+        quantize = import_module("mlx_lm.generate").maybe_quantize_kv_cache
+        extra = {"kv_bits": int(setting.bits)}
+
+    def stepped(ids: Any, caches: list[Any]) -> Any:
+        out = forward(ids, caches)
+        quantize(caches, quantized_kv_start=0, kv_group_size=setting.group, **extra)
+        return out
+
+    return stepped
+
+
+def flags_for(study: Study) -> list[dict[str, Any]]:
+    """Ready-to-paste flags of the stock runtime with their loss at long context, least first."""
+    rows = [row for row in study.report["stock"] if "error" not in row]
+    return sorted(
+        (
+            {
+                "flags": row["flags"],
+                "effective_bits": row["effective_bits"],
+                "kl_mean": row["long"]["all"]["kl_mean"],
+            }
+            for row in rows
+        ),
+        key=lambda row: float(row["kl_mean"]),
+    )
