@@ -15,8 +15,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh docs/demo.sh
 
+# One thread in each of the processes: more would only wait for each other.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -90,6 +90,10 @@ class Facts:
         stated = {key: value for key, value in self.data.items() if value is not None}
         return Facts({**defaults, **stated}, path=self.path, parent=self)
 
+    def overruled(self, fixed: Mapping[str, Any]) -> Facts:
+        """The same view, where the reference has ``fixed`` whatever is stated."""
+        return Facts({**self.data, **fixed}, path=self.path, parent=self)
+
     def size(self, name: str, default: int | None = None) -> Dim:
         """A positive integer."""
         value = self.data.get(name)

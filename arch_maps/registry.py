@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -34,6 +34,19 @@ class ArchMap:
     pipeline_tag: str = "text-generation"
     remarks: tuple[str, ...] = ()
     """Known deviations of a runtime or losses of the map, in one sentence each."""
+    origin: Mapping[str, Any] | None = None
+    """How the map was come by, where it is none of the registry's; plans and manifests say it."""
+
+    def record(self) -> dict[str, Any] | None:
+        """What plans and manifests say of a map that is none of the registry's, else None."""
+        if self.origin is None:
+            return None
+        told = {"runtimes": self.runtimes, "modalities": self.modalities, "remarks": self.remarks}
+        return {
+            **self.origin,
+            **{name: list(value) for name, value in told.items()},
+            "pipeline_tag": self.pipeline_tag,
+        }
 
     def expand(self, facts: Facts, layout: Layout) -> Tensors:
         """Rules and drops for a config; its problems are collected in ``facts``."""
@@ -42,7 +55,49 @@ class ArchMap:
         return tensors
 
 
-_MODULES: Final = {"xlm-roberta": "xlm_roberta"}
+_OTHER_NAMES: Final = {
+    ("llava", "vision_config", "pixtral"): "pixtral",
+    ("llava_next", "text_config", "granite"): "granite_vision",
+}
+"""Releases whose runtime goes by another name than their model_type, told by a part of them."""
+
+_BY_ARCHITECTURE: Final = {
+    ("GOT", "GOTQwenForCausalLM"): "got",
+    ("deepseek_vl_v2", "DeepseekOCRForCausalLM"): "deepseekocr",
+    ("deepseek_vl_v2", "DeepseekOCR2ForCausalLM"): "deepseekocr_2",
+    ("hunyuan", "HunYuanMoEV1ForCausalLM"): "hunyuan_v1_moe",
+    ("qwen3", "DFlashDraftModel"): "qwen3_dflash",
+}
+"""Releases of one model_type that are told apart by the class they name."""
+
+
+_SPELLINGS: Final = {"lfm2-vl": "lfm2_vl"}
+"""Other spellings of a model_type."""
+
+
+def map_name(config: Mapping[str, Any]) -> Any:
+    """What the map of a release's config.json is called: its model_type, but for a few."""
+    named = config.get("model_type")
+    if isinstance(named, str) and named in _SPELLINGS:
+        return _SPELLINGS[named]
+    for (outer, section, inner), other in _OTHER_NAMES.items():
+        part = config.get(section)
+        if named == outer and isinstance(part, Mapping) and part.get("model_type") == inner:
+            return other
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and isinstance(named, str):
+        for name in architectures:
+            if isinstance(name, str) and (named, name) in _BY_ARCHITECTURE:
+                return _BY_ARCHITECTURE[named, name]
+    return named
+
+
+_MODULES: Final = {
+    "lille-130m": "lille_130m",
+    "nemotron-nas": "nemotron_nas",
+    "phi4-siglip": "phi4_siglip",
+    "xlm-roberta": "xlm_roberta",
+}
 """Modules of the types whose names are no Python names."""
 
 

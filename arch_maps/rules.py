@@ -32,6 +32,8 @@ class Kind(StrEnum):
     """A learned table that is added, not looked up by token: never quantized."""
     STATE = "state"
     """Recurrence parameters that the runtimes keep in the precision of the release."""
+    INDEX = "index"
+    """Integers that a runtime looks things up by: stored as int32, as MLX indexes."""
 
 
 QUANTIZABLE = frozenset({Kind.LINEAR, Kind.EMBEDDING, Kind.HEAD})

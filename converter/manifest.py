@@ -67,6 +67,7 @@ def write_manifest(
         "program": {"name": "mlx-dayzero", "version": plan.version},
         "command": command,
         "model_type": plan.model_type,
+        **({"map": plan.map} if plan.map else {}),
         "layout": plan.layout,
         "recipe": plan.options.to_json(),
         "rounding": dict(ROUNDING_RULES),
@@ -86,6 +87,31 @@ def write_manifest(
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     return Manifest(data)
+
+
+def note_comparison(folder: Path, text: str | None) -> None:
+    """Record under ``reference`` how the output was not compared; None takes such a note away."""
+    data = {key: value for key, value in read_manifest(folder).data.items() if key != "reference"}
+    if text is not None:
+        data["reference"] = text
+    elif data == read_manifest(folder).data:
+        return
+    draft = folder / f".{MANIFEST}.partial"
+    draft.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(folder / MANIFEST)
+
+
+def refresh(folder: Path, digests: Mapping[str, str]) -> None:
+    """Record files of a finished output that were written again, or added, by their sha256."""
+    data = dict(read_manifest(folder).data)
+    renewed = {
+        name: {"sha256": digest, "bytes": (folder / name).stat().st_size}
+        for name, digest in digests.items()
+    }
+    data["files"] = dict(sorted({**data["files"], **renewed}.items()))
+    draft = folder / f".{MANIFEST}.partial"
+    draft.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from arch_maps.config import stored_dtype
+from arch_maps.registry import ArchMap
 from converter.calibrated import statistics_of
 from converter.decode import DecodingReader, decoded
 from converter.errors import ConvertError, PlanError, UsageError
@@ -26,11 +27,14 @@ from converter.execute.folder import (
 )
 from converter.execute.journal import NAME as JOURNAL
 from converter.manifest import Manifest, read_manifest, write_manifest
+from converter.maps import WRITTEN, MapChoice, choose_map
+from converter.mtp import drafter_folder, plan_drafter
 from converter.naming import output_name
 from converter.plan import Options, Plan, build_plan
 from converter.plan.back import build_back_plan
-from converter.plan.match import find_map, match_release
+from converter.plan.match import match_release
 from converter.release import Release, fetch, open_release
+from converter.runtime_map import check_reload
 from converter.sidecars import copy_sidecars
 from converter.source import Source
 from converter.ui import Console, size_text
@@ -51,6 +55,9 @@ class Request:
     calibration_data: Path | None = None
     """Text of the calibrated methods; None for the built-in one."""
     trust_remote_code: bool = False
+    maps: MapChoice = WRITTEN
+    mtp: bool = False
+    """Whether the release's further-token layers become a drafter beside each output."""
     command: str = ""
 
     @property
@@ -68,6 +75,9 @@ class Planned:
     """The release's tensors, its own quantization decoded."""
     plans: tuple[Plan, ...]
     decoding: Mapping[str, Any]
+    arch: ArchMap
+    drafters: tuple[Plan, ...] = ()
+    """One beside each plan, or none at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +88,9 @@ class Converted:
     manifest: Manifest
     folder: Path
     release: Release
+    arch: ArchMap
+    target: Path | None = None
+    """The output that this one drafts for."""
 
 
 def plan_request(request: Request) -> Planned:
@@ -92,9 +105,10 @@ def plan_request(request: Request) -> Planned:
             ]
         )
     source, decoding = decoded(release.source) if back else (release.source, {})
-    arch = find_map(source.config)
+    arch = choose_map(source, request.maps)
     plans: list[Plan] = []
     if back:
+        _require_written_map(release, request.maps)
         kept = _kept_facts(release)
         for options in request.recipes:
             plans.append(build_back_plan(source, arch, options, origin=release.origin, **kept))
@@ -102,7 +116,22 @@ def plan_request(request: Request) -> Planned:
         match = match_release(source, arch)
         for options in request.recipes:
             plans.append(build_plan(source, match, options, origin=release.origin))
-    return Planned(release=release, source=source, plans=tuple(plans), decoding=decoding)
+        if not request.maps.written:
+            for plan in plans:
+                check_reload(plan, arch.runtimes[:1], model_file=request.maps.model_file)
+    if request.mtp and back:
+        raise UsageError("--mtp takes a drafter out of a torch release: leave -d and --to out")
+    return Planned(
+        release=release,
+        source=source,
+        plans=tuple(plans),
+        decoding=decoding,
+        arch=arch,
+        drafters=tuple(
+            plan_drafter(source, plan, origin=release.origin)
+            for plan in (plans if request.mtp else ())
+        ),
+    )
 
 
 def output_folders(request: Request, planned: Planned) -> list[Path]:
@@ -123,29 +152,42 @@ def output_folders(request: Request, planned: Planned) -> list[Path]:
 def convert(request: Request, console: Console) -> list[Converted]:
     """Plan, fetch, execute and finish; the outputs are whole when this returns."""
     planned = plan_request(request)
-    folders = output_folders(request, planned)
-    done = _reusable(request, planned, folders)
+    targets = output_folders(request, planned)
+    drafters = [drafter_folder(out) for out in targets] if planned.drafters else []
+    plans, folders = (*planned.plans, *planned.drafters), [*targets, *drafters]
+    done = _reusable(request, planned.release, plans, folders)
     source_root = planned.release.root
     for out, finished in zip(folders, done, strict=True):
         if finished is None:
             with explain(out):
                 check_output(out, source=source_root, overwrite=request.overwrite)
                 out.parent.mkdir(parents=True, exist_ok=True)
-    console.planned(planned.plans, folders)
+    console.planned(plans, folders)
     with console.progress("download", unit="bytes") as tick:
         release = fetch(planned.release, progress=tick)
     source = _relocated(planned, release)
     todo = [
         (plan, out)
-        for plan, out, finished in zip(planned.plans, folders, done, strict=True)
+        for plan, out, finished in zip(plans, folders, done, strict=True)
         if finished is None
     ]
     if todo:
         _require_space(todo)
-        _execute_all(request, console, planned, release, source, todo)
+    for group in (targets, drafters):  # each is one pass over its own tensors
+        members = [(plan, out) for plan, out in todo if out in group]
+        if members:
+            _execute_all(request, console, planned, release, source, members)
+    beside = [*([None] * len(targets)), *(targets if drafters else [])]
     return [
-        Converted(plan=plan, manifest=read_manifest(out), folder=out, release=release)
-        for plan, out in zip(planned.plans, folders, strict=True)
+        Converted(
+            plan=plan,
+            manifest=read_manifest(out),
+            folder=out,
+            release=release,
+            arch=planned.arch,
+            target=target,
+        )
+        for plan, out, target in zip(plans, folders, beside, strict=True)
     ]
 
 
@@ -222,6 +264,9 @@ def _finish(
     write_json(work / "config.json", plan.config)
     write_json(work / "model.safetensors.index.json", plan.index())
     copy_sidecars(release.local(), release.sidecars, work)
+    own = request.maps.model_file if "model_file" in plan.config else None
+    if own is not None:
+        (work / own.name).write_bytes(own.read_bytes())
     write_manifest(
         work,
         plan,
@@ -229,7 +274,14 @@ def _finish(
         source_config=release.source.config,
         content=release.content(),
         digests=digests,
-        names=["config.json", "model.safetensors.index.json", *release.sidecars],
+        names=sorted(
+            {
+                "config.json",
+                "model.safetensors.index.json",
+                *release.sidecars,
+                *([own.name] if own is not None else []),
+            }
+        ),
     )
     sync_tree(work)
     (work / JOURNAL).unlink()
@@ -240,12 +292,14 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _reusable(request: Request, planned: Planned, folders: Sequence[Path]) -> list[Manifest | None]:
+def _reusable(
+    request: Request, release: Release, plans: Sequence[Plan], folders: Sequence[Path]
+) -> list[Manifest | None]:
     """Outputs of these very plans and weights that an interrupted run has finished already."""
     if request.overwrite:
         return [None] * len(folders)
-    content = planned.release.content()
-    return [_finished(plan, out, content) for plan, out in zip(planned.plans, folders, strict=True)]
+    content = release.content()
+    return [_finished(plan, out, content) for plan, out in zip(plans, folders, strict=True)]
 
 
 def _finished(plan: Plan, out: Path, content: str) -> Manifest | None:
@@ -260,6 +314,20 @@ def _relocated(planned: Planned, release: Release) -> Source:
     if release.root is None or planned.release.root is not None:
         return planned.source
     return replace(planned.source, root=release.source.root, files=release.source.files)
+
+
+def _require_written_map(release: Release, maps: MapChoice) -> None:
+    """The way back needs the map of the way there, which a runtime's loader cannot say again."""
+    told: dict[str, Any] = {}
+    if release.root is not None and (release.root / MANIFEST).is_file():
+        told = read_manifest(release.root).data.get("map") or {}
+    if told.get("by") == "runtime" or maps.runtime:
+        raise PlanError(
+            [
+                f"{release.name}: was made by a runtime's loader (--map runtime), which has no way "
+                "back; convert from the torch release instead"
+            ]
+        )
 
 
 def _kept_facts(release: Release) -> dict[str, Any]:

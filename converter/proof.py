@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from converter.decode import DecodingReader, decoded
 from converter.errors import ConvertError, GateError
 from converter.execute import Job, execute
 from converter.execute.folder import explain
-from converter.manifest import read_manifest
+from converter.manifest import note_comparison, read_manifest
 from converter.plan import Options, Plan
 from converter.plan.back import build_back_plan
 from converter.plan.match import find_map, match_release
 from converter.sidecars import copy_sidecars, list_sidecars
 from converter.source import open_folder
 from converter.ui import Console
+from validate.checks import NOT_COMPARED, REFERENCE
 
 
 def prove(
@@ -39,14 +40,16 @@ def prove(
     kl_threshold: float | None = None,
     trust_remote_code: bool = False,
     workers: int = 2,
+    arch: ArchMap | None = None,
 ) -> dict[str, Any]:
     """Judge the checkpoint ``out`` against the release in ``source``; the content of parity.json.
 
     Works on conversions of any origin; with ``plan`` the report vouches for exactly that plan and
-    for the files of its manifest. Raises ConvertError when nothing can be judged at all.
+    for the files of its manifest. ``arch`` is the map it was made with, None for the registry's.
+    Raises ConvertError when nothing can be judged at all.
     """
     from validate.parity import run_parity
-    from validate.reference import ReferenceError
+    from validate.reference import ReferenceError, lacks_class
     from validate.report import write_report
 
     checkpoint = None
@@ -54,7 +57,11 @@ def prove(
     if (out / "conversion.json").is_file():
         manifest = read_manifest(out)
         plan_hash, checkpoint = manifest.plan, manifest.checkpoint
-    with _written_weights(out, source, plan, workers) as dequantized:
+    alone = bool(lacks_class(source, trust_remote_code=trust_remote_code))
+    written: AbstractContextManager[Path | None] = (
+        nullcontext() if alone else _written_weights(out, source, plan, workers, arch)
+    )
+    with written as dequantized:
         try:
             report = run_parity(
                 source=source,
@@ -67,15 +74,50 @@ def prove(
             )
         except ReferenceError as error:
             raise ConvertError(f"{source}: cannot be run as the reference: {error}") from error
-    write_report(report, out)
+    write_report(report, out, kv_cache=kv_report(out))
     data: dict[str, Any] = json.loads((out / "parity.json").read_text(encoding="utf-8"))
     data["checkpoint"] = checkpoint
     _rewrite(out / "parity.json", data)
+    if checkpoint is not None:
+        note_comparison(out, NOT_COMPARED if data["verdict"] == "unproven" else None)
     return data
 
 
-def require_proof(out: Path) -> dict[str, Any]:
-    """The passing report of exactly this output; raises GateError when there is none."""
+def kv_report(out: Path) -> dict[str, Any] | None:
+    """The measured KV-cache schemes of an output, None where none were studied."""
+    from converter.kv import REPORT
+
+    if not (out / REPORT).is_file():
+        return None
+    report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
+    return {key: report[key] for key in ("chosen", "stock", "flags", "not_honoured")}
+
+
+def prove_drafter(out: Path, *, target: Path, console: Console) -> dict[str, Any]:
+    """Judge a drafter beside the output it drafts for; the content of its parity.json."""
+    from validate.report import write_report
+    from validate.speculative import judge_drafter
+
+    made_here = (out / "conversion.json").is_file()
+    manifest = read_manifest(out) if made_here else None
+    plan = None if manifest is None else manifest.plan
+    report = judge_drafter(
+        out, target=target, plan=plan, progress=lambda text: console.say(f"  {text}")
+    )
+    write_report(report, out)
+    data: dict[str, Any] = json.loads((out / "parity.json").read_text(encoding="utf-8"))
+    data["checkpoint"] = None if manifest is None else manifest.checkpoint
+    _rewrite(out / "parity.json", data)
+    if manifest is not None:
+        note_comparison(out, None)
+    return data
+
+
+def require_proof(out: Path, *, allow_unproven: bool = False) -> dict[str, Any]:
+    """The report that lets exactly this output be published; raises GateError otherwise.
+
+    ``allow_unproven`` accepts one that had no torch class to compare with, but no failed check.
+    """
     manifest = read_manifest(out)
     path = out / "parity.json"
     if not path.is_file():
@@ -89,7 +131,10 @@ def require_proof(out: Path) -> dict[str, Any]:
             f"{path}: vouches for another plan or other files than {out} holds now; "
             f"run `convert validate --hf-path SRC --mlx-path {out}` again"
         )
-    if data.get("verdict") != "pass":
+    if data.get("verdict") == "unproven":
+        if not allow_unproven:
+            raise GateError(unproven_text(data, out))
+    elif data.get("verdict") != "pass":
         failed = [c["name"] for c in data.get("checks", ()) if c.get("verdict") == "fail"]
         raise GateError(
             f"{out}: the parity report says fail ({', '.join(failed) or 'no checks'}), so it is "
@@ -98,9 +143,18 @@ def require_proof(out: Path) -> dict[str, Any]:
     return data
 
 
+def unproven_text(report: Mapping[str, Any], out: Path) -> str:
+    """Why an unproven output is not published, and what would change that."""
+    reasons = (str(c.get("note")) for c in report["checks"] if c.get("name") == REFERENCE)
+    return (
+        f"{out}: {'; '.join(reasons)}. It is not published; --allow-unproven publishes it as "
+        f"{NOT_COMPARED}"
+    )
+
+
 @contextmanager
 def _written_weights(
-    out: Path, source: Path, plan: Plan | None, workers: int
+    out: Path, source: Path, plan: Plan | None, workers: int, arch: ArchMap | None
 ) -> Iterator[Path | None]:
     """A torch checkpoint of the weights as written, where they are not those of the release."""
     if plan is not None and _lossless(plan):
@@ -108,7 +162,7 @@ def _written_weights(
         return
     checkpoint = open_folder(out, allow_mlx=True)
     logical, specs = decoded(checkpoint, dtype="F32")
-    arch = find_map(logical.config)
+    arch = arch or find_map(logical.config)
     if plan is None and not specs and not _arithmetic(arch, logical.config):
         yield None
         return

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from arch_maps.registry import find
+from arch_maps.registry import ArchMap, find
 from converter.errors import GateError, UsageError
 from converter.manifest import REPORTS, Manifest, installed_versions, read_manifest, verify
 from converter.plan.match import find_map
-from converter.proof import require_proof
+from converter.proof import kv_report, require_proof
 from converter.sidecars import is_sidecar
 from converter.ui import Console
 
@@ -30,7 +30,7 @@ def write_card(
     manifest = read_manifest(out)
     data = manifest.data
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    arch = find(data["model_type"]) or find_map(config)
+    told = data.get("map") or _told(find(data["model_type"]) or find_map(config))
     quant = data["recipe"]["quantization"]
     report = out / "parity.json"
     facts = CardFacts(
@@ -39,9 +39,9 @@ def write_card(
         base_revision=data["source"].get("commit"),
         source_card=source_card,
         source_files=tuple(name for name in manifest.files if is_sidecar(name)),
-        modalities=arch.modalities,
-        pipeline_tag=arch.pipeline_tag,
-        runtimes=arch.runtimes,
+        modalities=tuple(told["modalities"]),
+        pipeline_tag=told["pipeline_tag"],
+        runtimes=tuple(told["runtimes"]),
         quantization=_quantization_text(data),
         recipe=quant or {},
         dtype=str(config.get("dtype") or config.get("torch_dtype")),
@@ -49,12 +49,13 @@ def write_card(
         parameters=data["parameters"],
         bits_per_weight=data["bits_per_weight"],
         drops=tuple((d["name"], d["reason"]) for d in data["drops"]),
-        notes=(*data["notes"], *arch.remarks),
+        notes=(*data["notes"], *told["remarks"]),
         command=data["command"],
         versions=installed_versions(_VERSIONS),
         plan_hash=manifest.plan,
         parity=json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None,
-        sentence_embedding=arch.pipeline_tag == "sentence-similarity",
+        kv_cache=kv_report(out),
+        sentence_embedding=told["pipeline_tag"] == "sentence-similarity",
     )
     try:
         text = render_card(facts, template=template)
@@ -72,9 +73,10 @@ def upload_output(
     console: Console,
     private: bool = False,
     allow_gated: bool = False,
+    allow_unproven: bool = False,
 ) -> str:
     """Publish a finished output and return its address; GateError without a passing report."""
-    require_proof(out)
+    require_proof(out, allow_unproven=allow_unproven)
     verify(out)
     manifest = read_manifest(out)
     if manifest.data["source"].get("gated") and not (private or allow_gated):
@@ -96,6 +98,16 @@ def upload_output(
             private=private,
             progress=tick,
         )
+
+
+def _told(arch: ArchMap) -> dict[str, Any]:
+    """What a manifest says of a map that is none of the registry's, of one that is."""
+    return {
+        "modalities": arch.modalities,
+        "pipeline_tag": arch.pipeline_tag,
+        "runtimes": arch.runtimes,
+        "remarks": arch.remarks,
+    }
 
 
 def _message(manifest: Manifest) -> str:

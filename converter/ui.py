@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.plan.match import ranges
 from converter.plan.model import Output, Plan
+from validate.checks import NOT_COMPARED, REFERENCE
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -126,7 +127,7 @@ def verdict_text(report: Mapping[str, Any], out: Path) -> str:
     rows = [("", "runtime", "input", "check", "value", "gate")]
     notes: dict[str, None] = {}
     for check in report["checks"]:
-        known = check["verdict"] == "fail" or check["name"] == "deviation"
+        known = check["verdict"] == "fail" or check["name"] in ("deviation", REFERENCE)
         if known and check.get("note"):
             notes[f"{check['name']}: {check['note']}"] = None
         rows.append(
@@ -147,7 +148,10 @@ def verdict_text(report: Mapping[str, Any], out: Path) -> str:
         for row in rows
     ]
     lines += [f"  {note}" for note in notes]
-    return "\n".join([*lines, f"parity: {report['verdict']}  {out / 'parity.html'}"])
+    verdict = str(report["verdict"])
+    if verdict == "unproven":
+        verdict += f" ({NOT_COMPARED})"
+    return "\n".join([*lines, f"parity: {verdict}  {out / 'parity.html'}"])
 
 
 def _number(value: Any) -> str:

@@ -65,6 +65,8 @@ class CardFacts:
     plan_hash: str
     parity: Mapping[str, Any] | None
     """Content of parity.json, None when nothing was validated."""
+    kv_cache: Mapping[str, Any] | None = None
+    """The study of KV-cache schemes, None where there was none."""
     sentence_embedding: bool = False
 
 

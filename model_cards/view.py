@@ -55,11 +55,11 @@ def parity_view(report: Mapping[str, Any] | None, *, plan_hash: str) -> ParityVi
     checks = tuple(_check_view(check) for check in report["checks"])
     verdict = str(report["verdict"])
     failed = [check.name for check in checks if check.verdict == "fail"]
-    if verdict not in ("pass", "fail"):
+    if verdict not in ("pass", "fail", "unproven"):
         raise CardError(f"parity.json has the verdict {verdict}: run `convert validate` again.")
-    if verdict == "pass" and failed:
+    if verdict != "fail" and failed:
         raise CardError(
-            f"parity.json says pass although these checks failed: {', '.join(failed)}. "
+            f"parity.json says {verdict} although these checks failed: {', '.join(failed)}. "
             "Run `convert validate` again."
         )
     return ParityView(

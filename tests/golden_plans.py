@@ -1,4 +1,4 @@
-"""Plans of real releases as golden files; ``python tests/golden_plans.py`` writes them anew.
+"""Plans of real releases as golden files; ``python tests/golden_plans.py [TYPE ...]`` writes anew.
 
 A golden file holds what decides the output: every parameter's origin, kind, storage and
 quantization (one entry for the layers that agree), the drops, the config, the notes, and the
@@ -9,13 +9,15 @@ and the identity of the source are left out.
 import hashlib
 import json
 import re
+import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import header_fixtures
 
-from arch_maps.registry import find, model_types
+from arch_maps.registry import ArchMap, find, model_types
 from converter.plan import Options, Plan, build_plan
 from converter.plan.match import match_release, ranges
 from quant.recipe import QuantSpec
@@ -32,9 +34,25 @@ LARGEST = 2000
 """Tensors of a release with golden plans; per-expert lists of more would fill megabytes."""
 
 
-def golden_types() -> list[str]:
+def golden_types(wanted: Sequence[str] = ()) -> list[str]:
     """The types with golden plans: all but those whose fixture is a large mixture of experts."""
-    return [name for name in model_types() if len(release(name).tensors) <= LARGEST]
+    return [name for name in wanted or model_types() if len(release(name).tensors) <= LARGEST]
+
+
+def golden_cases(wanted: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """(type, recipe): a release without a text part has nothing to quantize."""
+    return [
+        (name, recipe)
+        for name in golden_types(wanted)
+        for recipe, options in RECIPES.items()
+        if options.quant is None or "text" in _arch(name).modalities
+    ]
+
+
+def _arch(model_type: str) -> ArchMap:
+    arch = find(model_type)
+    assert arch is not None
+    return arch
 
 
 def release(model_type: str) -> header_fixtures.Fixture:
@@ -47,9 +65,7 @@ def release(model_type: str) -> header_fixtures.Fixture:
 
 def plan_of(model_type: str, recipe: str) -> Plan:
     source = release(model_type).source()
-    arch = find(model_type)
-    assert arch is not None
-    return build_plan(source, match_release(source, arch), RECIPES[recipe])
+    return build_plan(source, match_release(source, _arch(model_type)), RECIPES[recipe])
 
 
 def golden(plan: Plan) -> dict[str, Any]:
@@ -114,13 +130,12 @@ def render(content: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def main() -> None:
-    for model_type in golden_types():
-        for recipe in RECIPES:
-            path = path_of(model_type, recipe)
-            path.write_text(render(golden(plan_of(model_type, recipe))))
-            print(path)
+def main(wanted: Sequence[str] = ()) -> None:
+    for model_type, recipe in golden_cases(wanted):
+        path = path_of(model_type, recipe)
+        path.write_text(render(golden(plan_of(model_type, recipe))))
+        print(path)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -2,7 +2,7 @@
 
 A fixture is ``tests/headers/<model_type>/<name>.json``::
 
-    {"origin": "published" | "transformers 5.23.0 meta device",
+    {"origin": "published" | "transformers 5.23.0 meta device" | "map",
      "repo": ..., "revision": ...,      where the release lives, as far as that is known
      "evidence": ...,                   one sentence: what was seen, and where
      "published": {"tensors": n, "parameters": n, "bytes": n},     totals that the release states
@@ -12,6 +12,8 @@ A fixture is ``tests/headers/<model_type>/<name>.json``::
 ``{0-2,4}`` stands for the layers 0, 1, 2 and 4. Write one from a release's headers with
 ``python tests/header_fixtures.py SRC NAME`` (SRC: a folder or a hub id; no weights are read), or
 from the reference implementation with ``python tests/header_fixtures.py --example TYPE NAME``.
+Where neither can be had, ``--map TYPE NAME`` writes down what the map reads, so that a change
+shows.
 """
 
 import json
@@ -24,8 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from arch_maps.dtypes import itemsize
+from arch_maps.facts import Facts
+from arch_maps.ops import sources
+from arch_maps.registry import find, map_name
 from converter.plan.match import ranges
 from converter.source import Header, Source, TensorInfo, build_source
+from validate.torch_faults import mend
 from validate.twin import load_example
 
 ROOT = Path(__file__).parent / "headers"
@@ -157,8 +163,10 @@ def from_reference(model_type: str) -> dict[str, Any]:
 
     config = load_example(model_type)
     cls = getattr(transformers, config["architectures"][0])
+    mend(model_type)
     with torch.device("meta"):
-        model = cls(transformers.AutoConfig.for_model(**config))
+        known = cls.config_class
+        model = cls(known.from_dict({**config, "model_type": known.model_type}))
     # As it would save them: newer classes join experts that releases store one by one.
     names = dict(revert_weight_conversion(model, model.state_dict()))
     if getattr(model.config, "tie_word_embeddings", False):
@@ -167,15 +175,36 @@ def from_reference(model_type: str) -> dict[str, Any]:
         "origin": f"transformers {transformers.__version__} meta device",
         "evidence": f"state_dict of {cls.__name__} built from the example config.",
         "config": "example",
-        "tensors": collapse({name: ("BF16", tuple(t.shape)) for name, t in names.items()}),
+        "tensors": collapse({name: (_code(t), tuple(t.shape)) for name, t in names.items()}),
+    }
+
+
+def _code(tensor: Any) -> str:
+    """bfloat16, as releases have it, but for tables of integers."""
+    return "BF16" if tensor.is_floating_point() else "I64"
+
+
+def from_map(model_type: str) -> dict[str, Any]:
+    """What the map reads at full size: no evidence about the release but the runtime's loader."""
+    arch = find(model_type)
+    assert arch is not None
+    tensors = arch.expand(Facts(load_example(model_type)), arch.layouts[0])
+    leaves = (leaf for rule in tensors.rules for leaf in sources(rule.expr))
+    return {
+        "origin": "map",
+        "evidence": "No headers of the release and no class: names as the runtime's loader takes "
+        "them.",
+        "config": "example",
+        "tensors": collapse({t.name: ("BF16", tuple(map(int, t.shape))) for t in leaves}),
     }
 
 
 def main(arguments: list[str]) -> None:
-    data = from_reference(arguments[1]) if arguments[0] == "--example" else None
-    data = data or from_release(arguments[0])
+    known = {"--example": from_reference, "--map": from_map}
+    read = known.get(arguments[0])
+    data = read(arguments[1]) if read else from_release(arguments[0])
     config = data["config"]
-    model_type = arguments[1] if config == "example" else config["model_type"]
+    model_type = arguments[1] if config == "example" else map_name(config)
     path = ROOT / model_type / f"{arguments[-1]}.json"
     dump(path, data)
     print(path)

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import golden_plans
 import pytest
-from golden_plans import RECIPES, golden, golden_types, path_of, plan_of, render
+from golden_plans import golden, golden_cases, path_of, plan_of, render
 
 from converter.plan import Plan
 
-CASES = [(name, recipe) for name in golden_types() for recipe in RECIPES]
+CASES = golden_cases()
 
 
 @pytest.mark.parametrize(("model_type", "recipe"), CASES)

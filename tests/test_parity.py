@@ -325,6 +325,22 @@ def test_an_encoder_is_judged_by_its_embeddings(tmp_path: Path) -> None:
     assert "hidden" in failed(judge(twin, mlx))
 
 
+def test_a_tower_is_judged_by_its_states(tmp_path: Path) -> None:
+    from validate.twin import load_example, make_twin
+
+    twin = make_twin(load_example("dinov2"), tmp_path / "twin").path
+    mlx = copy(twin, tmp_path / "mlx")
+    parameters = MlxRuntime.load(twin, runtime="mlx_vlm").parameters()
+    mx.save_safetensors(str(mlx / "model.safetensors"), parameters, metadata={"format": "mlx"})
+    report = judge(twin, mlx)
+    assert report.verdict == "pass", failed(report)
+    assert rows(report, "image/hidden")[0].value < 1e-5
+    tensors = load_file(mlx / "model.safetensors")
+    tensors["pos_embed"] = np.ascontiguousarray(tensors["pos_embed"][:, ::-1])
+    save(mlx, tensors)
+    assert failed(judge(twin, mlx)) == {"image/hidden"}
+
+
 # What was loaded
 
 

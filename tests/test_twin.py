@@ -11,8 +11,16 @@ from safetensors.numpy import load_file
 from twin_helpers import TYPES, first_output, ids, torch_model
 
 from arch_maps.dtypes import itemsize
-from arch_maps.registry import model_types
-from validate.twin import Sizes, TwinError, list_examples, load_example, make_twin, twin_from
+from arch_maps.registry import map_name, model_types
+from validate.twin import (
+    Sizes,
+    TwinError,
+    list_examples,
+    list_variants,
+    load_example,
+    make_twin,
+    twin_from,
+)
 from validate.twin.families import FAMILIES
 from validate.twin.layers import select_layers
 from validate.twin.shrink import shrink_config
@@ -46,7 +54,8 @@ def test_example_is_a_config_transformers_reads(name, tmp_path):
 
     config = load_example(name)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert AutoConfig.from_pretrained(tmp_path).model_type == config["model_type"] == name
+    assert AutoConfig.from_pretrained(tmp_path).model_type == config["model_type"]
+    assert map_name(config) == name
 
 
 def test_unknown_example_names_the_nearest():
@@ -54,6 +63,19 @@ def test_unknown_example_names_the_nearest():
         load_example("qwen3_6")
     with pytest.raises(TwinError, match="no example config"):
         load_example("../models")
+
+
+def test_a_variant_is_an_example_beside_the_first(tmp_path, program):
+    assert "llama:biased" in list_variants()
+    assert "llama:biased" in list_variants("llama")
+    assert not set(list_variants("llama")) & set(list_variants("qwen2"))
+    assert load_example("llama:biased")["mlp_bias"] is True
+    with pytest.raises(TwinError, match="did you mean llama:biased"):
+        load_example("llama:biasd")
+    subprocess.run([*program, "twin", "llama:biased", str(tmp_path / "twin")], check=True)
+    made = json.loads((tmp_path / "twin" / "config.json").read_text())
+    assert made["attention_bias"] is True
+    assert "model.layers.0.mlp.up_proj.bias" in load_file(tmp_path / "twin" / "model.safetensors")
 
 
 # Layers and sizes

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from validate.cases import TEXT_FILES, Case, bounded, byte_ids, load_cases
-from validate.processor import image_inputs, load_tokenizer, tokenize
+from validate.cases import MEDIA_FILES, TEXT_FILES, Case, bounded, byte_ids, load_cases
+from validate.processor import load_tokenizer, media_inputs, tokenize
 from validate.reference import Greedy, Logits, TorchReference
 
 GREEDY_TOKENS: Final = 12
-GREEDY_IMAGE_TOKENS: Final = 4
+GREEDY_MEDIA_TOKENS: Final = 4
 """Fewer, because the reference recomputes the whole sequence for each."""
 
 
@@ -21,9 +21,11 @@ class Question:
     case: Case
     ids: tuple[int, ...]
     inputs: Mapping[str, Any] = field(default_factory=dict)
-    """Everything the processor made of a picture and its question; empty for text."""
+    """Everything the processor made of a picture or a sound and its question; empty for text."""
     tokenized: tuple[int, ...] | None = None
     """The uncut ids from the release's tokenizer; None when it has none."""
+    borrowed: bool = False
+    """Whether ``inputs`` are a runtime's, because the release's processor cannot run here."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,11 @@ def text_questions(
     return questions
 
 
-def image_questions(source: Path, *, trust_remote_code: bool) -> list[Question]:
-    """The fixed questions about generated pictures, through the release's own processor."""
+def media_questions(source: Path, modality: str, *, trust_remote_code: bool) -> list[Question]:
+    """The fixed questions about generated pictures or sounds, through the release's processor."""
     questions = []
-    for case in load_cases("images.json"):
-        inputs = image_inputs(source, case, trust_remote_code=trust_remote_code)
+    for case in load_cases(MEDIA_FILES[modality]):
+        inputs = media_inputs(source, case, trust_remote_code=trust_remote_code)
         ids = tuple(int(token) for token in inputs["input_ids"][0])
         questions.append(Question(case, ids, inputs=inputs))
     return questions
@@ -83,7 +85,7 @@ def answer(
         progress(f"torch: {question.case.modality} {question.case.name}")
         if question.inputs:
             logits = model.forward(question.inputs)
-            greedy = model.greedy_from(question.inputs, GREEDY_IMAGE_TOKENS)
+            greedy = model.greedy_from(question.inputs, GREEDY_MEDIA_TOKENS)
         else:
             logits = model.logits(question.ids)
             greedy = model.greedy(question.ids, GREEDY_TOKENS)

@@ -11,11 +11,13 @@ if TYPE_CHECKING:
 
 PROMPTS: Final = Path(__file__).parent / "prompts"
 TEXT_FILES: Final = ("text.json", "code.json", "unicode.json", "chat.json")
+MEDIA_FILES: Final = {"image": "images.json", "audio": "audio.json"}
+"""Prompts about generated pictures and sounds, by modality."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt: plain text, a conversation, or a question about a generated picture."""
+    """One prompt: plain text, a conversation, or a question about a generated picture or sound."""
 
     name: str
     modality: str
@@ -24,6 +26,8 @@ class Case:
     """(role, content) pairs; empty for plain text."""
     width: int = 0
     height: int = 0
+    samples: int = 0
+    """Length of the sound, at 16 kHz."""
 
     def conversation(self) -> list[dict[str, str]]:
         """The messages as chat templates take them."""
@@ -45,6 +49,7 @@ def load_cases(*files: str) -> list[Case]:
                     messages=messages,
                     width=prompt.get("width", 0),
                     height=prompt.get("height", 0),
+                    samples=prompt.get("samples", 0),
                 )
             )
     return cases
@@ -63,9 +68,9 @@ def byte_ids(text: str, *, vocab_size: int) -> list[int]:
     return [(byte * 2654435761 + 17) % vocab_size for byte in text.encode("utf-8")]
 
 
-def picture_question(case: Case) -> list[dict[str, Any]]:
-    """One user message of a picture and a question, as multimodal chat templates take it."""
-    content = [{"type": "image"}, {"type": "text", "text": case.text}]
+def media_question(case: Case) -> list[dict[str, Any]]:
+    """One user message of a picture or a sound and a question, as chat templates take it."""
+    content = [{"type": case.modality}, {"type": "text", "text": case.text}]
     return [{"role": "user", "content": content}]
 
 

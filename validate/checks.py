@@ -6,9 +6,22 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 Verdict = Literal["pass", "fail", "info"]
+Outcome = Literal["pass", "fail", "unproven"]
 EXACT: Final = 1e-4
 """Gate on max |logit difference| / max |logit| when both sides compute in float32."""
-OUTPUTS: Final = ("logits", "image/logits", "hidden")
+OUTPUTS: Final = (
+    "logits",
+    "image/logits",
+    "audio/logits",
+    "hidden",
+    "image/hidden",
+    "audio/hidden",
+    "drafted",
+)
+REFERENCE: Final = "reference"
+"""Name of the row that says why there was no torch class to compare with."""
+NOT_COMPARED: Final = "not compared with the torch reference"
+"""What a report without one, its card and its manifest say."""
 NOISE: Final = 2.0
 """Gate on the error of computing in 16 bits, in units of torch's own."""
 
@@ -75,11 +88,16 @@ class Report:
     checks: tuple[Check, ...]
 
     @property
-    def verdict(self) -> Literal["pass", "fail"]:
-        """``pass`` when the outputs were compared and no check fails."""
-        compared = any(check.proves_outputs for check in self.checks)
-        failed = any(check.verdict == "fail" for check in self.checks)
-        return "pass" if compared and not failed else "fail"
+    def verdict(self) -> Outcome:
+        """``pass`` when the outputs were compared and no check fails.
+
+        ``unproven``: no check fails, and a row says that there was nothing to compare with.
+        """
+        if any(check.verdict == "fail" for check in self.checks):
+            return "fail"
+        if any(check.proves_outputs for check in self.checks):
+            return "pass"
+        return "unproven" if any(check.name == REFERENCE for check in self.checks) else "fail"
 
     def to_json(self) -> dict[str, Any]:
         """The content of parity.json."""

@@ -6,32 +6,25 @@ fault taken out in memory: that run must meet the gate, and what stock users get
 it, bounded by the effect the fault is known to have.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib import import_module
+from pathlib import Path
 from typing import Any, Final
 
-from validate import image_faults, moe_faults, text_faults
-
-Patch = tuple[Any, str, Any]
-"""(module, attribute, what belongs there)"""
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """One documented fault: where it is, what it does, how large it may be, how to take it out."""
-
-    name: str
-    runtime: str
-    model_types: tuple[str, ...]
-    modality: str
-    what: str
-    bound: float
-    """Largest relative logit error that this fault explains."""
-    patches: Callable[..., Sequence[Patch]]
-    """Of a loaded model, and where ``configured`` of the checkpoint's config.json."""
-    configured: bool = False
+from validate import (
+    audio_faults,
+    compression_faults,
+    gemma_faults,
+    llama4_faults,
+    mllama_faults,
+    moe_faults,
+    norm_faults,
+    router_faults,
+    text_faults,
+)
+from validate.fault import Deviation, Patch
+from validate.fault import text_fault as _text
+from validate.picture_deviations import PICTURES
 
 
 def deviations_for(runtime: str, *, model_type: str, modality: str) -> tuple[Deviation, ...]:
@@ -47,13 +40,18 @@ def deviations_for(runtime: str, *, model_type: str, modality: str) -> tuple[Dev
 
 @contextmanager
 def without(
-    deviations: Sequence[Deviation], model: Any, config: Mapping[str, Any] | None = None
+    deviations: Sequence[Deviation],
+    model: Any,
+    config: Mapping[str, Any] | None = None,
+    *,
+    source: Path | None = None,
 ) -> Iterator[None]:
     """Run a block with the faults taken out of a loaded MLX model."""
     undo: list[Patch] = []
     try:
         for item in deviations:
-            facts = (config or {},) if item.configured else ()
+            facts: tuple[Any, ...] = (config or {},) if item.configured else ()
+            facts += (source,) if item.released else ()
             for module, attribute, value in item.patches(model, *facts):
                 undo.append((module, attribute, getattr(module, attribute)))
                 setattr(module, attribute, value)
@@ -63,83 +61,41 @@ def without(
             setattr(module, attribute, value)
 
 
-def _exact_merger_gelu(model: Any) -> list[Patch]:
-    nn: Any = import_module("mlx.nn")
-    return [(block, "act", nn.GELU()) for block in model.merger.mlp]
-
-
-def _text(
-    name: str,
-    *model_types: str,
-    what: str,
-    bound: float,
-    patches: Callable[..., Sequence[Patch]],
-    configured: bool = False,
-    runtimes: Sequence[str] = ("mlx_vlm", "mlx_lm"),
-) -> tuple[Deviation, ...]:
-    """A fault of a text stack, in each of ``runtimes``."""
-    return tuple(
-        Deviation(name, runtime, model_types, "text", what, bound, patches, configured)
-        for runtime in runtimes
-    )
-
-
 _WRITTEN: Final = ("chat", "code", "unicode")
 """Kinds of prompts that are text like any other to a runtime."""
 
 
-def _picture(
-    name: str, *model_types: str, what: str, bound: float, patches: Callable[..., Sequence[Patch]]
-) -> Deviation:
-    """A fault of mlx-vlm that only pictures show."""
-    return Deviation(name, "mlx_vlm", model_types, "image", what, bound, patches, configured=True)
-
-
 DOCUMENTED: Final = (
+    *PICTURES,
     Deviation(
-        name="merger activation",
+        name="pictures",
         runtime="mlx_vlm",
-        model_types=("minicpmv4_6",),
+        model_types=("gemma4",),
         modality="image",
-        what="mlx-vlm 0.7.10 computes the merger's GELU by its tanh approximation "
-        "(MLX's 'precise'), where the release uses the error function",
-        bound=1e-2,
-        patches=_exact_merger_gelu,
+        what="mlx-vlm 0.7.10 lets the tokens of a picture see all of it in every layer, where the "
+        "release lets them in the layers with a window alone, and no further than the window",
+        bound=1.5,
+        patches=gemma_faults.windowed_pictures,
     ),
-    _picture(
-        "pictures",
-        "gemma3",
-        what="mlx-vlm 0.7.10 lets the tokens of a picture attend backwards only, where the release "
-        "lets them see the whole picture; rounds the scale of the embeddings to bfloat16; and "
-        "has an epsilon of its own in the tower's last norm",
-        bound=2.0,
-        patches=image_faults.gemma3,
+    Deviation(
+        name="sums over pixels",
+        runtime="mlx_vlm",
+        model_types=("gemma4_unified",),
+        modality="image",
+        what="MLX's CPU kernel sums the 6,912 values of a patch one after another in float32, so "
+        "that their norm is off by 1e-5",
+        bound=6e-4,
+        patches=gemma_faults.summed_pixels,
     ),
-    _picture(
-        "swapped activations",
-        "qwen3_vl_moe",
-        what="mlx-vlm 0.7.10 computes exact GELU in the tower's blocks, where the release means "
-        "its tanh form, and the tanh form in the mergers, where it means exact GELU",
-        bound=1.0,
-        patches=image_faults.swapped_gelu,
-    ),
-    _picture(
-        "activation",
-        "internvl",
-        what="mlx-vlm 0.7.10 computes the tanh form of GELU in the tower and the projector, where "
-        "the release means exact GELU",
-        bound=1e-1,
-        patches=image_faults.internvl,
-    ),
-    _picture(
-        "positions",
-        "idefics3",
-        "smolvlm",
-        what="mlx-vlm 0.7.10 rounds the position of a patch within its picture otherwise than the "
-        "release, so that some patches take a neighbour's position, and has an epsilon of its "
-        "own in the tower's last norm",
-        bound=1.0,
-        patches=image_faults.idefics3,
+    Deviation(
+        name="sounds",
+        runtime="mlx_vlm",
+        model_types=("gemma4",),
+        modality="audio",
+        what="mlx-vlm 0.7.10 counts a sound's tokens by its duration, one more than the reference "
+        "for a quarter of all lengths, and computes its analysis window in float32",
+        bound=0.6,
+        patches=audio_faults.gemma4_sounds,
     ),
     Deviation(
         name="activation",
@@ -186,6 +142,23 @@ DOCUMENTED: Final = (
         bound=1.0,
         patches=text_faults.sliding_windows,
         configured=True,
+    ),
+    *_text(
+        "sliding window",
+        "mistral",
+        what="the runtimes cannot give every layer a window, and attend to all tokens",
+        bound=2.0,
+        patches=text_faults.windows_everywhere,
+        configured=True,
+    ),
+    *_text(
+        "prompts without a picture",
+        "paligemma",
+        what="the runtime reads a prompt without a picture both ways, where the reference of "
+        "PaliGemma 2 reads it backwards",
+        bound=1.5,
+        patches=text_faults.backwards_only,
+        runtimes=("mlx_vlm",),
     ),
     *_text(
         "partial rotation",
@@ -246,6 +219,68 @@ DOCUMENTED: Final = (
         patches=moe_faults.softmax_of_all,
     ),
     *_text(
+        "correction of the choice",
+        "ernie4_5_moe",
+        what="the runtimes discard the correction bias that helps to choose experts, and so choose "
+        "others where it matters",
+        bound=1.5,
+        patches=router_faults.corrected_choice,
+        released=True,
+    ),
+    *_text(
+        "indexer",
+        "deepseek_v32",
+        what="mlx-vlm rotates neighbouring dimensions in the indexer, where the release rotates "
+        "halves, and so attends to other tokens once there are more than index_topk",
+        bound=3.0,
+        patches=moe_faults.indexed_halves,
+        runtimes=("mlx_vlm",),
+    ),
+    *_text(
+        "routing weights",
+        "hunyuan",
+        what="the runtimes weigh the chosen experts by their softmax over all, where the release "
+        "divides these weights by their sum",
+        bound=1.5,
+        patches=router_faults.divided_by_sum,
+    ),
+    *_text(
+        "window and long positions",
+        "phimoe",
+        what="the runtimes attend to all tokens, where the release has a window, and mlx-lm "
+        "applies LongRoPE's long factors at every length",
+        bound=2.0,
+        patches=text_faults.phi3,
+        configured=True,
+    ),
+    *_text(
+        "chosen tokens",
+        "hy_v4",
+        what="mlx-vlm compiles the choice of tokens without shapes, with a place that holds for "
+        "the first length it meets, and so attends to other tokens at every other length",
+        bound=3.0,
+        patches=moe_faults.partitioned_afresh,
+        runtimes=("mlx_vlm",),
+    ),
+    *_text(
+        "overlapping windows",
+        "deepseek_v4",
+        what="mlx-vlm lets a compressed window overlap the one before it within one call only, so "
+        "that every window completed while decoding lacks half of what it compresses",
+        bound=1.8,
+        patches=compression_faults.overlapping_windows,
+        runtimes=("mlx_vlm",),
+    ),
+    *_text(
+        "chosen blocks",
+        "minimax_m3_vl",
+        what="mlx-vlm chooses the same blocks of tokens for all heads, where the release chooses "
+        "for each group of heads; mlx-lm does as the release",
+        bound=3.0,
+        patches=compression_faults.blocks_by_head,
+        runtimes=("mlx_vlm",),
+    ),
+    *_text(
         "position scaling",
         "solar_open",
         "qwen3_moe",
@@ -253,5 +288,56 @@ DOCUMENTED: Final = (
         bound=1.5,
         patches=moe_faults.scaled_positions,
         runtimes=("mlx_lm",),
+    ),
+    *_text(
+        "norm epsilon",
+        "nanochat",
+        what="the runtimes give every norm an epsilon of 1e-5, whatever the release says",
+        bound=2e-3,
+        patches=norm_faults.stated_epsilon,
+        configured=True,
+    ),
+    *_text(
+        "gated norm",
+        "mamba2",
+        what="the runtimes norm the gated output as a whole, where the release norms each group",
+        bound=1.5,
+        patches=norm_faults.grouped_mamba2,
+        configured=True,
+    ),
+    *_text(
+        "gated norm",
+        "falcon_h1",
+        what="the runtimes norm the gated output as a whole, where the release norms each group",
+        bound=0.6,
+        patches=norm_faults.grouped_falcon_h1,
+        configured=True,
+    ),
+    *_text(
+        "embedding scale",
+        "recurrent_gemma",
+        what="the runtimes scale the embeddings by the exact root of their size, where the release "
+        "rounds it to bfloat16 in every precision",
+        bound=5e-4,
+        patches=norm_faults.rounded_scale,
+    ),
+    *_text(
+        "cross-attention without a picture",
+        "mllama",
+        what="mlx-vlm 0.7.10 runs the cross-attention layers where there is no picture, with keys "
+        "made from the text, where the release leaves them out",
+        bound=0.75,
+        patches=mllama_faults.crossing,
+        configured=True,
+        runtimes=("mlx_vlm",),
+    ),
+    *_text(
+        "norm epsilon",
+        "llama4",
+        what="the runtimes norm queries and keys with an epsilon of 1e-6, whatever the release "
+        "says",
+        bound=0.2,
+        patches=llama4_faults.text,
+        configured=True,
     ),
 )

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -13,8 +13,12 @@ from validate.checks import EXACT, at_most
 from validate.deviations import deviations_for, without
 from validate.gates import embedding_check, hidden_check, noise_check
 from validate.judge import Found, Judgement, compare_tokens, load_checked
-from validate.reference import Logits, ReferenceError, TorchReference
+from validate.reference import Logits, ReferenceError, TorchReference, read_config
 from validate.runtime import MlxRuntime, RuntimeRefusal
+from validate.shown import Shown, compare_shown, show
+
+_UNSTATED: Final = {"qwen3": "lasttoken"}
+"""How mlx-vlm pools embeddings of these types where no file says how; it takes the mean else."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +30,20 @@ class Encoded:
 
 
 def pooling_mode(folder: Path) -> str:
-    """How a sentence-transformers release pools: mean, cls or max; mean without such a file."""
+    """How a sentence-transformers release pools: mean, cls, max or lasttoken.
+
+    Without such a file, as mlx-vlm pools embeddings of this type: mean, but for a few.
+    """
     path = folder / "1_Pooling" / "config.json"
     if not path.exists():
-        return "mean"
+        return _UNSTATED.get(str(read_config(folder).get("model_type")), "mean")
     settings = json.loads(path.read_text(encoding="utf-8"))
     named = settings.get("pooling_mode")
     for mode, key in (
         ("mean", "pooling_mode_mean_tokens"),
         ("cls", "pooling_mode_cls_token"),
         ("max", "pooling_mode_max_tokens"),
+        ("lasttoken", "pooling_mode_lasttoken"),
     ):
         if settings.get(key) or named == mode:
             return mode
@@ -44,7 +52,12 @@ def pooling_mode(folder: Path) -> str:
 
 def pool(hidden: Logits, mode: str) -> Logits:
     """Unit-length embedding [size] of hidden states [positions, size]."""
-    vector = {"mean": hidden.mean(axis=0), "cls": hidden[0], "max": hidden.max(axis=0)}[mode]
+    vector = {
+        "mean": hidden.mean(axis=0),
+        "cls": hidden[0],
+        "max": hidden.max(axis=0),
+        "lasttoken": hidden[-1],
+    }[mode]
     return np.asarray(vector / max(float(np.linalg.norm(vector)), 1e-12), dtype=np.float32)
 
 
@@ -63,7 +76,9 @@ def judge_encoder(
     questions = text_questions(
         source, vocab_size=model.vocab_size, files=("sentences.json",), trust_remote_code=trust
     )
+    questions = [replace(one, ids=one.ids[: model.positions]) for one in questions]
     exact = _encode(model, questions, mode)
+    shown = show(model, source, trust_remote_code=trust)
     original = exact
     if dequantized is not None or "rounded_to" in described:
         original = _encode(TorchReference.load(source, trust_remote_code=trust), questions, mode)
@@ -73,7 +88,7 @@ def judge_encoder(
         noisy = _encode(low, questions, mode)
     found = Found("mlx_vlm", description={"name": "mlx_vlm"})
     try:
-        _judge(job, found, questions, exact=exact, original=original, noisy=noisy)
+        _judge(job, found, questions, exact=exact, original=original, noisy=noisy, shown=shown)
     except RuntimeRefusal as error:
         found.refused("load", "weights", error)
     return described, found
@@ -87,6 +102,7 @@ def _judge(
     exact: Encoded,
     original: Encoded,
     noisy: Encoded | None,
+    shown: Sequence[Shown],
 ) -> None:
     names = [question.case.name for question in questions]
     model = load_checked(job, found)
@@ -109,6 +125,7 @@ def _judge(
                 note="1 - cosine of the pooled sentence embeddings",
             )
         )
+        found.checks += compare_shown(model, shown)
     if original is not exact or job.quantized:
         found.checks.append(
             embedding_check(

@@ -30,6 +30,16 @@ def idefics3(model: Any, config: Config) -> list[Patch]:
     return [(tower, "embeddings", _Bucketed(tower.embeddings)), *final_norm(model, config)]
 
 
+def cohere2_vision(model: Any, config: Config) -> list[Patch]:
+    """The tower's last norm, with the config's epsilon, over what the projector reads."""
+    tower = model.vision_tower.vision_model
+    normed, project = tower.post_layernorm, model.multi_modal_projector
+    return [
+        *final_norm(model, config),
+        (model, "multi_modal_projector", lambda features: project(normed(features))),
+    ]
+
+
 def swapped_gelu(model: Any, config: Config) -> list[Patch]:
     """The tanh form of GELU in the tower's blocks, the exact one in its mergers."""
     del config
@@ -40,6 +50,14 @@ def swapped_gelu(model: Any, config: Config) -> list[Patch]:
         *((block.mlp, "act_fn", nn.GELU(approx="precise")) for block in tower.blocks),
         *((merger, "act_fn", nn.GELU()) for merger in mergers),
     ]
+
+
+def tanh_blocks(model: Any, config: Config) -> list[Patch]:
+    """The tanh form of GELU in the blocks of a thinker's tower."""
+    del config
+    nn: Any = import_module("mlx.nn")
+    blocks = model.thinker.vision_tower.blocks
+    return [(block.mlp, "act_fn", nn.GELU(approx="precise")) for block in blocks]
 
 
 def internvl(model: Any, config: Config) -> list[Patch]:
@@ -83,10 +101,15 @@ class _Bucketed:
             mask = np.ones((count, side, side), dtype=bool)
         else:
             mask = np.array(patch_attention_mask).astype(bool).reshape(count, side, -1)
-        rows = _buckets(mask[:, :, 0].sum(axis=1), mask.shape[1], side)
-        columns = _buckets(mask[:, 0, :].sum(axis=1), mask.shape[2], side)
-        ids = np.where(mask, rows[:, :, None] * side + columns[:, None, :], 0)
-        return patches + self.inner.position_embedding(mx.array(ids.reshape(count, -1)))
+        return patches + self.inner.position_embedding(mx.array(patch_positions(mask, side)))
+
+
+def patch_positions(mask: Any, side: int) -> Any:
+    """Table rows [pictures, patches] of a grid of present patches, for a square table."""
+    rows = _buckets(mask[:, :, 0].sum(axis=1), mask.shape[1], side)
+    columns = _buckets(mask[:, 0, :].sum(axis=1), mask.shape[2], side)
+    ids = np.where(mask, rows[:, :, None] * side + columns[:, None, :], 0)
+    return ids.reshape(len(mask), -1)
 
 
 def _buckets(present: Any, size: int, side: int) -> Any:

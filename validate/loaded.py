@@ -6,7 +6,7 @@ checkpoint is right only when none of that happens to it.
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -72,6 +72,27 @@ class LoadedWeights:
     """One line per tensor that is missing, surplus, or not what the file holds."""
 
 
+@dataclass(frozen=True)
+class Habit:
+    """What a runtime's loader does to a type's weights on every load, as its code says."""
+
+    computed: tuple[str, ...] = (" ",)
+    """Ends of the names of parameters that it computes from the config."""
+    parted: str = ""
+    """In the names of tensors whose even rows it puts before the odd ones."""
+    halved: bool = False
+    """Whether it rounds float32 to float16."""
+    joined: tuple[str, str, str] | None = None
+    """The name of a module that it joins along axis 1, and those of the two in the file."""
+
+
+_HABITS: Final = {
+    "falcon_ocr": Habit(computed=(".cos_1d", ".sin_1d"), parted=".w13."),
+    "molmo_point": Habit(halved=True),
+    "laguna": Habit(joined=("gate_up_proj", "gate_proj", "up_proj")),
+}
+
+
 def written_tensors(folder: Path) -> dict[str, Written]:
     """Every tensor in the folder's safetensors files, by name."""
     files = sorted(folder.glob("*.safetensors"))
@@ -107,19 +128,23 @@ def compare_loaded(
     """
     written = written_tensors(folder)
     translate = _prefixed(written, parameters)
+    habit = _HABITS.get(_model_type(folder), Habit())
     problems: list[str] = []
     seen: set[str] = set()
     count = size = 0
-    for path, array in parameters.items():
+    for path, array in taken_apart(folder, parameters):
         name = translate(path)
         source = written.get(name)
+        if source is None and path.endswith(habit.computed):
+            continue
         if source is None:
             problems.append(f"{path}: a parameter of the runtime, in no file")
             continue
         seen.add(name)
         count += 1
         size += int(array.nbytes)
-        problem = _difference(source, array)
+        parted = bool(habit.parted) and habit.parted in path
+        problem = _difference(source, array, parted=parted, halved=habit.halved)
         if problem:
             problems.append(f"{path}: {problem}")
     left = sorted(set(written) - seen)
@@ -127,6 +152,18 @@ def compare_loaded(
     ignored = set(unused)
     problems += [f"{name}: in a file, never loaded" for name in left if name not in ignored]
     return LoadedWeights(tensors=count, bytes=size, unused=unused, problems=tuple(problems))
+
+
+def taken_apart(folder: Path, parameters: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The parameters, with what the loader of this type joins taken apart again."""
+    mx: Any = import_module("mlx.core")
+    whole, *parts = _HABITS.get(_model_type(folder), Habit()).joined or ("",)
+    for path, array in parameters.items():
+        if whole and f".{whole}." in path:
+            for name, part in zip(parts, mx.split(array, 2, axis=1), strict=True):
+                yield path.replace(f".{whole}.", f".{name}."), mx.contiguous(part)
+        else:
+            yield path, array
 
 
 def _prefixed(
@@ -141,17 +178,33 @@ def _prefixed(
     return max(renamings, key=lambda rename: sum(rename(path) in written for path in parameters))
 
 
-def _difference(source: Written, array: Any) -> str:
+def computed_on_load(folder: Path) -> tuple[str, ...]:
+    """Ends of the names of parameters that a runtime makes from the config, in no file."""
+    return _HABITS.get(_model_type(folder), Habit()).computed
+
+
+def _model_type(folder: Path) -> str:
+    path = folder / "config.json"
+    return str(json.loads(path.read_text("utf-8")).get("model_type")) if path.exists() else ""
+
+
+def _difference(source: Written, array: Any, *, parted: bool = False, halved: bool = False) -> str:
     mx: Any = import_module("mlx.core")
 
     code = _CODES.get(str(array.dtype).removeprefix("mlx.core."), str(array.dtype))
-    if code != _READ_AS.get(source.dtype, source.dtype):
+    rounded = halved and (source.dtype, code) == ("F32", "F16")
+    if code != _READ_AS.get(source.dtype, source.dtype) and not rounded:
         return f"written as {source.dtype}, loaded as {code}"
     if tuple(array.shape) != source.shape:
         return f"written with shape {list(source.shape)}, loaded with {list(array.shape)}"
     words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.itemsize]
     loaded = np.array(array.view(words) if array.dtype != mx.bool_ else array.astype(mx.uint8))
-    different = int(np.count_nonzero(loaded != source.bits()))
+    bits = source.bits()
+    if rounded:
+        bits = bits.view(np.float32).astype(np.float16).view(np.uint16)
+    if parted:
+        bits = np.concatenate([bits[0::2], bits[1::2]])
+    different = int(np.count_nonzero(loaded != bits))
     return f"{different} of {loaded.size} values differ from the file" if different else ""
 
 

@@ -6,6 +6,7 @@ as an infinite error, so it can never pass a threshold.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -189,3 +190,9 @@ def _scale(a: ArrayLike) -> float:
 
 def _first(rows: Array) -> NDArray[np.intp]:
     return np.asarray(rows.argmax(axis=-1))
+
+
+def different_ids(expected: Sequence[int], got: Sequence[int]) -> int:
+    """Token ids that are not in both sequences at their place, counting shifted runs once."""
+    blocks = SequenceMatcher(a=expected, b=got, autojunk=False).get_matching_blocks()
+    return max(len(expected), len(got)) - sum(block.size for block in blocks)

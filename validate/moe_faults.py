@@ -36,13 +36,13 @@ def untruncated_yarn(model: Any) -> list[Patch]:
 def latent_epsilon(model: Any) -> list[Patch]:
     """The latent norms' own epsilon, where the runtime takes the layers'."""
     return [
-        (norm, "eps", LATENT_EPSILON)
+        (attention[name], "eps", LATENT_EPSILON)
         for layer in _text(model).model.layers
-        for norm in (
-            getattr(layer.self_attn, "q_a_layernorm", None),
-            layer.self_attn.kv_a_layernorm,
+        for attention in (
+            layer.self_attn if isinstance(layer.self_attn, list) else [layer.self_attn]
         )
-        if norm is not None
+        for name in ("q_a_layernorm", "kv_a_layernorm")
+        if name in attention
     ]
 
 
@@ -108,3 +108,28 @@ def scaled_positions(model: Any) -> list[Patch]:
 
 def _text(model: Any) -> Any:
     return getattr(model, "language_model", model)
+
+
+def indexed_halves(model: Any) -> list[Patch]:
+    """DeepSeek V3.2's indexer rotates halves, where mlx-vlm rotates neighbours, as GLM 5's does."""
+    return [
+        (layer.self_attn.indexer.rope, "traditional", False) for layer in _text(model).model.layers
+    ]
+
+
+def partitioned_afresh(model: Any) -> list[Patch]:
+    """Hy 4's choice of tokens, which mlx-vlm compiles once for the first length it meets."""
+    mx: Any = import_module("mlx.core")
+    module: Any = import_module("mlx_vlm.models.hy_v4.indexer")
+    del model
+
+    def uncompiled(top_k: int, masked: bool) -> Callable[..., Any]:
+        def partition(q: Any, k: Any, weights: Any, mask: Any = None) -> Any:
+            scores = mx.maximum(q @ k.swapaxes(-1, -2), 0) * weights.swapaxes(-1, -2)[..., None]
+            scores = scores.sum(axis=1, keepdims=True)
+            scores = mx.where(mask, scores, -float("inf")) if masked else scores
+            return mx.argpartition(scores, kth=-top_k, axis=-1)
+
+        return partition
+
+    return [(module, "_partition_scores", uncompiled)]

@@ -6,18 +6,25 @@ float32; this must hold. *Loss*: how far quantizing moved the outputs from the o
 reported, and gated only by a threshold the user sets.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from validate.answers import Answers, answer, image_questions, only_logits, text_questions
+from arch_maps.registry import find, map_name
+from validate.alone import judge_alone, no_reference
+from validate.answers import Answers, answer, media_questions, only_logits, text_questions
+from validate.assistant import assists, judge_assistant
 from validate.checks import Check, Report
 from validate.encoder import judge_encoder
 from validate.judge import Judgement, judge_runtime
 from validate.loaded import weight_dtypes
-from validate.reference import ReferenceError, TorchReference, read_config
+from validate.looking import borrowed_questions
+from validate.modalities import hears, sees
+from validate.pictures import judge_pictures, only_looks
+from validate.reference import ReferenceError, TorchReference, lacks_class, read_config
 from validate.runtime import is_generative, prepare_mlx, runtimes_for
+from validate.speculative import drafter_weights
 
 _COMPUTE: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _IMAGE_FILES: Final = ("preprocessor_config.json", "processor_config.json")
@@ -38,37 +45,64 @@ def run_parity(
 
     ``dequantized``: torch folder with the weights the output really holds, as float32 values;
     needed for exactness when the output is quantized or narrower than the source. ``images``: None
-    judges pictures where the config has a vision part. Raises ReferenceError or CheckpointError
+    judges pictures where the config has a vision part; sounds are judged where it has an audio
+    part. Raises ReferenceError or CheckpointError
     when a folder cannot be judged at all; what a runtime refuses is a failed check instead.
+    Where torch has no class for the release, the runtime is judged alone and nothing is proven.
     """
     say = progress or (lambda message: None)
     fast = prepare_mlx()
     config = read_config(mlx_path)
     checks: list[Check] = []
     quantized = bool(config.get("quantization"))
-    if quantized and dequantized is None:
+    missing = lacks_class(source, trust_remote_code=trust_remote_code)
+    if missing:
+        checks.append(no_reference(missing))
+    elif quantized and dequantized is None:
         checks.append(_no_exactness())
-    wants_images = _wants_images(source, images, checks)
+    wants_images = _reads_pictures(config) if missing else _wants_images(source, images, checks)
+    media = (*(("image",) if wants_images else ()), *(("audio",) if hears(config) else ()))
     judgement = Judgement(
         mlx_path=mlx_path,
+        source=source,
         quantized=quantized,
         dtype=_compute_dtype(mlx_path),
         exact=not (quantized and dequantized is None),
         kl_threshold=kl_threshold,
         progress=say,
         trust_remote_code=trust_remote_code,
-        text_only="vision_config" in config or "audio_config" in config,
+        text_only=sees(config) or hears(config),
     )
-    runtimes = runtimes_for(config)
+    runtimes = runtimes_for(config, mlx_path)
     if not runtimes:
         checks.append(_no_runtime(str(config.get("model_type"))))
     described: dict[str, Any] = {"fast_blas": fast, "runtimes": []}
-    if is_generative(config):
-        reference, answers = _ask(source, dequantized, judgement, wants_images, checks)
+    if missing and "dflash_config" in config:
+        described["runtimes"].append({"name": "mlx_vlm"})
+        reference: dict[str, Any] = {"class": "none", "folder": source.name}
+        checks += drafter_weights(mlx_path)
+    elif missing:
+        reference = {"class": "none", "folder": source.name}
+        for runtime in runtimes:
+            found = judge_alone(judgement, source=source, runtime=runtime, images=wants_images)
+            checks += found.checks
+            described["runtimes"].append(found.description)
+    elif assists(config):
+        reference, found = judge_assistant(
+            judgement, config, source=source, dequantized=dequantized
+        )
+        checks += found.checks
+        described["runtimes"].append(found.description)
+    elif is_generative(config):
+        reference, answers = _ask(source, dequantized, judgement, media, checks)
         for runtime in runtimes:
             found = judge_runtime(judgement, answers, runtime=runtime)
             checks += found.checks
             described["runtimes"].append(found.description)
+    elif only_looks(config):
+        reference, found = judge_pictures(judgement, source=source, dequantized=dequantized)
+        checks += found.checks
+        described["runtimes"].append(found.description)
     else:
         reference, found = judge_encoder(judgement, source=source, dequantized=dequantized)
         checks += found.checks
@@ -82,7 +116,7 @@ def _ask(
     source: Path,
     dequantized: Path | None,
     judgement: Judgement,
-    wants_images: bool,
+    media: Sequence[str],
     checks: list[Check],
 ) -> tuple[dict[str, Any], Answers]:
     trust = judgement.trust_remote_code
@@ -96,14 +130,17 @@ def _ask(
         rounded = True
         described["rounded_to"] = judgement.dtype
     questions = text_questions(source, vocab_size=model.vocab_size, trust_remote_code=trust)
-    if wants_images:
+    for kind in media:
         try:
-            questions += image_questions(source, trust_remote_code=trust)
+            questions += media_questions(source, kind, trust_remote_code=trust)
         except ReferenceError as error:
-            note = str(error).strip()
-            checks.append(
-                Check(name="image/input_ids", modality="image", verdict="fail", note=note)
-            )
+            if kind == "image":
+                borrowed, row = borrowed_questions(judgement.mlx_path, error)
+                questions += borrowed
+            else:
+                note = str(error).strip()
+                row = Check(name=f"{kind}/input_ids", modality=kind, verdict="fail", note=note)
+            checks.append(row)
     answers = Answers(exact=answer(model, questions, say))
     model.close()
     if rounded or dequantized is not None:
@@ -131,8 +168,18 @@ def _compute_dtype(mlx_path: Path) -> str:
     return "float32"
 
 
+def _reads_pictures(config: Mapping[str, Any]) -> bool:
+    """Whether pictures belong to the type: its processor may be the runtime's own alone."""
+    arch = find(str(map_name(config)))
+    return "image" in arch.modalities if arch else "vision_config" in config
+
+
 def _wants_images(source: Path, images: bool | None, checks: list[Check]) -> bool:
-    if images is False or (images is None and "vision_config" not in read_config(source)):
+    config = read_config(source)
+    if images is False or (images is None and not (sees(config) and is_generative(config))):
+        return False
+    if images is None and not _reads_pictures(config):
+        checks.append(_unjudged_pictures())
         return False
     if any((source / name).exists() for name in _IMAGE_FILES):
         return True
@@ -148,6 +195,16 @@ def _wants_images(source: Path, images: bool | None, checks: list[Check]) -> boo
         )
     )
     return False
+
+
+def _unjudged_pictures() -> Check:
+    return Check(
+        name="image/logits",
+        modality="image",
+        verdict="info",
+        note="not judged: the runtime is known to be wrong about pictures of this type, as the "
+        "remarks of its map say",
+    )
 
 
 def _no_exactness() -> Check:

@@ -10,19 +10,30 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from validate.cases import Case, draw, picture_question
-from validate.reference import ReferenceError, read_config
+from validate.cases import Case, draw, media_question
+from validate.libraries import missing_library
+from validate.reference import ReferenceError, borrowed_settings, model_class, read_config
+from validate.sounds import SAMPLING_RATE, synthesise
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any | None:
-    """The folder's tokenizer, or None when it has none."""
+    """The folder's tokenizer, or None when it has none; ReferenceError when it does not load."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=trust_remote_code, local_files_only=True
-    )
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            **borrowed_settings(model_class(folder), read_config(folder)),
+        )
+    # It reads config.json first, where the settings of a type that it does not know may upset it.
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise ReferenceError(
+            f"{folder}: transformers cannot load its tokenizer: {error}"
+        ) from error
 
 
 def processor_class(folder: Path) -> Any:
@@ -45,13 +56,14 @@ def processor_class(folder: Path) -> Any:
     return getattr(transformers, name)
 
 
-def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The release's processor with Pillow image preparation.
+def load_processor(
+    folder: Path, *, modality: str = "image", trust_remote_code: bool = False
+) -> Any:
+    """The release's processor with Pillow image preparation, to prepare one kind of media.
 
     Built from its parts, because ``from_pretrained`` would insist on torchvision for the video
-    part, which no check here uses.
+    part, which no check here uses, and for an image part that sounds can do without.
     """
-    images: Any = import_module("transformers").AutoImageProcessor
     cls = processor_class(folder)
     settings, _ = cls.get_processor_dict(folder, local_files_only=True)
     parts: list[Any] = []
@@ -59,23 +71,35 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
         if attribute == "tokenizer":
             parts.append(load_tokenizer(folder, trust_remote_code=trust_remote_code))
         elif attribute == "image_processor":
-            parts.append(
-                images.from_pretrained(
-                    folder,
-                    backend="pil",
-                    local_files_only=True,
-                    trust_remote_code=trust_remote_code,
-                )
-            )
+            parts.append(_images(folder, modality, trust_remote_code=trust_remote_code))
         elif attribute == "video_processor":
             parts.append(NoVideo(parts))
+        elif attribute in ("feature_extractor", "audio_processor"):
+            sounds: Any = import_module("transformers").AutoFeatureExtractor
+            parts.append(
+                sounds.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=trust_remote_code
+                )
+            )
         else:
             raise ReferenceError(f"{cls.__name__}: no way to load its {attribute}")
     return _accepting(cls).from_args_and_dict(parts, settings)
 
 
+def _images(folder: Path, modality: str, *, trust_remote_code: bool) -> Any:
+    images: Any = import_module("transformers").AutoImageProcessor
+    try:
+        return images.from_pretrained(
+            folder, backend="pil", local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (ImportError, ValueError) as error:
+        if modality == "image" or missing_library(error) is None:
+            raise
+        return NoVideo(())
+
+
 class NoVideo:
-    """Stands where the video processor belongs, with the image processor's settings."""
+    """Stands where a part belongs that is not used, with the image processor's settings."""
 
     num_frames = fps = 1
 
@@ -101,16 +125,23 @@ def _accepting(cls: Any) -> Any:
     )
 
 
-def image_inputs(folder: Path, case: Case, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Model inputs for a picture and a question, made by the release's own processor."""
+def media_inputs(folder: Path, case: Case, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Model inputs for a picture or a sound and a question, by the release's own processor."""
     try:
-        processor = load_processor(folder, trust_remote_code=trust_remote_code)
-    except ImportError as error:
+        processor = load_processor(
+            folder, modality=case.modality, trust_remote_code=trust_remote_code
+        )
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ValueError) and missing_library(error) is None:
+            raise
         raise ReferenceError(f"{folder}: its processor cannot be loaded here: {error}") from error
     prompt = processor.apply_chat_template(
-        picture_question(case), add_generation_prompt=True, tokenize=False
+        media_question(case), add_generation_prompt=True, tokenize=False
     )
-    return dict(processor(text=[prompt], images=[draw(case)], return_tensors="pt"))
+    media: dict[str, Any] = {"images": [draw(case)]}
+    if case.modality == "audio":
+        media = {"audio": [synthesise(case)], "sampling_rate": SAMPLING_RATE}
+    return dict(processor(text=[prompt], **media, return_tensors="pt"))
 
 
 def tokenize(tokenizer: Any, case: Case) -> list[int] | None:

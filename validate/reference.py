@@ -12,9 +12,20 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from validate.torch_faults import complete, mend
+
 Logits = NDArray[np.float32]
 _SUFFIX_TYPE: Final = {"paligemma": 1}
 """Token type of what follows the prompt, where it is not the prompt's own 0."""
+_MEDIA_TOKENS: Final = tuple(
+    f"{medium}_token_{kind}" for medium in ("image", "video", "audio") for kind in ("id", "index")
+)
+_AUTO_CLASSES: Final = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSeq2SeqLM",
+    "AutoModel",
+)
 
 
 class ReferenceError(ValueError):
@@ -49,6 +60,7 @@ class TorchReference:
         logs: Any = import_module("transformers.utils.logging")
         logs.disable_progress_bar()
         auto = model_class(folder)
+        mend(str(read_config(folder).get("model_type")))
         try:
             model, info = auto.from_pretrained(
                 folder,
@@ -56,6 +68,7 @@ class TorchReference:
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,
+                **borrowed_settings(auto, read_config(folder)),
             )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise ReferenceError(f"{folder}: transformers cannot load it: {error}") from error
@@ -66,6 +79,8 @@ class TorchReference:
                 f"the checkpoint, so it would compute with random ones: {', '.join(lost[:5])}"
             )
         model.eval()
+        complete(model)
+        model = getattr(model, "thinker", model)  # what reads and answers, beside what speaks
         return cls(model, folder=folder, dtype=dtype, trust_remote_code=trust_remote_code)
 
     def close(self) -> None:
@@ -96,6 +111,12 @@ class TorchReference:
     def vocab_size(self) -> int:
         """Rows of the input embedding."""
         return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that the table of positions has room for; None where none is stated."""
+        stated = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if stated is None else int(stated)
 
     def describe(self) -> dict[str, str]:
         """Class, folder, dtype and versions, for the report."""
@@ -134,13 +155,15 @@ class TorchReference:
         """``count`` greedy tokens after prepared inputs.
 
         Text uses the cache, as generation does. With images each step recomputes the whole
-        sequence, because what a cached step needs besides the token differs by architecture.
+        sequence, because what a cached step needs besides the token differs by architecture. A
+        token that stands for a picture ends them: what libraries embed for one of its own differs.
         """
         import torch
 
         tokens: list[int] = []
         rows: list[Logits] = []
         current = dict(self._cast(inputs))
+        media = {getattr(self.model.config, name, None) for name in _MEDIA_TOKENS}
         cached = set(inputs) <= {"input_ids", "attention_mask"} and self._has_usual_cache()
         cache = None
         with torch.inference_mode():
@@ -148,22 +171,50 @@ class TorchReference:
                 if cached:
                     step = current if cache is None else {"input_ids": _row(tokens[-1:])}
                     output = self.model(**step, past_key_values=cache, use_cache=True)
-                    cache = output.past_key_values
+                    cache = getattr(output, "past_key_values", None)
+                    cached = cache is not None  # some classes leave making one to generation
                 else:
                     output = self.model(**current, use_cache=False)
                 rows.append(_numpy(output.logits[0, -1]))
                 tokens.append(int(rows[-1].argmax()))
+                if tokens[-1] in media:
+                    break
                 if not cached:
                     kind = _SUFFIX_TYPE.get(self.model.config.model_type, 0)
                     current = _extended(current, tokens[-1], token_type=kind)
         return Greedy(tokens=tuple(tokens), logits=np.stack(rows))
 
     def hidden(self, ids: Sequence[int]) -> Logits:
-        """Last hidden state of an encoder, [positions, hidden size]."""
+        """Last hidden state of an encoder [positions, hidden size], or its embedding [1, size]."""
+        import torch
+        from torch.nn.functional import normalize
+
+        inputs = self._text_inputs(ids)
+        with torch.inference_mode():
+            if self.is_pair:
+                return _numpy(normalize(self.model.get_text_features(**inputs).pooler_output))
+            output = self.model.base_model(**inputs)  # the encoder below any head
+        return _numpy(output.last_hidden_state[0])
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether texts and pictures have a tower each, as in CLIP."""
+        return hasattr(self.model, "get_text_features")
+
+    def states(self, inputs: Mapping[str, Any]) -> Logits:
+        """Last hidden state of prepared inputs, [positions, hidden size]."""
         import torch
 
         with torch.inference_mode():
-            output = self.model.base_model(**self._text_inputs(ids))  # the encoder below any head
+            output = self.model(**self._cast(inputs))
+        return _numpy(output.last_hidden_state[0])
+
+    def picture(self, pixels: Any) -> Logits:
+        """A tower's last hidden state of a picture [1, channels, rows, columns]."""
+        import torch
+
+        with torch.inference_mode():
+            output = self.model(**self._cast({"pixel_values": pixels}))
         return _numpy(output.last_hidden_state[0])
 
     def _text_inputs(self, ids: Sequence[int]) -> dict[str, Any]:
@@ -196,17 +247,75 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def lacks_class(folder: Path, *, trust_remote_code: bool) -> str:
+    """Why no torch class computes this release, and what to do about it; "" when there is one."""
+    import transformers
+
+    config = read_config(folder)
+    name, model_type = _architecture(config), str(config.get("model_type"))
+    version = f"transformers {transformers.__version__}"
+    if "dflash_config" in config:
+        return (
+            f"{version} has no {name}, and a drafter computes nothing without its model: validate "
+            "it beside the converted model with --draft-for MODEL"
+        )
+    known = transformers.CONFIG_MAPPING
+    if hasattr(transformers, name):
+        return ""
+    # A type may be known as a part of another alone, without a head of its own.
+    if model_type in known and known[model_type] in model_class(folder)._model_mapping:
+        return ""
+    if not _own_classes(config):
+        return (
+            f"{version} has no {name or model_type}, and the release brings no model code either: "
+            "install a version of transformers that has the class, then validate again"
+        )
+    if trust_remote_code:
+        return ""
+    return (
+        f"{version} has no {name or model_type}; the release brings its own model code, which runs "
+        "only with --trust-remote-code: read that code, then validate again with the flag"
+    )
+
+
 def model_class(folder: Path) -> Any:
     """The transformers class that ``config.json`` names, or the Auto class that fits."""
     import transformers
 
     config = read_config(folder)
-    name = (config.get("architectures") or [""])[0]
+    name = _architecture(config)
     if name and hasattr(transformers, name):
         return getattr(transformers, name)
+    if config.get("model_type") not in transformers.CONFIG_MAPPING:
+        for own in _own_classes(config):
+            return getattr(transformers, own)
     if "vision_config" in config:
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
+
+
+def borrowed_settings(auto: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``from_pretrained`` must be told of a release that runs another type's class.
+
+    Kimi K2 is DeepSeek V3 under a name of its own; the class renames weights by its own type only.
+    """
+    import transformers
+
+    own = getattr(auto, "config_class", None)
+    if own is None or config.get("model_type") in transformers.CONFIG_MAPPING:
+        return {}
+    return {"config": own.from_dict({**config, "model_type": own.model_type})}
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures") or [""]
+    return str(names[0])
+
+
+def _own_classes(config: Mapping[str, Any]) -> list[str]:
+    """The Auto classes through which a release's own code is loaded, those with a head first."""
+    own = config.get("auto_map")
+    return [name for name in _AUTO_CLASSES if isinstance(own, Mapping) and name in own]
 
 
 def _row(ids: Sequence[int]) -> Any:
@@ -216,16 +325,21 @@ def _row(ids: Sequence[int]) -> Any:
 
 
 def _extended(inputs: Mapping[str, Any], token: int, *, token_type: int) -> dict[str, Any]:
-    """The inputs with one more text token: every [1, length] tensor grows by its text value."""
+    """The inputs with one more text token: every [1, length] tensor grows by its text value.
+
+    A sound's mask may have that length too; its name tells it apart.
+    """
     import torch
 
     length = inputs["input_ids"].shape[1]
     fill = {"input_ids": token, "attention_mask": 1, "token_type_ids": token_type}
     result = dict(inputs)
     for key, value in inputs.items():
-        if isinstance(value, torch.Tensor) and value.shape == (1, length):
+        if isinstance(value, torch.Tensor) and value.shape == (1, length) and "feature" not in key:
             extra = torch.full((1, 1), fill.get(key, 0), dtype=value.dtype)
             result[key] = torch.cat([value, extra], dim=1)
+        elif key == "cross_attention_mask":  # a new token sees what the last one sees
+            result[key] = torch.cat([value, value[:, -1:]], dim=1)
     return result
 
 

@@ -20,12 +20,22 @@ from validate.charts import (
 from validate.checks import Report
 
 TEMPLATES: Final = Path(__file__).parent / "templates"
+_HEADINGS: Final = {
+    "pass": "Parity holds",
+    "fail": "Parity does not hold",
+    "unproven": "Parity is unproven",
+}
 _WORDS: Final = {"pass": "passed", "fail": "failed", "info": "reported"}
 
 
-def write_report(report: Report, folder: Path) -> None:
-    """Write ``parity.json`` and the self-contained ``parity.html`` into ``folder``."""
-    data = report.to_json()
+def write_report(
+    report: Report, folder: Path, *, kv_cache: Mapping[str, Any] | None = None
+) -> None:
+    """Write ``parity.json`` and the self-contained ``parity.html`` into ``folder``.
+
+    ``kv_cache`` is the study of the checkpoint's KV-cache schemes, where there is one.
+    """
+    data: dict[str, Any] = {**report.to_json(), **({"kv_cache": kv_cache} if kv_cache else {})}
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False, sort_keys=True)
     _replace(folder / "parity.json", text + "\n")
     _replace(folder / "parity.html", render_html(data))
@@ -48,11 +58,13 @@ def render_html(data: Mapping[str, Any]) -> str:
         counts[check["verdict"]] += 1
     return environment.get_template("parity.html.j2").render(
         report=data,
+        headings=_HEADINGS,
         counts=[(counts[key], word, key) for key, word in _WORDS.items()],
         tiles=_tiles(data["checks"]),
         groups=_grouped(data["checks"]),
         charts=_charts(data["checks"]),
         facts=_facts(data),
+        kv_rows=kv_rows(data.get("kv_cache")),
         gauge=gauge,
         box={"w": WIDTH, "h": HEIGHT, "l": LEFT, "r": RIGHT, "t": TOP, "b": BOTTOM},
     )
@@ -74,7 +86,8 @@ def _tiles(checks: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     tiles = []
     for label, names, remark in (
         ("exactness", ("logits", "decode", "hidden"), "largest relative error, text"),
-        ("pictures", ("image/logits", "image/decode"), "largest relative error"),
+        ("pictures", ("image/logits", "image/decode", "image/hidden"), "largest relative error"),
+        ("sounds", ("audio/logits", "audio/decode", "audio/hidden"), "largest relative error"),
         ("16-bit noise", ("noise",), "in units of torch's own"),
     ):
         values = [check["value"] for check in checks if check["name"] in names]
@@ -111,13 +124,25 @@ def _charts(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for check in checks:
         if check["name"] == "loss":
             chart = distribution_chart(check)
-        elif check["name"] in ("logits", "image/logits", "decode", "image/decode"):
+        elif check["name"].rpartition("/")[2] in ("logits", "decode"):
             chart = position_chart(check)
         else:
             chart = None
         if chart is not None:
             result.append({"check": check, "chart": chart})
     return result
+
+
+def kv_rows(study: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The schemes of a KV-cache study, by loss at long context; what failed comes last."""
+    if study is None:
+        return []
+    chosen = study["chosen"]
+    rows = [{**chosen, "setting": f"config.json: {chosen['scheme']}"}]
+    rows += [{**row, "setting": row["flags"]} for row in study["stock"]]
+    failed = [row for row in rows if "error" in row]
+    measured = [row for row in rows if "error" not in row]
+    return sorted(measured, key=lambda row: float(row["long"]["all"]["kl_mean"])) + failed
 
 
 def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:

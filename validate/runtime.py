@@ -16,9 +16,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from validate.cases import Case, draw, picture_question
+from validate.cases import Case
+from validate.model_file import ModelFileError, runtimes_of, trusted
 
 Logits = NDArray[np.float32]
+_READING: Final = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 RUNTIMES: Final = ("mlx_vlm", "mlx_lm")
 _prepared = False
 
@@ -53,15 +55,22 @@ def prepare_mlx() -> bool:
     return _prepared
 
 
-def runtimes_for(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The runtimes that have a model for this config's ``model_type``, mlx_vlm first."""
+def runtimes_for(config: Mapping[str, Any], folder: Path | None = None) -> tuple[str, ...]:
+    """The runtimes that have a model for this config's ``model_type``, mlx_vlm first.
+
+    Where the checkpoint in ``folder`` brings its own model code, those that can load that code.
+    """
+    if folder is not None and config.get("model_file"):
+        with contextlib.suppress(ModelFileError):
+            return runtimes_of(folder / str(config["model_file"]))
+        return ()
     return tuple(name for name in RUNTIMES if _knows(name, dict(config)))
 
 
 def _knows(name: str, config: dict[str, Any]) -> bool:
-    if name == "mlx_lm" and not is_generative(config):
+    if name == "mlx_lm" and (not is_generative(config) or "dflash_config" in config):
         return False
-    with _quiet(), contextlib.suppress(ValueError, KeyError, ImportError):
+    with _quiet(), contextlib.suppress(ValueError, KeyError, ImportError, SystemExit):
         if name == "mlx_vlm":
             from mlx_vlm.embedding_loader import EMBEDDING_MODEL_REMAPPING
             from mlx_vlm.utils import get_model_and_args
@@ -69,7 +78,8 @@ def _knows(name: str, config: dict[str, Any]) -> bool:
             if not is_generative(config):
                 named = str(config.get("model_type"))
                 config["model_type"] = EMBEDDING_MODEL_REMAPPING.get(named, named)
-            get_model_and_args(config)
+            # Some packages hold only the text stack of a multimodal type.
+            return hasattr(get_model_and_args(config)[0], "ModelConfig")
         else:
             from mlx_lm.utils import _get_classes
 
@@ -78,10 +88,16 @@ def _knows(name: str, config: dict[str, Any]) -> bool:
     return False
 
 
+_WRITING: Final = ("For", "Draft", "LMHeadModel", "ChatModel", "Moondream", "MiniCPMO")
+"""Words in the names of classes that write text; a few releases' own have no ``For...``."""
+
+
 def is_generative(config: Mapping[str, Any]) -> bool:
-    """Whether the architecture has a head (``...ForCausalLM``); bare encoders have none."""
+    """Whether the architecture writes text (``...ForCausalLM``); encoders only read it."""
     names = config.get("architectures") or ()
-    return not names or any(word in str(names[0]) for word in ("For", "LMHeadModel"))
+    name = str(names[0]) if names else ""
+    headed = any(word in name for word in _WRITING)
+    return not name or (headed and not any(word in name for word in _READING))
 
 
 @dataclass(frozen=True)
@@ -104,12 +120,19 @@ class MlxRuntime:
         self.folder = folder
 
     @classmethod
-    def load(cls, folder: Path, *, runtime: str, trust_remote_code: bool = False) -> "MlxRuntime":
-        """Load through ``mlx_vlm`` or ``mlx_lm``; RuntimeRefusal with the runtime's own words."""
+    def load(
+        cls, folder: Path, *, runtime: str, trust_remote_code: bool = False, lazy: bool = False
+    ) -> "MlxRuntime":
+        """Load through ``mlx_vlm`` or ``mlx_lm``; RuntimeRefusal with the runtime's own words.
+
+        ``lazy`` leaves the weights unread until they are used.
+        """
         from validate.reference import read_config
 
         config = read_config(folder)
-        if config.get("model_file") and not trust_remote_code:
+        own = config.get("model_file")
+        trust_remote_code = trust_remote_code or bool(own and trusted(folder / str(own)))
+        if own and not trust_remote_code:
             raise RuntimeRefusal(
                 f"{folder}: config.json names model code of its own ({config['model_file']}); "
                 "it runs only with --trust-remote-code"
@@ -118,11 +141,11 @@ class MlxRuntime:
             if runtime == "mlx_lm":
                 from mlx_lm.utils import load_model
 
-                model, _ = load_model(folder, trust_remote_code=trust_remote_code)
+                model, _ = load_model(folder, lazy, trust_remote_code=trust_remote_code)
             elif is_generative(config):
                 from mlx_vlm.utils import load_model as load_vlm
 
-                model = load_vlm(folder)
+                model = load_vlm(folder, lazy)
             else:
                 from mlx_vlm.embedding_loader import load_embedding_model
 
@@ -191,9 +214,10 @@ class MlxRuntime:
         """
         with _refusals(self.name, self.folder):
             output, step = self._prefill(inputs)
-            prefill = _numpy(output[0])
+            words = slice(_words(self.config))
+            prefill = _numpy(output[0])[:, words]
             rows = [prefill[-1]]
-            rows += [_numpy(step(self._row([token]))[0, -1]) for token in continuation[:-1]]
+            rows += [_numpy(step(self._row([token]))[0, -1])[words] for token in continuation[:-1]]
         return Steps(prefill=prefill, steps=np.stack(rows))
 
     def _prefill(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -233,43 +257,40 @@ class MlxRuntime:
         return output.logits, lambda token: language(token, cache=caches, **carried).logits
 
     def hidden(self, ids: Sequence[int]) -> tuple[Logits, Logits]:
-        """An encoder's last hidden state [positions, size] and its sentence embedding [size]."""
+        """An encoder's last hidden state [positions, size] and its sentence embedding [size].
+
+        Where the runtime gives no states, the embedding stands for them as [1, size].
+        """
         with _refusals(self.name, self.folder):
             output = self.model(self._row(ids))
-            return _numpy(output.last_hidden_state[0]), _numpy(output.text_embeds[0])
+            states, pooled = output.last_hidden_state, _numpy(output.text_embeds[0])
+            return pooled[None] if states is None else _numpy(states[0]), pooled
 
-    def image_inputs(self, case: Case, *, stock_prompt: bool = False) -> dict[str, Any]:
-        """Model inputs for a picture and a question, through this runtime's processor.
+    def states(self, inputs: Mapping[str, Any]) -> Logits:
+        """An encoder's last hidden state of prepared inputs, [positions, size]."""
+        with _refusals(self.name, self.folder):
+            return _numpy(self.model(**inputs).last_hidden_state[0])
+
+    def picture(self, pixels: Any) -> Logits:
+        """A tower's last hidden state of a picture [1, channels, rows, columns]."""
+        import mlx.core as mx
+
+        with _refusals(self.name, self.folder):
+            output = self.model(mx.array(np.moveaxis(np.asarray(pixels), 1, -1)))
+            return _numpy(output["last_hidden_state"][0])
+
+    def media_inputs(self, case: Case, *, stock_prompt: bool = False) -> dict[str, Any]:
+        """Model inputs for a picture or a sound and a question, through this runtime's processor.
 
         The prompt is written by the release's own chat template, or with ``stock_prompt`` by the
         helper that the runtime's command line uses, which has formats of its own.
         """
-        from mlx_vlm.prompt_utils import apply_chat_template
+        from validate.runtime_inputs import media_inputs
 
-        utils: Any = import_module("mlx_vlm.utils")
         with _refusals(self.name, self.folder), _quiet():
-            processor = load_processor(self.folder)
-            model_config = self.model.config
-            if stock_prompt:
-                prompt = apply_chat_template(processor, model_config, case.text, num_images=1)
-            else:
-                # Some of the runtime's processors leave the template to their tokenizer.
-                has_own = getattr(processor, "chat_template", None)
-                speaker = processor if has_own else processor.tokenizer
-                prompt = speaker.apply_chat_template(
-                    picture_question(case), add_generation_prompt=True, tokenize=False
-                )
-            inputs: dict[str, Any] = utils.prepare_inputs(
-                processor,
-                images=[draw(case)],
-                prompts=prompt,
-                image_token_index=getattr(model_config, "image_token_index", None),
-                add_special_tokens=utils.should_add_special_tokens(
-                    model_config.model_type, processor
-                ),
-            )
+            inputs = media_inputs(self.folder, self.model.config, case, stock_prompt=stock_prompt)
         inputs["input_ids"] = self._ids(inputs["input_ids"])
-        return {key: value for key, value in inputs.items() if value is not None}
+        return inputs
 
     def tokenize(self, case: Case) -> list[int]:
         """Token ids of a text or a conversation, as this runtime's own loader makes them."""
@@ -278,6 +299,8 @@ class MlxRuntime:
                 utils: Any = import_module("mlx_lm.utils")
                 tokenizer = utils.load_tokenizer(self.folder)
             else:
+                from validate.runtime_inputs import load_processor
+
                 processor = load_processor(self.folder)
                 tokenizer = getattr(processor, "tokenizer", processor)
             if not case.messages:
@@ -301,18 +324,6 @@ class MlxRuntime:
         import mlx.core as mx
 
         return ids if isinstance(ids, mx.array) else mx.array(ids)
-
-
-def load_processor(folder: Path) -> Any:
-    """mlx-vlm's processor of a folder, with the image processor that its model package brings."""
-    from mlx_vlm.utils import load_image_processor
-    from mlx_vlm.utils import load_processor as load_stock
-
-    processor = load_stock(folder, add_detokenizer=False)
-    own = load_image_processor(folder)
-    if own is not None:
-        processor.image_processor = own
-    return processor
 
 
 def _is_quantized(module: Any) -> bool:
@@ -342,6 +353,14 @@ def _unpacked(module: Any) -> Any:
         dense.bias = module.bias
     mx.eval(dense.parameters())
     return dense
+
+
+def _words(config: Mapping[str, Any]) -> int | None:
+    """How many logits are of words, where those of places in a picture come after them."""
+    if config.get("model_type") != "molmo_point":
+        return None
+    text = config["text_config"]
+    return int(text["vocab_size"]) + int(text["additional_vocab_size"])
 
 
 def _numpy(array: Any) -> Logits:

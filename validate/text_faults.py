@@ -43,6 +43,17 @@ def sliding_windows(model: Any, config: Config) -> list[Patch]:
     ]
 
 
+def windows_everywhere(model: Any, config: Config) -> list[Patch]:
+    """The window of a release that has it in every layer, if it has one."""
+    window = config.get("sliding_window")
+    return [] if window is None else sliding_windows(model, {"sliding_window": window})
+
+
+def backwards_only(model: Any) -> list[Patch]:
+    """Attention to what came before, where the runtime reads a prompt both ways."""
+    return [(_stack(model).config, "use_bidirectional_attention", False)]
+
+
 def tanh_gated(model: Any) -> list[Patch]:
     """GELU's tanh form in a gated MLP."""
 

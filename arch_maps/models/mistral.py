@@ -27,7 +27,7 @@ def _config(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
             "runtimes attend to all of them, so results agree up to that length only"
         )
     out.update(
-        sliding_window=None,
+        sliding_window=window,
         layer_types=["full_attention"] * s.layers,
         attention_bias=False,
         mlp_bias=False,

@@ -8,23 +8,12 @@ from arch_maps import config as spell
 from arch_maps.facts import Facts
 from arch_maps.registry import ArchMap
 from arch_maps.rules import Layout, Mount
-from arch_maps.text import llama
+from arch_maps.text import llama, phi3
 
 
 def _tensors(root: Mount, facts: Facts, _: Layout) -> None:
     s = llama.sizes(facts)
-    at = root / "model"
-    at.embedding("embed_tokens", s.vocab, s.hidden)
-    for _index, layer in at.layers("layers", s.layers):
-        heads = s.heads + 2 * s.kv_heads
-        layer.linear("self_attn.qkv_proj", heads * s.head_dim, s.hidden)
-        layer.linear("self_attn.o_proj", s.hidden, s.heads * s.head_dim)
-        layer.linear("mlp.gate_up_proj", 2 * s.intermediate, s.hidden)
-        layer.linear("mlp.down_proj", s.hidden, s.intermediate)
-        layer.norm("input_layernorm", s.hidden)
-        layer.norm("post_attention_layernorm", s.hidden)
-        layer.drop("self_attn.rotary_emb.inv_freq", "position frequencies follow from the config")
-    at.norm("norm", s.hidden)
+    phi3.stack(root / "model", s)
     root.head("lm_head", s.vocab, s.hidden, tied_to="model.embed_tokens.weight" if s.tied else None)
 
 

@@ -1,4 +1,4 @@
-"""Qwen3 dense text models: Llama's stack with per-head query and key norms."""
+"""Qwen3 dense text, embedding and reranking models: Llama's stack with per-head norms."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ def _sizes(facts: Facts) -> llama.Sizes:
     return llama.sizes(facts, kv_heads=32, head_dim=128, qk_norm=True)
 
 
-def _tensors(root: Mount, facts: Facts, _: Layout) -> None:
+def _tensors(root: Mount, facts: Facts, layout: Layout) -> None:
     facts.expect("attention_bias", False, default=False, why="the runtimes have no such biases")
-    llama.causal_lm(root, _sizes(facts))
+    s = _sizes(facts)
+    llama.stack(root.at(source=layout["stack"], target="model"), s)
+    if "Qwen3Model" in (facts.data.get("architectures") or ()):
+        return  # sentence embeddings have no head
+    table = f"{layout['stack']}.embed_tokens.weight".lstrip(".")
+    root.head("lm_head", s.vocab, s.hidden, tied_to=table if s.tied else None)
 
 
 def _config(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
@@ -33,7 +38,10 @@ MAP = ArchMap(
     model_type="qwen3",
     tensors=_tensors,
     config=_config,
-    layouts=(Layout("transformers", {}),),
+    layouts=(
+        Layout("transformers", {"stack": "model"}),
+        Layout("sentence embeddings", {"stack": ""}),
+    ),
     runtimes=("mlx-vlm", "mlx-lm"),
     parts=("text.llama",),
 )

@@ -55,6 +55,9 @@ PIXTRAL_LAYOUTS: Final = tuple(
 )
 """The same, for a tower that never had a ``vision_model`` inside."""
 
+NESTED_LAYOUTS: Final = (LAYOUTS[3], LAYOUTS[2])
+"""Of types that came after transformers put all parts below ``model``."""
+
 
 def text(root: Mount, layout: Layout) -> Mount:
     """Where the text stack goes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from arch_maps import config as spell
@@ -49,24 +50,30 @@ def latent_lm(
     fused: bool,
     absorbed: bool = True,
     correction: bool = True,
+    indexer: moe.FeedForward | None = None,
+    called: str = "layers",
 ) -> None:
-    """A text-only release with latent attention; ``sparse`` says which layers have experts."""
+    """A text-only release with latent attention; ``sparse`` says which layers have experts.
+
+    ``indexer`` adds what chooses the tokens that a layer attends to, given its index and mount;
+    ``called`` is the source's name for the layers.
+    """
     s, latent, e = llama.sizes(facts), mla.sizes(facts), routed(facts, fused=fused)
 
     def attention(at: Mount, _: llama.Sizes) -> None:
         mla.attention(at, latent, absorbed=absorbed)
 
-    def routed_layer(layer: Mount) -> None:
-        experts(layer / "mlp", facts, e, correction=correction)
-
     def feed_forward(index: int, layer: Mount) -> None:
-        if sparse[index]:
-            routed_layer(layer)
+        if indexer is not None:
+            indexer(index, layer)
+        if index >= s.layers or sparse[index]:
+            experts(layer / "mlp", facts, e, correction=correction)
         else:
             llama.gated_mlp(layer / "mlp", s.hidden, s.intermediate)
 
-    moe.causal_lm(root, s, feed_forward, attention=attention)
-    drop_mtp(root, facts, s.layers, lambda at: moe.layer(at, s, routed_layer, attention))
+    moe.causal_lm(root, s, feed_forward, attention=attention, called=called)
+    further = partial(feed_forward, s.layers)  # the layers after the last have experts
+    drop_mtp(root, facts, s.layers, lambda at: moe.layer(at, s, further, attention))
 
 
 def drop_mtp(root: Mount, facts: Facts, layers: int, block: moe.Block) -> None:
@@ -82,6 +89,21 @@ def drop_mtp(root: Mount, facts: Facts, layers: int, block: moe.Block) -> None:
         at.drop("shared_head.head.weight", MTP, vocab, hidden)
         moe.drop_block(root, f"model.layers.{index}", block, MTP)
         at.bind_drops("eh_proj.weight")
+
+
+def dense_first(facts: Facts, default: int) -> int:
+    """Dense first layers, as ``mlp_layer_types`` lists or ``first_k_dense_replace`` counts them."""
+    kinds = facts.data.get("mlp_layer_types")
+    if kinds is None:
+        stated = facts.data.get("first_k_dense_replace", default)
+        return int(facts.size("first_k_dense_replace", default)) if stated else 0
+    dense = int(kinds.count("dense"))
+    if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense):
+        facts.problem(
+            f"config.json: {facts.path}mlp_layer_types must name the dense layers first; the "
+            "runtimes have them nowhere else"
+        )
+    return dense
 
 
 def mtp_layers(facts: Facts) -> bool:

@@ -26,6 +26,17 @@ EXPERT_LAYOUTS: Final = (
 )
 
 
+def scales(facts: Facts) -> dict[str, float]:
+    """The four scalings as the release states them, the reference's default being one."""
+    names = (
+        "attention_multiplier",
+        "embedding_multiplier",
+        "logits_scaling",
+        "residual_multiplier",
+    )
+    return {name: facts.number(name, 1.0) for name in names}
+
+
 def spell_scales(config: dict[str, Any], facts: Facts) -> None:
     """Write the scalings with an embedding multiplier of one, in place.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arch_maps.facts import Dim, Facts
-from arch_maps.ops import Permute, Reshape, Slice
+from arch_maps.ops import Concat, Expr, Permute, Reshape, Slice
 from arch_maps.rules import Kind, Mount
 
 
@@ -38,8 +38,14 @@ def sizes(facts: Facts) -> Sizes:
     )
 
 
-def attention(at: Mount, s: Sizes, *, absorbed: bool = True) -> None:
-    """The projections; ``absorbed`` where the runtime holds ``kv_b_proj`` as two per-head ones."""
+def attention(at: Mount, s: Sizes, *, absorbed: bool = True, halves: bool = False) -> None:
+    """The projections; ``absorbed`` where the runtime holds ``kv_b_proj`` as two per-head ones.
+
+    ``halves`` where the release rotates the halves of a head together, and the runtime neighbours.
+    """
+    if halves:
+        _paired(at, s)
+        return
     queries = s.heads * (s.nope + s.rope)
     if s.q_rank is None:
         at.linear("q_proj", queries, s.hidden)
@@ -54,6 +60,33 @@ def attention(at: Mount, s: Sizes, *, absorbed: bool = True) -> None:
     else:
         at.linear("kv_b_proj", s.heads * (s.nope + s.value), s.kv_rank)
     at.linear("o_proj", s.hidden, s.heads * s.value, bias=s.bias)
+
+
+def neighbours(x: Expr, blocks: int) -> Expr:
+    """Rows of ``blocks`` blocks, the first half of each taking turns with its second half."""
+    size, rest = x.shape[0] // blocks, x.shape[1:]
+    halves = Reshape(x, (blocks, 2, size // 2, *rest))
+    axes = (0, 2, 1, *range(3, 3 + len(rest)))
+    return Reshape(Permute(halves, axes), x.shape)
+
+
+def _paired(at: Mount, s: Sizes) -> None:
+    nope, rope, kv = int(s.nope), int(s.rope), int(s.kv_rank)
+    assert s.q_rank is not None
+    at.linear("q_a_proj", s.q_rank, s.hidden)
+    at.norm("q_a_layernorm", s.q_rank)
+    queries = at.input("q_b_proj.weight", s.heads * (s.nope + s.rope), s.q_rank)
+    heads = Reshape(queries, (s.heads, nope + rope, s.q_rank))
+    turned = Reshape(Slice(heads, 1, nope, nope + rope), (s.heads * rope, s.q_rank))
+    turned = Reshape(neighbours(turned, s.heads), (s.heads, rope, s.q_rank))
+    both = Concat((Slice(heads, 1, 0, nope), turned), 1)
+    at.rule("q_b_proj.weight", Reshape(both, queries.shape), Kind.LINEAR)
+    latent = at.input("kv_a_proj_with_mqa.weight", s.kv_rank + s.rope, s.hidden)
+    keys = neighbours(Slice(latent, 0, kv, kv + rope), 1)
+    at.rule("kv_a_proj_with_mqa.weight", Concat((Slice(latent, 0, 0, kv), keys)), Kind.LINEAR)
+    at.norm("kv_a_layernorm", s.kv_rank)
+    per_head(at, s)
+    at.linear("o_proj", s.hidden, s.heads * s.value)
 
 
 def per_head(at: Mount, s: Sizes) -> None:

@@ -96,19 +96,28 @@ def layer(
     """A pre-norm decoder layer; ``feed_forward`` names its own module below the layer."""
     attention(at / "self_attn", s)
     feed_forward(at)
-    at.norm("input_layernorm", s.hidden)
-    at.norm("post_attention_layernorm", s.hidden)
+    at.norm("input_layernorm", s.hidden, bias=s.norm_bias)
+    at.norm("post_attention_layernorm", s.hidden, bias=s.norm_bias)
     at.drop("self_attn.rotary_emb.inv_freq", "position frequencies follow from the config")
 
 
 def stack(
-    at: Mount, s: llama.Sizes, feed_forward: FeedForward, *, attention: Attention = llama.attention
+    at: Mount,
+    s: llama.Sizes,
+    feed_forward: FeedForward,
+    *,
+    attention: Attention = llama.attention,
+    called: str = "layers",
 ) -> None:
-    """Embedding, decoder layers with ``feed_forward``, and final norm, below ``at``."""
+    """Embedding, decoder layers with ``feed_forward``, and final norm, below ``at``.
+
+    ``called`` is the source's name for the layers.
+    """
     at.embedding("embed_tokens", s.vocab, s.hidden)
-    for index, place in at.layers("layers", s.layers):
+    for index in range(s.layers):
+        place = at.at(source=f"{called}.{index}", target=f"layers.{index}")
         layer(place, s, partial(feed_forward, index), attention)
-    at.norm("norm", s.hidden)
+    at.norm("norm", s.hidden, bias=s.norm_bias)
 
 
 def causal_lm(
@@ -117,9 +126,10 @@ def causal_lm(
     feed_forward: FeedForward,
     *,
     attention: Attention = llama.attention,
+    called: str = "layers",
 ) -> None:
     """A text-only release: the stack under ``model`` and the head beside it."""
-    stack(root / "model", s, feed_forward, attention=attention)
+    stack(root / "model", s, feed_forward, attention=attention, called=called)
     root.head("lm_head", s.vocab, s.hidden, tied_to="model.embed_tokens.weight" if s.tied else None)
 
 

@@ -7,12 +7,9 @@ from typing import Any, Final
 from arch_maps.facts import Facts
 from arch_maps.rules import Kind, Mount
 
-_WORDS: Final = (
-    ("hidden_act", "gelu", "the runtime computes GELU"),
-    ("norm_type", "layer_norm", "this map is checked with LayerNorm only"),
-)
+_QUERY_EPS: Final = 1e-6
+"""The reference's epsilon of the query and key norms."""
 _FLAGS: Final = (
-    ("use_qk_norm", False, "this map is checked without these norms"),
     ("use_mask_token", False, "the runtime has no mask token"),
     ("use_mean_pooling", True, "the runtime has no final norm"),
     ("use_absolute_position_embeddings", True, "the runtime adds a table of positions"),
@@ -29,23 +26,34 @@ def tower(at: Mount, facts: Facts) -> None:
     embeddings.tensor("position_embeddings", 1, positions, hidden, kind=Kind.POSITION)
     channels = facts.size("num_channels", 3)
     embeddings.conv("patch_embeddings.projection", hidden, channels, tall, wide, bias=True)
-    bias = facts.flag("attention_bias", False)
+    bias, centred = facts.flag("attention_bias", False), _centred(facts)
+    qk_norm = facts.flag("use_qk_norm", False)
     for _, layer in at.layers("encoder.layer", facts.count("num_hidden_layers", 24)):
         for name in ("q_proj", "k_proj", "v_proj"):
             layer.linear(f"attention.{name}", hidden, hidden, bias=bias)
         layer.linear("attention.projection_layer", hidden, hidden, bias=True)
+        if qk_norm:
+            layer.norm("attention.q_norm", hidden)
+            layer.norm("attention.k_norm", hidden)
         layer.linear("mlp.fc1", inner, hidden, bias=True)
         layer.linear("mlp.fc2", hidden, inner, bias=True)
-        layer.norm("layernorm_before", hidden, bias=True)
-        layer.norm("layernorm_after", hidden, bias=True)
+        layer.norm("layernorm_before", hidden, bias=centred)
+        layer.norm("layernorm_after", hidden, bias=centred)
         layer.tensor("lambda_1", hidden, kind=Kind.STATE)
         layer.tensor("lambda_2", hidden, kind=Kind.STATE)
 
 
 def spell_config(config: dict[str, Any], facts: Facts) -> None:
     """Write the tower's facts as the runtime reads them, in place."""
-    for name, word, why in _WORDS:
-        facts.expect(name, word, default=word, why=why)
+    facts.expect("hidden_act", "gelu", default="gelu", why="the runtime computes GELU")
+    kinds = ("layer_norm", "rms_norm")
+    facts.expect("norm_type", *kinds, default="layer_norm", why="the runtime has no other norm")
+    eps, qk_norm = facts.number("layer_norm_eps", 1e-6), facts.flag("use_qk_norm", False)
+    if qk_norm and eps != _QUERY_EPS:
+        facts.problem(
+            f"config.json: {facts.path}layer_norm_eps is {eps}; the release normalises queries and "
+            f"keys with {_QUERY_EPS}, the runtime with the layers' epsilon"
+        )
     for name, flag, why in _FLAGS:
         facts.expect(name, flag, default=flag, why=why)
     image, patch = _sides(facts)
@@ -60,11 +68,15 @@ def spell_config(config: dict[str, Any], facts: Facts) -> None:
         num_channels=int(facts.size("num_channels", 3)),
         image_size=list(image),
         patch_size=list(patch),
-        layer_norm_eps=facts.number("layer_norm_eps", 1e-6),
-        norm_type="layer_norm",
+        layer_norm_eps=eps,
+        norm_type="layer_norm" if _centred(facts) else "rms_norm",
         attention_bias=facts.flag("attention_bias", False),
-        use_qk_norm=False,
+        use_qk_norm=qk_norm,
     )
+
+
+def _centred(facts: Facts) -> bool:
+    return bool(facts.data.get("norm_type", "layer_norm") == "layer_norm")
 
 
 def _sides(facts: Facts) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final
 
 from arch_maps.facts import Facts
 from arch_maps.rules import Kind, Mount
@@ -10,8 +12,23 @@ from arch_maps.rules import Kind, Mount
 _EXACT = "the runtimes compute tanh GELU whatever it says"
 
 
-def tower(at: Mount, facts: Facts) -> None:
-    """Patch embedding, positions, blocks and the final merger, below ``at``."""
+SAME_NAMES: Final[Mapping[str, str]] = MappingProxyType({})
+QWEN2_MERGER: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "deepstack_merger_list": "merger_list",
+        "norm": "ln_q",
+        "linear_fc1": "mlp.0",
+        "linear_fc2": "mlp.2",
+    }
+)
+"""What releases that kept Qwen2-VL's merger call its modules."""
+
+
+def tower(at: Mount, facts: Facts, *, names: Mapping[str, str] = SAME_NAMES) -> None:
+    """Patch embedding, positions, blocks and the final merger, below ``at``.
+
+    ``names`` says what the source calls the modules of the mergers, where not as the runtime.
+    """
     hidden = facts.size("hidden_size")
     inner = facts.size("intermediate_size")
     patch = facts.size("patch_size", 16)
@@ -36,17 +53,24 @@ def tower(at: Mount, facts: Facts) -> None:
         block.linear("mlp.linear_fc2", hidden, inner, bias=True)
     out = facts.size("out_hidden_size")
     merger = at.at(source="merger", target="merger", part="projector")
-    _merge(merger, hidden, merged, out)
+    _merge(merger, hidden, merged, out, names)
     # Deeper mergers, one per listed block, normalise after joining neighbours, not before.
-    deeper = at.at(source="deepstack_merger_list", target="deepstack_merger_list", part="projector")
+    listed = "deepstack_merger_list"
+    deeper = at.at(source=names.get(listed, listed), target=listed, part="projector")
     for index in range(len(_deepstack(facts))):
-        _merge(deeper / str(index), merged, merged, out)
+        _merge(deeper / str(index), merged, merged, out, names)
 
 
-def _merge(at: Mount, normed: int, merged: int, out: int) -> None:
-    at.norm("norm", normed, bias=True)
-    at.linear("linear_fc1", merged, merged, bias=True)
-    at.linear("linear_fc2", out, merged, bias=True)
+def _merge(at: Mount, normed: int, merged: int, out: int, names: Mapping[str, str]) -> None:
+    norm, first, second = (
+        at.at(source=names.get(name, name), target=name)
+        for name in ("norm", "linear_fc1", "linear_fc2")
+    )
+    norm.tensor("weight", normed, kind=Kind.NORM)
+    norm.tensor("bias", normed, kind=Kind.BIAS)
+    for place, size in ((first, merged), (second, out)):
+        place.tensor("weight", size, merged, kind=Kind.LINEAR)
+        place.tensor("bias", size, kind=Kind.BIAS)
 
 
 def _deepstack(facts: Facts) -> list[int]:

@@ -25,6 +25,40 @@ def tower(at: Mount, facts: Facts) -> None:
     at.norm("post_layernorm", hidden, bias=True)
 
 
+def dense_patch_tower(at: Mount, facts: Facts, positions: int) -> None:
+    """As ``tower``, SigLIP 2's: patches of any grid through a dense layer, ``positions`` in all."""
+    hidden, inner = facts.size("hidden_size"), facts.size("intermediate_size")
+    patch = facts.size("patch_size")
+    embeddings = at / "embeddings"
+    pixels = patch * patch * facts.size("num_channels", 3)
+    embeddings.linear("patch_embedding", hidden, pixels, bias=True)
+    embeddings.embedding("position_embedding", positions, hidden, kind=Kind.POSITION)
+    for _, layer in at.layers("encoder.layers", facts.count("num_hidden_layers")):
+        encoder_layer(layer, hidden, inner)
+    at.norm("post_layernorm", hidden, bias=True)
+
+
+def drop_pooling_head(at: Mount, facts: Facts) -> None:
+    """Leave out the attention pool, which no picture token passes through."""
+    hidden, inner = facts.size("hidden_size"), facts.size("intermediate_size")
+    reason = "the attention pool makes one vector of a picture; the text reads its patches"
+    shapes: dict[str, tuple[int, ...]] = {
+        "probe": (1, 1, hidden),
+        "attention.in_proj_weight": (3 * hidden, hidden),
+        "attention.in_proj_bias": (3 * hidden,),
+        "attention.out_proj.weight": (hidden, hidden),
+        "attention.out_proj.bias": (hidden,),
+        "layernorm.weight": (hidden,),
+        "layernorm.bias": (hidden,),
+        "mlp.fc1.weight": (inner, hidden),
+        "mlp.fc1.bias": (inner,),
+        "mlp.fc2.weight": (hidden, inner),
+        "mlp.fc2.bias": (hidden,),
+    }
+    for name, shape in shapes.items():
+        at.drop(name, reason, *shape)
+
+
 def encoder_layer(at: Mount, hidden: int, inner: int) -> None:
     """Pre-norm attention and MLP with biases, as CLIP has them too."""
     attention(at / "self_attn", hidden)
@@ -38,6 +72,23 @@ def attention(at: Mount, hidden: int) -> None:
     """Multi-head self-attention with biases."""
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
         at.linear(name, hidden, hidden, bias=True)
+
+
+def pooling_head(at: Mount, facts: Facts) -> None:
+    """The attention pool after the tower, whose three projections are one tensor, below ``at``."""
+    hidden = facts.size("hidden_size")
+    at.tensor("probe", 1, 1, hidden, kind=Kind.POSITION)
+    joined = at / "attention"
+    for leaf, shape, kind in (
+        ("weight", (3 * hidden, hidden), Kind.LINEAR),
+        ("bias", (3 * hidden,), Kind.BIAS),
+    ):
+        joined.rule(f"in_proj.{leaf}", joined.input(f"in_proj_{leaf}", *shape), kind)
+    joined.linear("out_proj", hidden, hidden, bias=True)
+    at.norm("layernorm", hidden, bias=True)
+    inner = facts.size("intermediate_size")
+    at.linear("mlp.fc1", inner, hidden, bias=True)
+    at.linear("mlp.fc2", hidden, inner, bias=True)
 
 
 DEFAULTS = {

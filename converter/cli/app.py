@@ -15,7 +15,9 @@ from converter.cli.errors import run
 @click.group(invoke_without_command=True, context_settings={"max_content_width": 100})
 @opt.source(required=False)
 @opt.recipe
+@opt.mapping
 @opt.output
+@opt.kv_cache
 @opt.publishing
 @opt.proof
 @click.version_option(package_name="mlx-dayzero", prog_name="convert")
@@ -44,6 +46,7 @@ def cli(context: click.Context, /, **given: Any) -> None:
 @cli.command()
 @opt.source()
 @opt.recipe
+@opt.mapping
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; default: one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON.")
 def plan(**given: Any) -> None:
@@ -56,6 +59,7 @@ def plan(**given: Any) -> None:
 @cli.command()
 @opt.source()
 @click.option("--mlx-path", type=click.Path(path_type=Path), required=True, help="The checkpoint.")
+@opt.map_file
 @opt.proof
 @click.option("--json", "as_json", is_flag=True, help="Print parity.json.")
 def validate(**given: Any) -> None:
@@ -75,13 +79,26 @@ def verify(out: Path) -> None:
 
 
 @cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@opt.kv_cache
+@click.option("--calibration-data", type=click.Path(path_type=Path), help="Text to measure on.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the output's own model code.")
+@click.option("--json", "as_json", is_flag=True, help="Print kv_cache.json.")
+def kv(out: Path, **given: Any) -> None:
+    """Choose and measure KV-cache settings for a finished output, and write them to its config."""
+    from converter.cli.convert import kv_command
+
+    kv_command(out, given)
+
+
+@cli.command()
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
 @click.option("--seed", type=int, default=0, help="Another seed, other weights.")
 @click.option("--max-shard-size", default="5GB", help="As transformers writes shards.")
 def twin(source: str, out: Path, dtype: str, seed: int, max_shard_size: str) -> None:
-    """Make a tiny checkpoint of the architecture of SOURCE: a folder, hub id, or model_type."""
+    """Make a tiny checkpoint of the architecture of SOURCE: a folder, hub id, or type[:variant]."""
     from converter.cli.tools import twin_command
 
     twin_command(source, out, dtype=dtype, seed=seed, max_shard_size=max_shard_size)
@@ -113,11 +130,23 @@ def maps_show(model_type: str) -> None:
 @maps.command(name="check")
 @click.argument("source")
 @click.option("--revision")
-def maps_check(source: str, revision: str | None) -> None:
-    """Whether a release's headers are accounted for, tensor by tensor."""
+@opt.map_file
+def maps_check(source: str, revision: str | None, map_file: Path | None) -> None:
+    """Whether a release's headers and a runtime's parameters are accounted for, one by one."""
     from converter.cli.tools import maps_check_command
 
-    maps_check_command(source, revision)
+    maps_check_command(source, revision, map_file)
+
+
+@maps.command(name="draft")
+@click.argument("source")
+@click.option("--revision")
+@click.option("--out", type=click.Path(path_type=Path), help="The file; default: print it.")
+def maps_draft(source: str, revision: str | None, out: Path | None) -> None:
+    """Write a first map of an unmapped release, from what a runtime's loader does to it."""
+    from converter.cli.tools import maps_draft_command
+
+    maps_draft_command(source, revision, out)
 
 
 @cli.command()

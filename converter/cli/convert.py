@@ -14,6 +14,8 @@ import click
 
 from converter.errors import GateError, UsageError
 from converter.manifest import verify
+from converter.maps import MapChoice
+from converter.mtp import SUFFIX
 from converter.pipeline import Converted, Request, convert, plan_request
 from converter.plan import Options
 from converter.ui import Console, plan_tables, size_text, verdict_text
@@ -35,10 +37,13 @@ def convert_command(given: dict[str, Any]) -> None:
     if given["upload_repo"] is not None and given["no_validate"]:
         raise UsageError("--no-validate: nothing is uploaded without a passing report")
     console = Console(quiet=given["quiet"])
+    _check_kv(given)
     request = request_from(given)
     outputs = convert(request, console)
     for output in outputs:
         console.say(f"converted: {output.folder}")
+        if given["kv_quant_scheme"] is not None and output.target is None:
+            _study_kv(output.folder, given, console)
     if not given["no_validate"] and not _back(given):
         _prove_and_publish(outputs, given, console, request.thread_count)
     else:
@@ -51,16 +56,17 @@ def plan_command(given: dict[str, Any]) -> None:
     request = request_from({**given, "mlx_path": None, "overwrite": False})
     planned = plan_request(request)
     if given["as_json"]:
-        data = [plan.to_json() for plan in planned.plans]
+        data = [plan.to_json() for plan in (*planned.plans, *planned.drafters)]
         click.echo(json.dumps(data[0] if len(data) == 1 else data, indent=1))
         return
-    for plan in planned.plans:
+    for plan in (*planned.plans, *planned.drafters):
         click.echo(plan_tables(plan, workers=request.thread_count), nl=False)
 
 
 def validate_command(given: dict[str, Any]) -> None:
     """convert validate: the parity report of an existing checkpoint."""
-    from converter.proof import prove
+    from converter.maps import map_of_output
+    from converter.proof import prove, prove_drafter
     from converter.release import fetch, open_release
 
     console = Console()
@@ -68,18 +74,41 @@ def validate_command(given: dict[str, Any]) -> None:
     if not out.is_dir():
         raise UsageError(f"--mlx-path {out}: no such folder")
     release = fetch(open_release(given["hf_path"], revision=given["revision"]))
-    report = prove(
-        out,
-        source=release.local(),
-        console=console,
-        kl_threshold=given["kl_threshold"],
-        trust_remote_code=given["trust_remote_code"],
-    )
+    if given["draft_for"] is not None:
+        report = prove_drafter(out, target=given["draft_for"], console=console)
+    else:
+        report = prove(
+            out,
+            source=release.local(),
+            console=console,
+            kl_threshold=given["kl_threshold"],
+            trust_remote_code=given["trust_remote_code"],
+            arch=map_of_output(
+                out,
+                release.source,
+                given["map_file"],
+                trust_remote_code=given["trust_remote_code"],
+            ),
+        )
     if given["as_json"]:
         click.echo(json.dumps(report, indent=1))
     else:
         click.echo(verdict_text(report, out))
     _gate(report, out)
+
+
+def kv_command(out: Path, given: dict[str, Any]) -> None:
+    """convert kv: settings for the KV cache of a finished output."""
+    from converter.publish import write_card
+
+    scheme = given["kv_quant_scheme"] or "auto"
+    given = {**given, "kv_quant_scheme": scheme, "quiet": given["as_json"]}
+    _check_kv(given)
+    report = _study_kv(out, given, Console(quiet=given["quiet"]))
+    if (out / "README.md").is_file():
+        write_card(out)
+    if given["as_json"]:
+        click.echo(json.dumps(report, indent=1))
 
 
 def verify_command(out: Path) -> None:
@@ -100,6 +129,12 @@ def request_from(given: dict[str, Any]) -> Request:
         workers=given.get("workers"),
         calibration_data=given["calibration_data"],
         trust_remote_code=given["trust_remote_code"],
+        maps=MapChoice(
+            runtime=given["map_by"] == "runtime",
+            file=given["map_file"],
+            model_file=given["model_file"],
+        ),
+        mtp=given["mtp"],
         command=command_text(sys.argv[1:]),
     )
 
@@ -110,35 +145,70 @@ def command_text(arguments: Sequence[str]) -> str:
     return shlex.join(["convert", *(word for word in named if word)])
 
 
+def _check_kv(given: dict[str, Any]) -> None:
+    from converter.kv import check_flags
+
+    group = given["kv_group_size"]
+    check_flags(given["kv_quant_scheme"], given["kv_bits"], int(group) if group else None)
+    if given["kv_quant_scheme"] and given.get("target") == "torch":
+        raise UsageError("--kv-quant-scheme: a torch checkpoint has no MLX cache")
+
+
+def _study_kv(out: Path, given: dict[str, Any], console: Console) -> dict[str, Any]:
+    from converter.kv import study_output, summary_text
+
+    console.say(f"kv cache: {out}")
+    group = given["kv_group_size"]
+    report = study_output(
+        out,
+        scheme=given["kv_quant_scheme"],
+        bits=given["kv_bits"],
+        group=int(group) if group else None,
+        text=given["calibration_data"],
+        console=console,
+        trust_remote_code=given["trust_remote_code"],
+    )
+    console.say(summary_text(report))
+    return report
+
+
 def _prove_and_publish(
     outputs: list[Converted], given: dict[str, Any], console: Console, workers: int
 ) -> None:
     from converter.naming import repo_name
-    from converter.proof import prove
+    from converter.proof import prove, prove_drafter, require_proof
     from converter.publish import upload_output, write_card
 
     failed: list[GateError] = []
     requested = given["upload_repo"]
     if requested and len(outputs) > 1:
-        raise UsageError("--upload-repo REPO names one repo; with --variants leave REPO out")
+        raise UsageError(
+            "--upload-repo REPO names one repo; with --variants or --mtp leave REPO out"
+        )
     for output in outputs:
         out = output.folder
         console.say(f"validate: {out}")
-        report = prove(
-            out,
-            source=output.release.local(),
-            console=console,
-            plan=output.plan,
-            kl_threshold=given["kl_threshold"],
-            trust_remote_code=given["trust_remote_code"],
-            workers=workers,
-        )
+        target = output.target or given["draft_for"]
+        if target is not None:
+            report = prove_drafter(out, target=target, console=console)
+        else:
+            report = prove(
+                out,
+                source=output.release.local(),
+                console=console,
+                plan=output.plan,
+                kl_threshold=given["kl_threshold"],
+                trust_remote_code=given["trust_remote_code"],
+                workers=workers,
+                arch=output.arch,
+            )
         repo = None
         if requested is not None:
             from converter.naming import output_name
 
             dtype = str(output.plan.config.get("dtype"))
             derived = output_name(output.release.name, output.plan.options, dtype=dtype)
+            derived += SUFFIX if output.target is not None else ""
             repo = repo_name(requested, derived)
         write_card(
             out,
@@ -149,6 +219,8 @@ def _prove_and_publish(
         click.echo(verdict_text(report, out))
         try:
             _gate(report, out)
+            if repo is not None:
+                require_proof(out, allow_unproven=given["allow_unproven"])
         except GateError as error:
             failed.append(error)
             continue
@@ -159,6 +231,7 @@ def _prove_and_publish(
                 console=console,
                 private=given["private"],
                 allow_gated=given["allow_gated"],
+                allow_unproven=given["allow_unproven"],
             )
             click.echo(f"published: {address}")
     if failed:
@@ -166,7 +239,7 @@ def _prove_and_publish(
 
 
 def _gate(report: dict[str, Any], out: Path) -> None:
-    if report["verdict"] != "pass":
+    if report["verdict"] not in ("pass", "unproven"):
         failed = [check["name"] for check in report["checks"] if check["verdict"] == "fail"]
         raise GateError(
             f"{out}: parity failed ({', '.join(failed)}); it is kept for inspection and is not "

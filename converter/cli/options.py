@@ -65,6 +65,32 @@ recipe = _all(
     click.option("--variants", help="Several outputs from one read, such as bf16,8bit,4bit,mxfp4."),
 )
 
+map_file = click.option(
+    "--map-file",
+    type=click.Path(path_type=Path),
+    help="Your own map: a Python file that defines MAP. It is executed.",
+)
+
+mapping = _all(
+    click.option(
+        "--map",
+        "map_by",
+        type=click.Choice(["runtime"]),
+        help="runtime: let a stock runtime's own loader stand for a map that is not written yet.",
+    ),
+    map_file,
+    click.option(
+        "--model-file",
+        type=click.Path(path_type=Path),
+        help="MLX model code that the output brings along, for a type that no runtime has.",
+    ),
+    click.option(
+        "--mtp",
+        is_flag=True,
+        help="Make a drafter of the release's multi-token-prediction layers, in OUT-mtp.",
+    ),
+)
+
 output = _all(
     click.option("--mlx-path", type=click.Path(path_type=Path), help="Output folder."),
     click.option("--overwrite", is_flag=True, help="Replace a finished output."),
@@ -88,10 +114,34 @@ publishing = _all(
     ),
     click.option("--private", is_flag=True, help="Create the repo as private."),
     click.option("--allow-gated", is_flag=True, help="Publish a conversion of a gated release."),
+    click.option(
+        "--allow-unproven",
+        is_flag=True,
+        help="Publish what no torch class could be found for; card and manifest say so.",
+    ),
     card_template,
 )
 
+kv_cache = _all(
+    click.option(
+        "--kv-quant-scheme",
+        type=click.Choice(["uniform", "turboquant", "auto"]),
+        help="Study the KV cache and write settings into config.json; auto measures every layer.",
+    ),
+    click.option(
+        "--kv-bits",
+        type=float,
+        help="Default 4. For auto the average over all layers, norms and scales included.",
+    ),
+    click.option("--kv-group-size", type=click.Choice(["32", "64", "128"]), help="For uniform."),
+)
+
 proof = _all(
+    click.option(
+        "--draft-for",
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
+        help="The converted model that a drafter is judged beside.",
+    ),
     click.option("--no-validate", is_flag=True, help="Skip the parity report (no upload then)."),
     click.option(
         "--kl-threshold", type=float, help="Fail when quantizing costs more mean KL than this."

@@ -15,11 +15,18 @@ from converter.ui import Console, size_text
 def twin_command(source: str, out: Path, *, dtype: str, seed: int, max_shard_size: str) -> None:
     """convert twin: a tiny checkpoint of an architecture."""
     from converter.release import open_release
-    from validate.twin import TwinError, list_examples, load_example, make_twin, twin_from
+    from validate.twin import (
+        TwinError,
+        list_examples,
+        list_variants,
+        load_example,
+        make_twin,
+        twin_from,
+    )
 
     common: dict[str, Any] = {"dtype": dtype, "seed": seed, "max_shard_size": max_shard_size}
     try:
-        if source in list_examples():
+        if source in (*list_examples(), *list_variants()):
             info = make_twin(load_example(source), out, **common)
         elif Path(source).is_dir():
             info = twin_from(Path(source), out, **common)
@@ -27,7 +34,7 @@ def twin_command(source: str, out: Path, *, dtype: str, seed: int, max_shard_siz
             release = open_release(source)
             info = make_twin(dict(release.source.config), out, **common)
         else:
-            known = ", ".join(list_examples())
+            known = ", ".join((*list_examples(), *list_variants()))
             raise UsageError(f"{source}: no folder, hub id or model_type with an example ({known})")
     except TwinError as error:
         raise PlanError([str(error)]) from error
@@ -35,16 +42,21 @@ def twin_command(source: str, out: Path, *, dtype: str, seed: int, max_shard_siz
         f"{info.path}: {info.architecture}, {info.tensors} tensors, {info.parameters:,} "
         f"parameters, {size_text(info.weight_bytes)}, {info.seconds:.1f} s"
     )
+    if info.from_map:
+        click.echo("transformers has no class of it: names and shapes are the map's own")
 
 
 def maps_list_command(as_json: bool) -> None:
-    """convert maps list: the registry."""
+    """convert maps list: the registry, and what was measured of each type."""
+    from arch_maps.evidence import Evidence, evidence
     from arch_maps.registry import find, model_types
 
     rows = []
+    measured = evidence()
     for name in model_types():
         arch = find(name)
         assert arch is not None
+        found = measured.get(name, Evidence())
         rows.append(
             {
                 "model_type": name,
@@ -52,6 +64,11 @@ def maps_list_command(as_json: bool) -> None:
                 "modalities": list(arch.modalities),
                 "runtimes": list(arch.runtimes),
                 "layouts": [layout.name for layout in arch.layouts],
+                "fixtures": list(found.fixtures),
+                "twins": list(found.twins),
+                "to torch": found.restored,
+                "parity": found.parity,
+                "errors": list(found.errors),
                 "remarks": list(arch.remarks),
             }
         )
@@ -62,13 +79,19 @@ def maps_list_command(as_json: bool) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = ("model_type", "parts", "modalities", "runtimes", "layouts")
+    columns = ("model_type", "parts", "modalities", "fixtures", "twins", "to torch", "parity")
     for column in columns:
         table.add_column(column)
     for row in rows:
         cells = (row[column] for column in columns)
         table.add_row(*(c if isinstance(c, str) else ", ".join(c) for c in cells))
     RichConsole(highlight=False).print(table)
+    passed = sum(row["parity"] == "pass" for row in rows)
+    unproven = sum(row["parity"] == "unproven" for row in rows)
+    click.echo(
+        f"{len(rows)} types: {passed} compute what torch computes, {unproven} have no torch class "
+        "to compare with (--json for errors, layouts, runtimes and remarks)"
+    )
 
 
 def maps_show_command(model_type: str) -> None:
@@ -89,18 +112,48 @@ def maps_show_command(model_type: str) -> None:
         click.echo(f"dropped {drop.name}: {drop.reason}")
 
 
-def maps_check_command(source: str, revision: str | None) -> None:
-    """convert maps check: totality of a map on a release's headers."""
-    from converter.plan.match import find_map, match_release
+def maps_check_command(source: str, revision: str | None, file: Path | None) -> None:
+    """convert maps check: totality of a map on a release's headers, both sides."""
+    from converter.maps import MapChoice, choose_map
+    from converter.plan import Options, build_plan
+    from converter.plan.match import match_release
     from converter.release import open_release
+    from converter.runtime_map import check_reload
+    from quant.recipe import QuantSpec
 
     release = open_release(source, revision=revision)
-    match = match_release(release.source, find_map(release.source.config))
+    arch = choose_map(release.source, MapChoice(file=file))
+    match = match_release(release.source, arch)
     click.echo(
         f"{release.name}: {match.arch.model_type}, {match.layout.name} layout: "
         f"{len(release.source.tensors)} tensors make {len(match.rules)} parameters, "
         f"{len(match.drops)} are dropped with a reason"
     )
+    recipes = {"plain": Options()}
+    if any(rule.quantizable and int(rule.expr.shape[-1]) % 64 == 0 for rule in match.rules):
+        recipes["4-bit"] = Options(quant=QuantSpec.make("affine", 4, 64))
+    for name, options in recipes.items():
+        plan = build_plan(release.source, match, options)
+        titles = check_reload(plan, arch.runtimes)
+        click.echo(f"{name}: every parameter is loaded as it is written by {', '.join(titles)}")
+
+
+def maps_draft_command(source: str, revision: str | None, out: Path | None) -> None:
+    """convert maps draft: a first map from what a runtime's loader does."""
+    from converter.draft import draft
+    from converter.release import open_release
+
+    release = open_release(source, revision=revision)
+    drafted = draft(release.source)
+    if out is None:
+        click.echo(drafted.text, nl=False)
+    else:
+        if out.exists():
+            raise UsageError(f"--out {out}: exists already")
+        out.write_text(drafted.text, encoding="utf-8")
+        click.echo(str(out))
+    for drop in drafted.dropped:
+        click.echo(f"dropped {drop.name}: {drop.reason}", err=True)
 
 
 def card_command(out: Path, *, repo_id: str | None, template: Path | None) -> None:
@@ -124,5 +177,6 @@ def upload_command(out: Path, given: dict[str, Any]) -> None:
         console=Console(),
         private=given["private"],
         allow_gated=given["allow_gated"],
+        allow_unproven=given["allow_unproven"],
     )
     click.echo(f"published: {address}")

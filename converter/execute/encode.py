@@ -43,6 +43,8 @@ def encode(
             if not checked and out.quant is None:
                 check_finite(rows)
             rows = cast(rows, out.dtype)
+        elif out.dtype in ("I32", "I64"):
+            rows = _integers(out, rows)
         parts = {"": rows}
         if out.quant is not None:
             made = calibrated.parts(out, start, start + len(rows)) if calibrated else None
@@ -54,6 +56,14 @@ def encode(
         tensor = out.stored[role]
         row_bytes = tensor.nbytes // row_count(tensor.shape)
         yield tensor, tensor.start + start * row_bytes, array
+
+
+def _integers(out: Output, rows: np.ndarray) -> np.ndarray:
+    """The same integers in the stored width."""
+    narrow = rows.astype(np.int32 if out.dtype == "I32" else np.int64)
+    if not np.array_equal(narrow, rows):
+        raise BadValueError(f"out of range: {out.rule.target} holds integers beyond int32")
+    return narrow
 
 
 def _explain(out: Output, error: ElementError, rows: np.ndarray, start: int) -> str:

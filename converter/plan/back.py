@@ -64,6 +64,8 @@ def build_back_plan(
     for rule in rules:
         leaf = sources(rule.expr)[0]
         code = options.dtype_code or source.tensors[leaf.name].dtype
+        if rule.kind is Kind.INDEX:
+            code = "I64"  # as torch indexes
         out = Output(rule, code, None, {})
         outputs.append((out, pending_tensors(rule.target, rule.expr.shape, code, None)))
     used = main_dtype(outputs)

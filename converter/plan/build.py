@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -44,7 +44,7 @@ def build_plan(
     """
     facts = Facts(source.config)
     config = match.arch.config(dict(source.config), facts)
-    problems = list(facts.problems) + _prequantized(source)
+    problems = list(facts.problems) + prequantized(source)
     dtype = options.dtype or stored_dtype(source.config)
     if dtype is not None and dtype not in TORCH_NAMES:
         problems.append(f"config.json: dtype {dtype!r} is not one that MLX can store")
@@ -73,6 +73,7 @@ def build_plan(
         origin=origin,
         metadata={"format": "mlx"},
         shard_bytes=shard_bytes,
+        map=match.arch.record(),
     )
 
 
@@ -89,6 +90,7 @@ def assemble(
     origin: Mapping[str, Any] | None,
     metadata: Mapping[str, str],
     shard_bytes: int | None = None,
+    map: dict[str, Any] | None = None,
 ) -> Plan:
     """Give every pending tensor its place and freeze the plan."""
     pending = [tensor for _, roles in outputs for tensor in roles.values()]
@@ -107,6 +109,7 @@ def assemble(
         drops=tuple(drops),
         shards=shards,
         notes=tuple(dict.fromkeys(notes)),
+        map=map,
         parameters=sum(out.elements for out in located),
         source_bytes=sum(
             source.tensors[name].nbytes
@@ -155,7 +158,7 @@ def _outputs(
 ) -> tuple[list[tuple[Output, dict[str, Pending]]], list[str]]:
     outputs = []
     notes: list[str] = []
-    rounded = 0
+    rounded = scaled = 0
     headless = all(rule.kind is not Kind.HEAD for rule in rules)
     uncalibrated: Counter[str] = Counter()
     for rule in rules:
@@ -170,14 +173,21 @@ def _outputs(
         if spec is not None:
             spec, why = calibrated_spec(rule, spec, headless=headless)
             uncalibrated.update([why] if why else [])
-        arithmetic = not isinstance(rule.expr, Leaf) and _has_arithmetic(rule.expr)
-        rounded += arithmetic and code in ("BF16", "F16")
+        if code in ("BF16", "F16") and not isinstance(rule.expr, Leaf):
+            folds = list(_folds(rule.expr))
+            rounded += any(fold.offset for fold in folds)
+            scaled += any(fold.scale != 1.0 for fold in folds)
         out = Output(rule, code, spec, {}, kept)
         outputs.append((out, pending_tensors(rule.target, rule.expr.shape, code, spec)))
     if rounded:
         notes.append(
             f"{rounded} norm weights are stored as 1 + weight and round to the storage dtype "
             "once more; the parity report runs the reference on the stored values"
+        )
+    if scaled:
+        notes.append(
+            f"{scaled} weights hold multipliers of the release and round to the storage dtype once "
+            "more; the parity report runs the reference on the stored values"
         )
     notes += [
         f"{count} {why}: method search, without activations" for why, count in uncalibrated.items()
@@ -187,11 +197,14 @@ def _outputs(
 
 def _storage_dtype(source: Source, rule: Rule, dtype: str | None) -> tuple[str, str | None]:
     codes = frozenset(source.tensors[leaf.name].dtype for leaf in sources(rule.expr))
-    code = _stored_code(codes, dtype, state=rule.kind is Kind.STATE)
+    if rule.kind is Kind.INDEX:
+        code, wanted = ("I32" if codes <= {"I64", "I32"} else None), "integers"
+    else:
+        code, wanted = _stored_code(codes, dtype, state=rule.kind is Kind.STATE), "floats"
     if code is None:
         found = ", ".join(sorted(codes))
         made = f"{rule.target}: made from {found} in {describe(rule.expr)}"
-        return "", f"{made}; floats are expected"
+        return "", f"{made}; {wanted} are expected"
     return code, None
 
 
@@ -211,8 +224,12 @@ def _stored_code(codes: frozenset[str], dtype: str | None, *, state: bool) -> st
     return "F32" if wide or len(codes) > 1 else next(iter(codes))
 
 
-def _has_arithmetic(expr: Expr) -> bool:
-    return isinstance(expr, Affine) or any(_has_arithmetic(child) for child in children(expr))
+def _folds(expr: Expr) -> Iterator[Affine]:
+    """Every addition and multiplication inside ``expr``."""
+    if isinstance(expr, Affine):
+        yield expr
+    for child in children(expr):
+        yield from _folds(child)
 
 
 def _quantization(
@@ -262,7 +279,8 @@ def main_dtype(outputs: Sequence[tuple[Output, dict[str, Pending]]]) -> str:
     return _CODES_TO_TORCH[max(weights, key=lambda code: (weights[code], code))]
 
 
-def _prequantized(source: Source) -> list[str]:
+def prequantized(source: Source) -> list[str]:
+    """The problem of a release whose weights are quantized already."""
     for config in (source.config, source.config.get("text_config")):
         found = config.get("quantization_config") if isinstance(config, dict) else None
         if isinstance(found, dict):

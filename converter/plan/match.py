@@ -12,10 +12,10 @@ from typing import Any
 from arch_maps.facts import Facts, spell_shape
 from arch_maps.ops import Source as SourceLeaf
 from arch_maps.ops import sources
-from arch_maps.registry import ArchMap, find, model_types
+from arch_maps.registry import ArchMap, find, map_name, model_types
 from arch_maps.rules import Drop, Layout, Rule, Tensors
 from converter.errors import PlanError
-from converter.source import Source
+from converter.source import Source, TensorInfo
 from converter.source.header import paused_gc
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -36,7 +36,7 @@ class Match:
 
 def find_map(config: Mapping[str, Any]) -> ArchMap:
     """The map for a release's model_type; raises PlanError with the nearest known types."""
-    model_type = config.get("model_type")
+    model_type = map_name(config)
     if not isinstance(model_type, str):
         raise PlanError(["config.json: model_type is missing, so no map can be chosen"])
     arch = find(model_type)
@@ -62,39 +62,39 @@ def match_release(source: Source, arch: ArchMap) -> Match:
         if facts.problems:  # sizes are unreliable, so comparing shapes would only mislead
             raise PlanError(facts.problems)
         candidates.append((layout, tensors, facts))
-    layout, tensors, facts = min(candidates, key=lambda one: _unmatched(source, one[1]))
-    problems = _disagreements(source, tensors)
+    layout, tensors, facts = min(candidates, key=lambda one: unmatched(source, one[1]))
+    problems = disagreements(source.tensors, tensors)
     if problems:
         raise PlanError(_grouped(problems))
     present = tuple(drop for drop in tensors.drops if drop.name in source.tensors)
     return Match(arch, layout, tuple(tensors.rules), present, tuple(facts.notes))
 
 
-def _unmatched(source: Source, tensors: Tensors) -> int:
+def unmatched(source: Source, tensors: Tensors) -> int:
     """How many tensors disagree in name or shape, to tell layouts apart quickly."""
-    wanted = {leaf.name: leaf.shape for rule in tensors.rules for leaf in sources(rule.expr)}
-    known = wanted.keys() | _drops(source, tensors).keys()
     have = source.tensors
+    wanted = {leaf.name: leaf.shape for rule in tensors.rules for leaf in sources(rule.expr)}
+    known = wanted.keys() | _drops(have, tensors).keys()
     shared = wanted.keys() & have.keys()
     otherwise = sum(have[name].shape != tuple(map(int, wanted[name])) for name in shared)
     return len(wanted.keys() - have.keys()) + len(have.keys() - known) + otherwise
 
 
-def _drops(source: Source, tensors: Tensors) -> dict[str, Drop]:
+def _drops(have: Mapping[str, TensorInfo], tensors: Tensors) -> dict[str, Drop]:
     """The drops that hold for this release, by name."""
     return {
         drop.name: drop
         for drop in tensors.drops
-        if drop.only_with is None or drop.only_with in source.tensors
+        if drop.only_with is None or drop.only_with in have
     }
 
 
-def _disagreements(source: Source, tensors: Tensors) -> list[str]:
+def disagreements(have: Mapping[str, TensorInfo], tensors: Tensors) -> list[str]:
+    """One line for each tensor that is missing, surplus or of another shape than stated."""
     wanted: dict[str, SourceLeaf] = {
         leaf.name: leaf for rule in tensors.rules for leaf in sources(rule.expr)
     }
-    drops = _drops(source, tensors)
-    have = source.tensors
+    drops = _drops(have, tensors)
     missing = [name for name in wanted if name not in have]
     missing += [d.name for d in drops.values() if d.required and d.name not in have]
     surplus = [name for name in have if name not in wanted and name not in drops]

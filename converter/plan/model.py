@@ -90,6 +90,8 @@ class Plan:
     notes: tuple[str, ...]
     parameters: int
     source_bytes: int
+    map: dict[str, Any] | None = None
+    """How the map was come by, where it is none of the registry's."""
 
     @property
     def output_bytes(self) -> int:
@@ -127,6 +129,7 @@ class Plan:
             "format": FORMAT,
             "version": self.version,
             "model_type": self.model_type,
+            **({"map": self.map} if self.map else {}),
             "layout": self.layout,
             "recipe": self.options.to_json(),
             "source": self.source,

@@ -15,6 +15,8 @@ from quant.kv.turbo import KvError
 
 SPIKE: Final = 5.0
 """A key bias this many times the median layer's is one of those that ruin low-bit keys."""
+_SLIGHT: Final = 10.0
+"""No bias below this many times SPIKE is one, however small the others are."""
 CHUNK: Final = 64
 WIDTHS: Final = (2, 3, 4, 5, 6, 8)
 _TRIES: Final = 5
@@ -73,7 +75,7 @@ def static_scan(model: Any) -> tuple[LayerFacts, ...]:
                 key_dim=sizes[0],
                 value_dim=sizes[1],
                 key_bias=bias,
-                spike=bool(typical) and bias > SPIKE * typical,
+                spike=bias > SPIKE * max(typical, _SLIGHT),
                 reason=reason,
             )
         )

@@ -2,7 +2,7 @@
 
 from validate.twin.build import TwinInfo, make_twin, twin_from
 from validate.twin.errors import TwinError
-from validate.twin.examples import list_examples, load_example
+from validate.twin.examples import list_examples, list_variants, load_example
 from validate.twin.shrink import Sizes
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "TwinError",
     "TwinInfo",
     "list_examples",
+    "list_variants",
     "load_example",
     "make_twin",
     "twin_from",

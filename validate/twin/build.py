@@ -3,15 +3,18 @@
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from arch_maps.registry import map_name
+from validate.torch_faults import mend
 from validate.twin.errors import TwinError
 from validate.twin.families import family_of
 from validate.twin.family import Json
+from validate.twin.mapped import mapped_weights
 from validate.twin.randomise import randomise
 from validate.twin.shrink import DEFAULT_SIZES, Sizes, shrink_config
 from validate.twin.tokenizer import write_tokenizer
@@ -35,6 +38,8 @@ class TwinInfo:
     parameters: int
     weight_bytes: int
     sees_images: bool
+    from_map: bool
+    """Named and shaped by the map, because transformers has no class of this architecture."""
     seconds: float
 
 
@@ -77,22 +82,23 @@ def make_twin(
     """Write the twin of ``config`` to the new or empty folder ``out``; same arguments, same bytes.
 
     ``processor_source`` is a folder whose processor files lend the facts that a twin keeps (mean,
-    deviation); sizes stay the twin's.  TwinError for an unknown architecture, a config transformers
-    rejects, a dtype other than float32, bfloat16 or float16, or an ``out`` that holds files.
+    deviation); sizes stay the twin's.  An architecture that transformers lacks is made from its
+    map.  TwinError for one that has no map either, a config transformers rejects, a dtype other
+    than float32, bfloat16 or float16, or an ``out`` that holds files.
     """
     started = time.perf_counter()
     if dtype not in DTYPES:
         raise TwinError(f"a twin cannot be made in {dtype!r}; choose one of {', '.join(DTYPES)}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise TwinError(f"{out} is not empty; a twin is written to a new or empty folder")
-    family = family_of(str(config.get("model_type")))
+    family = family_of(str(map_name(config)))
     shrunk, plan = shrink_config(config, family, sizes)
     _set_dtype(shrunk, dtype)
-    model = _build(shrunk, dtype, seed)
+    from_map = not _has_class(shrunk)
+    save, parameters = (_from_map if from_map else _from_class)(shrunk, dtype, seed)
 
     out.mkdir(parents=True, exist_ok=True)
-    with _no_progress_bar():
-        model.save_pretrained(out, max_shard_size=max_shard_size)
+    save(out, max_shard_size)
     # The source's spelling, not the one transformers would write: the config map must read it.
     _write_json(out / "config.json", shrunk)
     write_tokenizer(out, plan, family, vocab_size=sizes.vocab)
@@ -112,9 +118,10 @@ def make_twin(
         architecture=shrunk["architectures"][0],
         config=shrunk,
         tensors=sum(_count_tensors(file) for file in weights),
-        parameters=sum(tensor.numel() for tensor in model.parameters()),
+        parameters=parameters,
         weight_bytes=sum(file.stat().st_size for file in weights),
         sees_images=family.sees_images,
+        from_map=from_map,
         seconds=time.perf_counter() - started,
     )
 
@@ -126,21 +133,64 @@ def _count_tensors(file: Path) -> int:
         return len(opened.keys())
 
 
+def _has_class(config: Json) -> bool:
+    """Whether transformers itself has the architecture; code of a release's own does not count."""
+    import transformers
+
+    model_class: Any = getattr(transformers, str(config["architectures"][0]), None)
+    return isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+
+
+Save = Callable[[Path, str], None]
+"""Writes the weights to a folder in shards of at most that size."""
+
+
+def _from_class(config: Json, dtype: str, seed: int) -> tuple[Save, int]:
+    """The weights of transformers' own model, and how many parameters they are."""
+    model = _build(config, dtype, seed)
+
+    def save(out: Path, max_shard_size: str) -> None:
+        with _no_progress_bar():
+            model.save_pretrained(out, max_shard_size=max_shard_size)
+
+    return save, sum(tensor.numel() for tensor in model.parameters())
+
+
+def _from_map(config: Json, dtype: str, seed: int) -> tuple[Save, int]:
+    """The weights that the map asks for, and how many parameters they are."""
+    import torch
+    import transformers
+    from huggingface_hub import save_torch_state_dict
+
+    try:
+        drawn = mapped_weights(config, seed=seed)
+    except TwinError as error:
+        raise TwinError(
+            f"transformers {transformers.__version__} has no {config['architectures'][0]} of type "
+            f"{config['model_type']!r}, so its twin is made from the map: {error}"
+        ) from error
+    weights = {name: value.to(getattr(torch, dtype)) for name, value in drawn.items()}
+
+    def save(out: Path, max_shard_size: str) -> None:
+        facts = {"format": "pt"}
+        save_torch_state_dict(weights, out, max_shard_size=max_shard_size, metadata=facts)
+
+    return save, sum(value.numel() for value in weights.values())
+
+
 def _build(config: Json, dtype: str, seed: int) -> "PreTrainedModel":
     import torch
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
     model_type, architecture = config["model_type"], config["architectures"][0]
-    model_class: Any = getattr(transformers, str(architecture), None)
-    known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
-    if not known or model_type not in transformers.CONFIG_MAPPING:
-        raise TwinError(
-            f"transformers {transformers.__version__} has no {architecture} of type {model_type!r},"
-            " so its twin cannot be built; models that bring their own code are not supported"
-        )
+    model_class: Any = getattr(transformers, architecture)
+    mend(str(model_type))
     try:
-        settings = transformers.CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(config))
+        # Some releases run known code under a type of their own; saving goes by the class's type.
+        known = model_class.config_class
+        named = {**copy.deepcopy(config), "model_type": known.model_type}
+        settings = known.from_dict(named)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = model_class(settings)
@@ -152,8 +202,11 @@ def _build(config: Json, dtype: str, seed: int) -> "PreTrainedModel":
             f"transformers {transformers.__version__} cannot build a {architecture} from the "
             f"shrunk config; the family of {model_type!r} must adjust what is named here: {error}"
         ) from error
-    randomise(model, seed=seed)
-    built: PreTrainedModel = model.to(getattr(torch, dtype)).eval()
+    randomise(model, seed=seed, gains=family_of(str(model_type)).gains)
+    for value in (*model.parameters(), *model.buffers()):
+        if value.is_floating_point():  # some towers hold complex rotations
+            value.data = value.data.to(getattr(torch, dtype))
+    built: PreTrainedModel = model.eval()
     return built
 
 

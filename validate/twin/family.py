@@ -27,7 +27,7 @@ def no_files(config: Json) -> Files:
 class Family:
     """Per-type additions to the generic shrinker; the defaults suit any text-only decoder.
 
-    ``template`` replaces ChatML, with the same places for pictures.
+    ``template`` replaces ChatML, with the same places for pictures; "" leaves it out.
     ``tokens`` names the special token behind a config field (``image_token_id``), ``named_tokens``
     the attributes a tokenizer must carry (``image_token``), ``pinned`` the dotted config paths that
     keep the source's value, each with the reason.  ``adjust(shrunk, source)`` finishes the config
@@ -46,7 +46,11 @@ class Family:
     template: str | None = None
     image_markup: str | None = None
     video_markup: str | None = None
+    audio_markup: str | None = None
     pinned: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    gains: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    """Factors by the ends of tensor names, where what is drawn would make attention or routing
+    sharper or flatter than any trained one."""
     adjust: Callable[[Json, Json], Json] = unchanged
     processor: Callable[[Json], Files] = no_files
 

@@ -30,6 +30,8 @@ TEMPLATE: Final = """\
 {{ IMAGE }}
 {%- elif item['type'] == 'video' -%}
 {{ VIDEO }}
+{%- elif item['type'] == 'audio' -%}
+{{ AUDIO }}
 {%- else -%}
 {{ item['text'] }}
 {%- endif -%}
@@ -63,13 +65,14 @@ def write_tokenizer(out: Path, plan: TokenPlan, family: Family, *, vocab_size: i
     tokenizer.save(str(out / "tokenizer.json"))
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
     (out / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-    if family.tokenizer == "byte_bpe":
+    if family.tokenizer == "byte_bpe" and family.template != "":
         (out / "chat_template.jinja").write_text(chat_template(family), encoding="utf-8")
 
 
 def chat_template(family: Family) -> str:
-    """ChatML or the family's own, with its markup where an image or a video stands."""
+    """ChatML or the family's own, with its markup where an image, a sound or a video stands."""
     text = (family.template or TEMPLATE).replace("{{ IMAGE }}", json_literal(family.image_markup))
+    text = text.replace("{{ AUDIO }}", json_literal(family.audio_markup))
     return text.replace("{{ VIDEO }}", json_literal(family.video_markup))
 
 

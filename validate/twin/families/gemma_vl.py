@@ -72,7 +72,8 @@ def _adjust_paligemma(config: Json, source: Json) -> Json:
     vision = config["vision_config"]
     vision["projection_dim"] = config["text_config"]["hidden_size"]
     side = vision["image_size"] // vision["patch_size"]
-    config["text_config"].update(num_image_tokens=side**2, head_dim=32)
+    second = config["text_config"]["model_type"] == "gemma2"
+    config["text_config"].update(num_image_tokens=side**2, head_dim=64 if second else 32)
     return config
 
 
@@ -102,6 +103,12 @@ PALIGEMMA = Family(
     tokens=MappingProxyType({"bos_token_id": "<bos>", "image_token_index": PALI_IMAGE}),
     named_tokens=MappingProxyType({"image_token": PALI_IMAGE}),
     image_markup=PALI_IMAGE,
+    pinned=MappingProxyType(
+        {
+            "text_config.sliding_window": "prompts never fill it; the reference reads a longer "
+            "prompt without a picture both ways in some layers and backwards in the others",
+        }
+    ),
     adjust=_adjust_paligemma,
     processor=_paligemma_files,
 )

@@ -1,5 +1,6 @@
-"""GLM-OCR: GLM's picture tokens, patches merged two by two."""
+"""GLM-OCR, GLM-4.1V and 4.5V: GLM's picture tokens, patches merged two by two."""
 
+from dataclasses import replace
 from types import MappingProxyType
 
 from validate.twin.family import CHAT_TOKENS, Family, Files, Json
@@ -48,3 +49,27 @@ GLM_OCR = Family(
     adjust=_adjust,
     processor=_processor,
 )
+
+SIDE = 6
+"""Positions per side of the tower's table: fewer than a picture has, so that they are resampled."""
+
+
+def _adjust_4v(config: Json, source: Json) -> Json:
+    config = _adjust(config, source)
+    vision = config["vision_config"]
+    vision["image_size"] = SIDE * vision["patch_size"]
+    text = config["text_config"]
+    # Half of each head is rotated, its frequencies shared out as in the release.
+    head = text.get("head_dim", text["hidden_size"] // text["num_attention_heads"])
+    text["partial_rotary_factor"] = 0.5
+    text["rope_scaling"]["mrope_section"] = [head // 4 - 2 * (head // 12), *(2 * [head // 12])]
+    return config
+
+
+def _processor_4v(config: Json) -> Files:
+    (name, settings), *_ = _processor(config).items()
+    kinds = {"image_processor_type": "Glm4vImageProcessor", "processor_class": "Glm4vProcessor"}
+    return {name: settings | kinds}
+
+
+GLM4V = replace(GLM_OCR, adjust=_adjust_4v, processor=_processor_4v)

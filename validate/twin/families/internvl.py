@@ -12,6 +12,8 @@ def _adjust(config: Json, source: Json) -> Json:
     del source
     vision = config["vision_config"]
     vision["image_size"] = [SIDE * patch for patch in vision["patch_size"]]
+    if vision.get("use_qk_norm"):
+        vision["layer_norm_eps"] = 1e-6  # the reference's own in the query and key norms
     config["image_seq_length"] = (SIDE // 2) ** 2
     return config
 

@@ -1,5 +1,6 @@
 """LLaVA and its kin: an image token that the processor repeats once per patch."""
 
+from dataclasses import replace
 from types import MappingProxyType
 
 from validate.twin.family import CHAT_TOKENS, Family, Files, Json
@@ -32,9 +33,55 @@ def small_pictures(config: Json) -> Json:
     return config
 
 
+def clip_images(config: Json, processor: str) -> Json:
+    """CLIP's image processor: resize the short edge, cut out the centre."""
+    size = config["vision_config"]["image_size"]
+    return {
+        "crop_size": {"height": size, "width": size},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "processor_class": processor,
+        "resample": 3,
+        "size": {"shortest_edge": size},
+    }
+
+
 def _adjust(config: Json, source: Json) -> Json:
     del source
     return small_pictures(small_text(config))
+
+
+def _processor(config: Json) -> Files:
+    settings = {
+        "image_token": IMAGE,
+        "num_additional_image_tokens": 1,
+        "patch_size": config["vision_config"]["patch_size"],
+        "processor_class": "LlavaProcessor",
+        "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+    }
+    return {
+        "preprocessor_config.json": clip_images(config, "LlavaProcessor"),
+        "processor_config.json": settings,
+    }
+
+
+LLAVA = Family(
+    add_bos=True,
+    specials=("<s>", *CHAT_TOKENS, IMAGE),
+    tokens=MappingProxyType(
+        {"bos_token_id": "<s>", "image_token_index": IMAGE, "pad_token_id": "<|endoftext|>"}
+    ),
+    named_tokens=MappingProxyType({"image_token": IMAGE}),
+    image_markup=f"{IMAGE}\n",
+    adjust=_adjust,
+    processor=_processor,
+)
 
 
 VIDEO = "<video>"
@@ -79,3 +126,28 @@ ONEVISION = Family(
     adjust=_adjust_onevision,
     processor=_onevision_files,
 )
+
+
+def _adjust_next(config: Json, source: Json) -> Json:
+    config = _adjust(config, source)
+    size = config["vision_config"]["image_size"]
+    config["image_grid_pinpoints"] = [[size * a, size * b] for a in (1, 2) for b in (1, 2)]
+    return config
+
+
+def _next_files(config: Json) -> Files:
+    size = config["vision_config"]["image_size"]
+    images = clip_images(config, "LlavaNextProcessor") | {
+        "do_pad": True,
+        "image_grid_pinpoints": config["image_grid_pinpoints"],
+        "image_processor_type": "LlavaNextImageProcessor",
+        "size": {"shortest_edge": size},
+    }
+    settings = _processor(config)["processor_config.json"]
+    return {
+        "preprocessor_config.json": images,
+        "processor_config.json": settings | {"processor_class": "LlavaNextProcessor"},
+    }
+
+
+NEXT = replace(LLAVA, adjust=_adjust_next, processor=_next_files)

@@ -1,5 +1,6 @@
-"""MiniCPM-V 4.6: Qwen 3.5 text part, SigLIP tower with a window merger inside, sliced images."""
+"""MiniCPM-V 4.6 and 4.7: Qwen 3.5 text, SigLIP with a window merger inside, sliced images."""
 
+from dataclasses import replace
 from types import MappingProxyType
 
 from validate.twin.family import CHAT_TOKENS, Family, Files, Json
@@ -15,6 +16,8 @@ NAMED = {
     "slice_end_token": "</slice>",
     "video_token": VIDEO,
 }
+SPECIALS = (*CHAT_TOKENS, *NAMED.values())
+PREFIXES = {"minicpmv4_6": "MiniCPMV4_6", "minicpmv4_7": "MiniCPMV4_7"}
 # Patches per side: of the position grid (no power of two, so that bucketing rounds) and of a slice.
 POSITION_SIDE = 10
 SLICE_SIDE = 8
@@ -34,7 +37,28 @@ def _adjust(config: Json, source: Json) -> Json:
     return config
 
 
+MARKERS = {
+    "image_start_id": "<image>",
+    "image_end_id": "</image>",
+    "slice_start_id": "<slice>",
+    "slice_end_id": "</slice>",
+}
+NEWLINE = 198
+"""The line feed among the 256 bytes that the twin's tokenizer numbers first."""
+
+
+def _adjust_4_7(config: Json, source: Json) -> Json:
+    """Name the markers by the twin's ids, which lie around the picture token's."""
+    config = _adjust(config, source)
+    first = config["image_token_id"] - SPECIALS.index(IMAGE)
+    for name, token in MARKERS.items():
+        config[name] = first + SPECIALS.index(token)
+    config["newline_id"] = NEWLINE
+    return config
+
+
 def _processor(config: Json) -> Files:
+    name = PREFIXES[config["model_type"]]
     patch = config["vision_config"]["patch_size"]
     common = {
         "downsample_mode": config.get("downsample_mode", "16x"),
@@ -44,7 +68,7 @@ def _processor(config: Json) -> Files:
         "norm_mean": [0.5, 0.5, 0.5],
         "norm_std": [0.5, 0.5, 0.5],
         "patch_size": patch,
-        "processor_class": "MiniCPMV4_6Processor",
+        "processor_class": f"{name}Processor",
         "scale_resolution": SLICE_SIDE * patch,
         "slice_mode": True,
         "use_image_id": True,
@@ -58,7 +82,7 @@ def _processor(config: Json) -> Files:
 
 FAMILY = Family(
     tokenizer_class="Qwen2Tokenizer",
-    specials=(*CHAT_TOKENS, *NAMED.values()),
+    specials=SPECIALS,
     tokens=MappingProxyType({"image_token_id": IMAGE, "video_token_id": VIDEO}),
     named_tokens=MappingProxyType(NAMED),
     image_markup=f"{IMAGE}\n",
@@ -71,3 +95,5 @@ FAMILY = Family(
     adjust=_adjust,
     processor=_processor,
 )
+
+V4_7 = replace(FAMILY, adjust=_adjust_4_7)

@@ -3,7 +3,9 @@
 from validate.twin.family import Family, Json
 
 TYPES = (
-    *("deepseek_v2", "deepseek_v3", "exaone_moe", "glm4_moe_lite"),
+    *("deepseek_v2", "deepseek_v3", "exaone_moe", "glm4_moe_lite", "kimi_k2", "ernie4_5_moe"),
+    *("Klear", "bailing_moe", "deepseek"),
+    *("cohere2_moe", "deepseek_v32", "flint", "glm_moe_dsa", "kolibri1", "mistral4"),
     *("afmoe", "granitemoehybrid", "jamba", "minimax_m2", "nemotron_h"),
 )
 LAYERS = 8
@@ -21,6 +23,8 @@ LATENT = {
     "qk_rope_head_dim": 32,
     "v_head_dim": 96,
 }
+# So few tokens are chosen that every prompt has more.
+INDEXER = {"index_n_heads": 32, "index_head_dim": 64, "index_topk": 12}
 # A quarter of the state's width, and heads that are as many as expand * hidden asks for.
 MAMBA = {
     **{"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16},
@@ -38,6 +42,9 @@ def _adjust(config: Json, source: Json) -> Json:
         for name, value in config.items():
             if isinstance(value, list) and len(value) == depth:
                 config[name] = value[:LAYERS]
+    if "moe_layer_end_index" in config:  # ERNIE names its experts in its own way
+        config |= {"moe_num_experts": 8, "moe_k": 2, "moe_layer_end_index": depth - 1}
+    config |= {name: size for name, size in INDEXER.items() if name in config}
     if "attn_layer_period" in config:
         config |= JAMBA
     if "rotary_dim" in config:

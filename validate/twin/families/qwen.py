@@ -52,6 +52,15 @@ def _processor(config: Json) -> Files:
     return {"preprocessor_config.json": image, "video_preprocessor_config.json": video}
 
 
+def _dflash(config: Json, source: Json) -> Json:
+    """Read the states of layers that the twin of Qwen3.5 has."""
+    read = config["dflash_config"] | {"target_layer_ids": [0, 2, 4]}
+    del source
+    return config | {"dflash_config": read, "num_target_layers": 6, "block_size": 6}
+
+
+DFLASH = Family(adjust=_dflash)
+
 QWEN3_5 = Family(
     tokenizer_class="Qwen2Tokenizer",
     specials=(*CHAT_TOKENS, VISION_START, VISION_END, IMAGE, VIDEO),

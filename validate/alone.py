@@ -1,0 +1,180 @@
+"""A runtime on its own, for releases that no torch class here computes.
+
+Nothing is held against a reference, so none of this proves that the numbers are the release's.
+It shows that the checkpoint loads as written, computes finite numbers, and computes the same ones
+whether a prompt comes whole or token by token.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from validate.answers import Question, text_questions
+from validate.cases import load_cases
+from validate.checks import NOT_COMPARED, REFERENCE, CaseResult, Check, at_most
+from validate.gates import logits_check
+from validate.judge import Found, Judgement, compare_tokens, load_checked
+from validate.processor import load_tokenizer
+from validate.reference import Logits, ReferenceError
+from validate.runtime import MlxRuntime, RuntimeRefusal, is_generative
+
+_EMBEDS: Final = "inputs_embeds"
+_FORBIDDEN: Final = -5e4
+"""Logits below it are not computed but set, to keep a token from being chosen."""
+STEPS: Final = 12
+"""Tokens fed singly at the end of a prompt; the first prompt is fed singly from its start."""
+
+
+def no_reference(why: str) -> Check:
+    """The row that says why nothing was compared and what would change that."""
+    return Check(
+        name=REFERENCE, modality="text", verdict="info", note=f"{NOT_COMPARED}: {why.strip()}"
+    )
+
+
+def judge_alone(job: Judgement, *, source: Path, runtime: str, images: bool) -> Found:
+    """Every check of ``runtime`` that needs no reference; ``images``: ask about pictures too."""
+    found = Found(runtime, description={"name": runtime})
+    try:
+        model = load_checked(job, found)
+    except RuntimeRefusal as error:
+        found.refused("load", "weights", error)
+        return found
+    named = found.description["model"]
+    found.checks.insert(0, Check("load", "weights", "pass", runtime=runtime, note=named))
+    try:
+        vocab = model.sample([1]).shape[-1]
+        questions = text_questions(
+            source, vocab_size=vocab, trust_remote_code=job.trust_remote_code
+        )
+        compare_tokens(found, model, questions)
+        job.progress(f"{runtime}: text")
+        if is_generative(model.config):
+            _text(found, model, questions)
+        else:
+            hidden = [(q.case.name, model.hidden(q.ids)[0]) for q in questions]
+            found.checks.append(_finite("finite", "sentence", runtime, hidden))
+    except ReferenceError as error:
+        found.checks.append(Check("tokens", "tokens", "fail", runtime=runtime, note=str(error)))
+    except RuntimeRefusal as error:
+        found.refused("finite", "text", error)
+    if images and runtime == "mlx_vlm":
+        job.progress(f"{runtime}: image")
+        try:
+            _pictures(found, model, stock_prompt=not _has_template(source, job.trust_remote_code))
+        except (RuntimeRefusal, ReferenceError) as error:
+            found.checks.append(
+                Check("image/finite", "image", "fail", runtime=runtime, note=str(error))
+            )
+    return found
+
+
+def _has_template(source: Path, trust_remote_code: bool) -> bool:
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def _text(found: Found, model: MlxRuntime, questions: Sequence[Question]) -> None:
+    pairs = []
+    for index, question in enumerate(questions):
+        whole = model.logits(question.ids)
+        steps = len(question.ids) - 1 if index == 0 else STEPS
+        pairs.append((question.case.name, whole, _piecewise(model, question.ids, steps)))
+    _record(found, "text", pairs)
+
+
+def _piecewise(model: MlxRuntime, ids: Sequence[int], steps: int) -> Logits:
+    """Logits of every position when the last ``steps`` tokens come one at a time."""
+    start = max(1, len(ids) - steps)
+    # What follows the last token is never fed, so any id does.
+    run = model.continued(ids[:start], [*ids[start:], 0])
+    return np.concatenate([run.prefill, run.steps[1:]])
+
+
+def _pictures(found: Found, model: MlxRuntime, *, stock_prompt: bool) -> None:
+    """Ask about one picture: some towers take half a minute for each on a CPU.
+
+    ``stock_prompt`` for releases without a chat template, whose prompts are the runtime's.
+    """
+    pairs = []
+    for case in load_cases("images.json")[:1]:
+        inputs = model.media_inputs(case, stock_prompt=stock_prompt)
+        ids = [int(token) for token in np.array(inputs["input_ids"]).ravel()]
+        start = len(ids) - _words_after_picture(ids)
+        with _seen_once(model.model):
+            whole = model.run(inputs).prefill
+            run = model.run(_first(inputs, start, len(ids)), [*ids[start:], 0])
+        pairs.append((case.name, *_allowed(whole, np.concatenate([run.prefill, run.steps[1:]]))))
+    _record(found, "image", pairs)
+
+
+def _allowed(whole: Logits, pieces: Logits) -> tuple[Logits, Logits]:
+    """Both without the tokens that a runtime forbids in one of them, as where it may point."""
+    forbidden = (whole < _FORBIDDEN) | (pieces < _FORBIDDEN)
+    return np.where(forbidden, 0, whole), np.where(forbidden, 0, pieces)
+
+
+@contextmanager
+def _seen_once(model: Any) -> Iterator[None]:
+    """Let the tower run once: a part of a prompt takes its part of what the whole became.
+
+    Only where the prompt becomes embeddings and nothing else; positions are not cut here.
+    """
+    embed = model.get_input_embeddings
+    kept: list[Any] = []
+
+    def remembered(ids: Any, *others: Any, **settings: Any) -> Any:
+        if kept and not any(v is not None for k, v in kept[0].to_dict().items() if k != _EMBEDS):
+            return replace(kept[0], inputs_embeds=kept[0].inputs_embeds[:, : ids.shape[1]])
+        kept.append(embed(ids, *others, **settings))
+        return kept[-1]
+
+    model.get_input_embeddings = remembered
+    try:
+        yield
+    finally:
+        del model.get_input_embeddings
+
+
+def _words_after_picture(ids: Sequence[int]) -> int:
+    """How many of the last tokens are certainly text: a picture is a run of one repeated id."""
+    last = max((i for i in range(1, len(ids)) if ids[i] == ids[i - 1]), default=0)
+    return max(1, min(STEPS // 3, len(ids) - 1 - last))
+
+
+def _first(inputs: Mapping[str, Any], count: int, length: int) -> dict[str, Any]:
+    """The inputs of the prompt's first ``count`` tokens: every [1, length] array is cut."""
+    return {
+        key: value[:, :count] if getattr(value, "shape", None) == (1, length) else value
+        for key, value in inputs.items()
+    }
+
+
+def _record(found: Found, modality: str, pairs: Sequence[tuple[str, Logits, Logits]]) -> None:
+    prefix = "image/" if modality == "image" else ""
+    rows = [(name, whole) for name, whole, _ in pairs]
+    found.checks += [
+        _finite(f"{prefix}finite", modality, found.runtime, rows),
+        logits_check(
+            f"{prefix}prefill = decode", modality=modality, runtime=found.runtime, pairs=pairs
+        ),
+    ]
+
+
+def _finite(name: str, modality: str, runtime: str, rows: Sequence[tuple[str, Logits]]) -> Check:
+    cases = tuple(CaseResult(n, float(np.count_nonzero(~np.isfinite(x)))) for n, x in rows)
+    value = sum(case.value for case in cases)
+    return Check(
+        name=name,
+        modality=modality,
+        runtime=runtime,
+        value=value,
+        threshold=0.0,
+        verdict=at_most(value, 0.0),
+        note="outputs that are not finite numbers",
+        cases=cases,
+    )

@@ -1,0 +1,46 @@
+"""Model inputs across frameworks: torch tensors as MLX arrays, and the other way."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+def to_mlx(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The reference's inputs as MLX arrays; lists of tensors stay lists, layouts are kept."""
+    import mlx.core as mx
+
+    def array(value: Any) -> Any:
+        return mx.array(np.asarray(value))
+
+    return {key: _each(array, value) for key, value in inputs.items() if value is not None}
+
+
+def to_torch(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A runtime's inputs as torch tensors, whole numbers as int64, grids with a frame count.
+
+    Texts and single numbers, which the runtimes hand along, are left out.
+    """
+    import torch
+
+    def tensor(value: Any) -> Any:
+        made = torch.from_numpy(np.array(value))
+        kept = made.is_floating_point() or made.dtype == torch.bool
+        return made if kept else made.long()
+
+    made = {
+        key: _each(tensor, value)
+        for key, value in inputs.items()
+        if not isinstance(value, str | int | float) and getattr(value, "shape", None) != ()
+    }
+    if "image_grid_hws" in made:
+        grids = made.pop("image_grid_hws")
+        made["image_grid_thw"] = torch.cat([torch.ones_like(grids[:, :1]), grids], dim=1)
+    return made
+
+
+def _each(convert: Callable[[Any], Any], value: Any) -> Any:
+    """``convert`` applied to a value, or to each array of a list of them."""
+    if isinstance(value, list | tuple) and value and hasattr(value[0], "shape"):
+        return [convert(item) for item in value]
+    return convert(value)

@@ -1,0 +1,38 @@
+"""Taking documented faults out of how a runtime prepares and hears sounds, in memory.
+
+Each function returns patches (module, attribute, what belongs there), given the loaded model.
+"""
+
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+Patch = tuple[Any, str, Any]
+
+
+def gemma4_sounds(model: Any) -> list[Patch]:
+    """As many tokens as the convolutions leave frames, and a window rounded once."""
+    del model
+    processors: Any = import_module("mlx_vlm.models.gemma4.processing_gemma4")
+    extractors: Any = import_module("mlx_vlm.models.gemma4.audio_feature_extractor")
+    extractor = extractors.Gemma4AudioFeatureExtractor
+    stock = extractor._extract_spectrogram
+
+    def exact_window(self: Any, waveform: Any, attention_mask: Any) -> Any:
+        phase = 2.0 * np.pi * np.arange(self.frame_length) / self.frame_length
+        self.window = (0.5 - 0.5 * np.cos(phase)).astype(np.float32)
+        return stock(self, waveform, attention_mask)
+
+    def tokens(self: Any, waveform: Any, sampling_rate: int) -> int:
+        del sampling_rate
+        features = self.feature_extractor([np.asarray(waveform)])
+        frames = int(np.sum(features["input_features_mask"][0]))
+        for _ in range(2):
+            frames = -(-frames // 2)
+        return min(frames, int(self.audio_seq_length))
+
+    return [
+        (extractor, "_extract_spectrogram", exact_window),
+        (processors.Gemma4Processor, "_compute_audio_num_tokens", tokens),
+    ]

@@ -1,0 +1,157 @@
+"""Pictures as the runtime's processor prepares them, held against the reference's preparation.
+
+A processor is not the model: where one side's cannot prepare a picture, that is a row of its own,
+and both models are fed what the other side's processor made of it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from validate.answers import Answer, Answers, Question
+from validate.arrays import to_mlx, to_torch
+from validate.cases import MEDIA_FILES, load_cases
+from validate.checks import EXACT, CaseResult, Check, Verdict, at_most
+from validate.libraries import missing_library
+from validate.metrics import compare_logits, different_ids
+from validate.molmo_faults import picture_tokens
+from validate.pixels import compare_pixels
+from validate.processor_faults import processor_fault
+from validate.reference import ReferenceError
+from validate.runtime import MlxRuntime, RuntimeRefusal
+
+PROCESSOR: Final = "image/processor"
+Prepared = dict[int, dict[str, Any]]
+"""Model inputs by the question's place among the answers."""
+
+
+def image_inputs(
+    model: MlxRuntime, answers: Answers, rows: Sequence[int]
+) -> tuple[Prepared, list[Check]]:
+    """Each picture as the model gets it, and how that differs from what the reference got."""
+    items = {index: answers.exact[index] for index in rows}
+    try:
+        prepared = {i: model.media_inputs(item.question.case) for i, item in items.items()}
+    except RuntimeRefusal as error:
+        fed = {index: to_mlx(item.question.inputs) for index, item in items.items()}
+        return fed, [_refused(model, error)]
+    checks = []
+    if not any(item.question.borrowed for item in items.values()):
+        checks += _compared(model, [(item, prepared[index]) for index, item in items.items()])
+    prompts = [_stock_prompt(model, item) for item in items.values()]
+    if any(case.value for case in prompts):
+        note = "the runtime's own prompt helper departs from the release's chat template"
+        checks.append(_row("image/prompt", model, prompts, threshold=None, note=note))
+    return prepared, checks
+
+
+def medium(model: MlxRuntime, item: Answer) -> dict[str, Any]:
+    """A question's inputs by the runtime's processor, or the reference's where that fails."""
+    try:
+        return model.media_inputs(item.question.case)
+    except RuntimeRefusal:
+        return to_mlx(item.question.inputs)
+
+
+def borrowed_questions(mlx_path: Path, error: ReferenceError) -> tuple[list[Question], Check]:
+    """The picture questions through the runtime's processor, where the release's has no library.
+
+    None of them when a library is not what ``error`` is about, or the runtime's fails as well; the
+    row then fails.
+    """
+    library, note = missing_library(error), str(error).strip()
+    questions = []
+    if library:
+        try:
+            model = MlxRuntime.load(mlx_path, runtime="mlx_vlm", lazy=True)
+            for case in load_cases(MEDIA_FILES["image"]):
+                inputs = to_torch(model.media_inputs(case))
+                ids = tuple(int(token) for token in inputs["input_ids"][0])
+                inputs |= _marked(ids, picture_tokens(model.config))
+                questions.append(Question(case, ids, inputs=inputs, borrowed=True))
+        except RuntimeRefusal as refusal:
+            questions, note = [], f"{note}. {refusal}"
+    row = Check(name=PROCESSOR, modality="image", verdict="fail", note=note)
+    if not questions:
+        return [], row
+    note += (
+        ". Both models are fed what the runtime's processor made of the pictures, so that nothing "
+        "here says whether it prepares them as the release does."
+    )
+    return questions, replace(row, verdict="info", note=note, metrics={"missing": str(library)})
+
+
+def _marked(ids: Sequence[int], pictures: Sequence[int]) -> dict[str, Any]:
+    """What the release's processor adds where ``pictures`` are seen whole: 1 for their tokens."""
+    import torch
+
+    kinds = [[int(token in pictures) for token in ids]]
+    return {"mm_token_type_ids": torch.tensor(kinds)} if pictures else {}
+
+
+def _refused(model: MlxRuntime, error: RuntimeRefusal) -> Check:
+    """The runtime's processor failed: a known fault of it, a library not there, or unexplained."""
+    library = missing_library(error)
+    known = processor_fault(
+        model.name, model_type=str(model.config.get("model_type")), error=str(error)
+    )
+    verdict: Verdict = "info" if library or known else "fail"
+    what = f"{known.what}. " if known else ""
+    return Check(
+        name=PROCESSOR,
+        modality="image",
+        runtime=model.name,
+        verdict=verdict,
+        note=f"{what}{error}. The other image rows are judged with the pictures that the "
+        "reference's processor prepared.",
+        metrics={"missing": library} if library else {},
+    )
+
+
+def _compared(model: MlxRuntime, pairs: Sequence[tuple[Answer, dict[str, Any]]]) -> list[Check]:
+    ids, pixels = [], []
+    for item, inputs in pairs:
+        name, size = item.question.case.name, len(item.question.ids)
+        ids.append(CaseResult(name, _differing(item, inputs), {"tokens": size}))
+        error, layout = compare_pixels(item.question.inputs["pixel_values"], inputs["pixel_values"])
+        pixels.append(CaseResult(name, error, {"layout": layout}))
+    note = "each side's own processor on the same picture"
+    return [
+        _row("image/input_ids", model, ids, threshold=0.0, note=note),
+        _row("image/pixel_values", model, pixels, threshold=EXACT, note=note),
+    ]
+
+
+def _stock_prompt(model: MlxRuntime, item: Answer) -> CaseResult:
+    """Token ids that differ when the runtime's helper writes the prompt, and what that does."""
+    inputs = model.media_inputs(item.question.case, stock_prompt=True)
+    differ, name = _differing(item, inputs), item.question.case.name
+    if not differ:
+        return CaseResult(name, 0.0)
+    compared = compare_logits(item.logits[-1:], model.run(inputs).prefill[-1:])
+    metrics = {"kl": float(compared.kl[0]), "same_first_token": int(compared.agree[0])}
+    return CaseResult(name, differ, metrics)
+
+
+def _differing(item: Answer, inputs: dict[str, Any]) -> float:
+    got = [int(token) for token in np.array(inputs["input_ids"]).ravel()]
+    return float(different_ids(item.question.ids, got))
+
+
+def _row(
+    name: str, model: MlxRuntime, cases: Sequence[CaseResult], *, threshold: float | None, note: str
+) -> Check:
+    value = max(case.value for case in cases)
+    return Check(
+        name=name,
+        modality="image",
+        runtime=model.name,
+        value=value,
+        threshold=threshold,
+        verdict=at_most(value, threshold),
+        note=note,
+        cases=tuple(cases),
+    )

@@ -1,0 +1,38 @@
+"""Processors of the stock runtimes that are known to fail, told by what they say.
+
+The model behind such a processor is judged with the pictures that the reference's processor made.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class ProcessorFault:
+    """A runtime's processor that cannot prepare any picture of these types, and how it fails."""
+
+    runtime: str
+    model_types: tuple[str, ...]
+    says: str
+    """Words of the runtime's error by which the fault is known."""
+    what: str
+
+
+def processor_fault(runtime: str, *, model_type: str, error: str) -> ProcessorFault | None:
+    """The documented fault of a runtime's processor that ``error`` shows; None for another."""
+    for fault in PROCESSORS:
+        ours = fault.runtime == runtime and model_type in fault.model_types
+        if ours and fault.says in error:
+            return fault
+    return None
+
+
+PROCESSORS: Final = (
+    ProcessorFault(
+        runtime="mlx_vlm",
+        model_types=("llava",),
+        says="ImagesKwargs.__init__() got an unexpected keyword argument 'padding'",
+        what="mlx-vlm 0.7.10's processor passes the image processor settings of the text, which "
+        "transformers 5 refuses",
+    ),
+)

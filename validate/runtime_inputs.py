@@ -1,0 +1,64 @@
+"""What mlx-vlm's own processors make of a picture or a sound and a question."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+from validate.cases import Case, draw, media_question
+from validate.reference import read_config
+from validate.sounds import synthesise
+
+_IDS_IN_CODE: Final = ("DotsVLProcessor",)
+"""Processors that have the token ids of one release in their code; a twin has others."""
+
+
+def load_processor(folder: Path) -> Any:
+    """mlx-vlm's processor of a folder, with the image processor that its model package brings."""
+    from mlx_vlm.utils import load_image_processor
+    from mlx_vlm.utils import load_processor as load_stock
+
+    processor = load_stock(folder, add_detokenizer=False)
+    if type(processor).__name__ in _IDS_IN_CODE:
+        config = read_config(folder)
+        for name in ("image_token_id", "video_token_id"):
+            setattr(processor, name, config[name])
+    own = load_image_processor(folder)
+    if own is not None:
+        processor.image_processor = own
+    return processor
+
+
+def media_inputs(
+    folder: Path, model_config: Any, case: Case, *, stock_prompt: bool
+) -> dict[str, Any]:
+    """Model inputs for the case, as MLX arrays where the processor makes them.
+
+    The prompt is written by the release's own chat template, or with ``stock_prompt`` by the
+    helper that the runtime's command line uses, which has formats of its own.
+    """
+    from mlx_vlm.prompt_utils import apply_chat_template
+
+    utils: Any = import_module("mlx_vlm.utils")
+    processor = load_processor(folder)
+    image = case.modality == "image"
+    if stock_prompt:
+        prompt = apply_chat_template(
+            processor, model_config, case.text, num_images=int(image), num_audios=int(not image)
+        )
+    else:
+        # Some of the runtime's processors leave the template to their tokenizer, others write
+        # prompts by the stock helper, which puts a sound after its question.
+        own = image and getattr(processor, "chat_template", None)
+        speaker = processor if own else getattr(processor, "tokenizer", processor)
+        prompt = speaker.apply_chat_template(
+            media_question(case), add_generation_prompt=True, tokenize=False
+        )
+    media: dict[str, Any] = {"images": [draw(case)]} if image else {"audio": [synthesise(case)]}
+    inputs: dict[str, Any] = utils.prepare_inputs(
+        processor,
+        **media,
+        prompts=prompt,
+        image_token_index=getattr(model_config, "image_token_index", None),
+        add_special_tokens=utils.should_add_special_tokens(model_config.model_type, processor),
+    )
+    return {key: value for key, value in inputs.items() if value is not None}

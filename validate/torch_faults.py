@@ -1,0 +1,60 @@
+"""Where a transformers class leaves out what its release computes, put back in memory.
+
+Only documented omissions of classes that compose a text stack without its head's scale; a
+reference that lacks it would call the right logits wrong by a constant factor.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+_HEAD_SCALES: Final[Mapping[tuple[str, str], tuple[str, int]]] = {
+    ("aya_vision", "cohere2"): ("logit_scale", 1),
+    ("cohere2_vision", "cohere2"): ("logit_scale", 1),
+    ("llava_next", "granite"): ("logits_scaling", -1),
+}
+"""(model_type, text model_type) -> the text config's scale of the logits, and its exponent."""
+
+
+_ALL_SHARED: Final[Mapping[str, str]] = {
+    "gemma4_assistant": "Gemma4TextConfig",
+    "gemma4_unified_assistant": "Gemma4UnifiedTextConfig",
+}
+"""Drafters, and the text config that refuses what their own config demands of it."""
+
+
+def mend(model_type: str) -> None:
+    """Make a class of transformers buildable that contradicts itself, for this process.
+
+    5.23.0 wants every layer of these drafters to share the keys and values of another model, and
+    rejects a stack whose layers all share them.
+    """
+    if model_type not in _ALL_SHARED:
+        return
+    import transformers
+
+    cls = getattr(transformers, _ALL_SHARED[model_type])
+    stock = cls.kv_sharing_modes.fget
+    if stock.__module__ == __name__:
+        return
+
+    def modes(self: Any) -> list[str | None]:
+        count = self.num_hidden_layers
+        if self.num_kv_shared_layers == count:
+            return ["reuse"] * count
+        found: list[str | None] = stock(self)
+        return found
+
+    cls.kv_sharing_modes = property(modes)
+
+
+def complete(model: Any) -> str:
+    """Scale the logits of a loaded model as its text stack does; what was done, or "" """
+    config = model.config
+    text = getattr(config, "text_config", None)
+    key = (str(config.model_type), str(getattr(text, "model_type", "")))
+    if key not in _HEAD_SCALES:
+        return ""
+    name, exponent = _HEAD_SCALES[key]
+    scale = float(getattr(text, name)) ** exponent
+    model.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits * scale)
+    return f"{type(model).__name__} leaves out the text stack's {name}; put back in memory"
