@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -19,6 +21,7 @@ from quant.kv.scan import (
 from quant.kv.spec import KvSpec
 from quant.kv.turbo import KvError
 
+DOCS = Path(__file__).parents[1] / "docs"
 pytestmark = pytest.mark.usefixtures("runtimes")
 
 
@@ -178,6 +181,10 @@ def test_settings_are_written_measured_and_vouched_for(output, tmp_path):
     )
     verify(out)
     config = json.loads((out / "config.json").read_text())["kv_cache_quantization"]
+    schema = json.loads((DOCS / "kv_cache_quantization.schema.json").read_text())
+    jsonschema.validate(config, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**config, "schema": 2}, schema)
     spec = KvSpec.from_json(config)
     assert {layer.key.bits for layer in spec.layers} == {4}
     assert config["effective_bits"] == 4.25

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,31 +77,31 @@ class Rotation:
         return tuple(mx.array(row.astype(np.float32)) for row in self.signs)
 
     def to_json(self) -> dict[str, Any]:
-        """What config.json stores: sign bits in hex, or the hash of a dense matrix."""
+        """What config.json stores: sign bits in hex, or a dense matrix as base64 with its hash."""
         if self.signs is not None:
             bits = [np.packbits(row < 0, bitorder="little").tobytes().hex() for row in self.signs]
             return {"type": "hadamard", "dim": self.dim, "signs": bits}
         assert self.matrix is not None
-        digest = hashlib.sha256(self.matrix.astype("<f4").tobytes()).hexdigest()
-        return {"type": "dense", "dim": self.dim, "sha256": digest}
+        data = self.matrix.astype("<f4").tobytes()
+        return {
+            "type": "dense",
+            "dim": self.dim,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "data": base64.b64encode(data).decode("ascii"),
+        }
 
     @classmethod
-    def from_json(
-        cls, stored: dict[str, Any], matrix: NDArray[np.float32] | None = None
-    ) -> Rotation:
-        """Read :meth:`to_json` back; a dense rotation needs its ``matrix``, which is checked.
-
-        ValueError when the matrix is missing or is not the one whose hash is stored.
-        """
+    def from_json(cls, stored: dict[str, Any]) -> Rotation:
+        """Read :meth:`to_json` back; ValueError when a dense matrix is not the one of its hash."""
         dim = int(stored["dim"])
         if stored["type"] == "hadamard":
             rows = [np.frombuffer(bytes.fromhex(text), np.uint8) for text in stored["signs"]]
             bits = np.stack([np.unpackbits(row, bitorder="little")[:dim] for row in rows])
             return cls(dim, signs=(1 - 2 * bits.astype(np.int8)).astype(np.int8))
-        found = cls(dim, matrix=matrix) if matrix is not None else None
-        if found is None or found.to_json() != stored:
-            raise ValueError(f"the dense rotation of {dim} coordinates is not the stored one")
-        return found
+        data = base64.b64decode(stored["data"])
+        if len(data) != 4 * dim * dim or hashlib.sha256(data).hexdigest() != stored["sha256"]:
+            raise ValueError(f"the dense rotation of {dim} coordinates is damaged: its hash differs")
+        return cls(dim, matrix=np.frombuffer(data, "<f4").reshape(dim, dim).astype(np.float32))
 
 
 def _transposed_hadamard(x: mx.array, scale: float) -> mx.array:
