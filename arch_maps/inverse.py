@@ -10,6 +10,7 @@ from arch_maps.ops import (
     Concat,
     Constant,
     Expr,
+    LowRank,
     Permute,
     Reshape,
     Slice,
@@ -35,7 +36,7 @@ def invert(equations: Iterable[tuple[Source, Expr]]) -> dict[str, Expr]:
         match unknown:
             case Source():
                 solved.setdefault(unknown.name, known)
-            case Constant():
+            case Constant() | LowRank():
                 pass
             case Permute():
                 back = tuple(unknown.axes.index(axis) for axis in range(len(unknown.axes)))

@@ -202,7 +202,41 @@ class Constant:
         return np.full(shape, self.value, np.float32)
 
 
-Expr = Source | Permute | Reshape | Slice | Concat | Stack | Affine | Constant
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """``x + scale * (up @ down)``: a LoRA adapter folded into the matrix [out, in] it adapts.
+
+    As MLX computes it in the dtype of ``x``: the product, its multiple and the sum are rounded one
+    after the other. The product is added up in float64, so that no order of its terms shows.
+    It inverts to nothing: who holds the sum cannot tell the matrix from the adapter.
+    """
+
+    x: Expr
+    up: Expr
+    down: Expr
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        (out, inp), (rows, rank) = self.x.shape, self.up.shape
+        assert rows == out, self
+        assert self.down.shape == (rank, inp), self
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the result."""
+        return self.x.shape
+
+    def rows(self, reader: RowReader, start: int, stop: int) -> np.ndarray:
+        """Rows ``[start, stop)`` of the result, in the dtype of ``x``."""
+        value = evaluate(self.x, reader, start, stop)
+        up = evaluate(self.up, reader, start, stop).astype(np.float64)
+        product = up @ evaluate(self.down, reader).astype(np.float64)
+        delta = product.astype(np.float32).astype(value.dtype)
+        folded: np.ndarray = value + delta * value.dtype.type(self.scale)
+        return folded
+
+
+Expr = Source | Permute | Reshape | Slice | Concat | Stack | Affine | Constant | LowRank
 
 
 def evaluate(expr: Expr, reader: RowReader, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -214,6 +248,8 @@ def children(expr: Expr) -> tuple[Expr, ...]:
     """Direct inputs of a node."""
     if isinstance(expr, Concat | Stack):
         return expr.parts
+    if isinstance(expr, LowRank):
+        return (expr.x, expr.up, expr.down)
     return () if isinstance(expr, Source | Constant) else (expr.x,)
 
 
@@ -226,14 +262,14 @@ def sources(expr: Expr) -> tuple[Source, ...]:
 
 def streamable(expr: Expr) -> bool:
     """Whether rows can be made without holding a whole input tensor in memory."""
-    if isinstance(expr, Permute) and not expr.row_local:
+    if isinstance(expr, LowRank) or (isinstance(expr, Permute) and not expr.row_local):
         return False
     return all(streamable(child) for child in children(expr))
 
 
 def exact(expr: Expr) -> bool:
     """Whether the result holds the bits of its inputs (only moves, no arithmetic)."""
-    return not isinstance(expr, Affine | Constant) and all(map(exact, children(expr)))
+    return not isinstance(expr, Affine | Constant | LowRank) and all(map(exact, children(expr)))
 
 
 def passes_through(expr: Expr) -> bool:
@@ -262,6 +298,9 @@ def describe(expr: Expr) -> str:
             return f"affine({describe(expr.x)}, *{expr.scale:g} +{expr.offset:g})"
         case Constant():
             return f"constant({'x'.join(map(str, expr.shape))}, {expr.value:g})"
+        case LowRank():
+            inner = ", ".join(map(describe, children(expr)))
+            return f"lowrank({inner}, *{expr.scale:g})"
 
 
 def _with_axis(shape: Shape, axis: int, size: int) -> Shape:

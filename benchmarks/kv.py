@@ -30,7 +30,14 @@ def main() -> None:
     prepare_mlx()
     from benchmarks.machine import describe
 
-    lines = ["# KV cache", "", "Made by `python -m benchmarks.kv`.", "", ", ".join(f"{name} {value}" for name, value in describe().items()) + ".", ""]
+    lines = [
+        "# KV cache",
+        "",
+        "Made by `python -m benchmarks.kv`.",
+        "",
+        ", ".join(f"{name} {value}" for name, value in describe().items()) + ".",
+        "",
+    ]
     for part in (distortions, speeds, losses):
         lines += part()
         print("\n".join(lines[-12:]), flush=True)

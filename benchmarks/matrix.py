@@ -211,13 +211,20 @@ def _beside_stock(source: Path, ours: Path, out: Path, runtime: str) -> str:
 def _resaved(source: Path, out: Path) -> Path:
     """The release as transformers 5 writes it, with everything that is not weights or config."""
     import transformers
+    from safetensors.torch import load_file, save_file
 
     from validate.reference import borrowed_settings
+    from validate.torch_faults import mend, unbuilt
 
     config = json.loads((source / "config.json").read_text())
     cls = getattr(transformers, config["architectures"][0])
+    mend(config["model_type"])
     model = cls.from_pretrained(source, **borrowed_settings(cls, config))
     model.save_pretrained(out)
+    if missing := unbuilt(config["model_type"]):
+        file = "model.safetensors"
+        kept = {n: t for n, t in load_file(source / file).items() if n.startswith(missing)}
+        save_file(load_file(out / file) | kept, out / file, metadata={"format": "pt"})
     for path in source.iterdir():
         if not (out / path.name).exists() and path.suffix != ".safetensors":
             shutil.copyfile(path, out / path.name)

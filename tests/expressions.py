@@ -12,6 +12,7 @@ from arch_maps.ops import (
     Concat,
     Constant,
     Expr,
+    LowRank,
     Permute,
     Reshape,
     Slice,
@@ -74,6 +75,9 @@ def reference(tree: Expr, values: dict[str, np.ndarray]) -> np.ndarray:
             return value * np.float32(tree.scale) + np.float32(tree.offset)
         case Constant():
             return np.full(tree.shape, tree.value, np.float32)
+        case LowRank():
+            x, up, down = (reference(part, values) for part in (tree.x, tree.up, tree.down))
+            return x + tree.scale * (up @ down)
 
 
 @st.composite

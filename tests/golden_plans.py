@@ -30,13 +30,17 @@ RECIPES = {
 _INDEX = re.compile(r"\.(\d+)\.")
 
 
-LARGEST = 2000
+LARGEST = 2100
 """Tensors of a release with golden plans; per-expert lists of more would fill megabytes."""
+
+BULKY = {"gemma3n", "phimoe"}
+"""Types whose plans would, because hardly two of their layers or blocks are alike."""
 
 
 def golden_types(wanted: Sequence[str] = ()) -> list[str]:
     """The types with golden plans: all but those whose fixture is a large mixture of experts."""
-    return [name for name in wanted or model_types() if len(release(name).tensors) <= LARGEST]
+    named = [name for name in wanted or model_types() if name not in BULKY]
+    return [name for name in named if len(release(name).tensors) <= LARGEST]
 
 
 def golden_cases(wanted: Sequence[str] = ()) -> list[tuple[str, str]]:

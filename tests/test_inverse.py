@@ -14,6 +14,7 @@ from arch_maps.ops import (
     Concat,
     Constant,
     Expr,
+    LowRank,
     Permute,
     Reshape,
     Slice,
@@ -131,6 +132,12 @@ def test_norm_offset_is_undone_in_float32():
     powers = Arrays({"norm": np.arange(64, dtype=np.float32) / 64})
     back = forth_and_back({"out": Affine(weight, scale=4.0, offset=1.0)}, powers)
     np.testing.assert_array_equal(back["norm"], powers.values["norm"])
+
+
+def test_a_folded_adapter_does_not_come_apart():
+    parts = {"w": (4, 6), "up": (4, 2), "down": (2, 6)}
+    fold = LowRank(*(Source(name, shape) for name, shape in parts.items()), 2.0)
+    assert invert([(Source("out", fold.shape), fold)]) == {}
 
 
 def test_a_gap_leaves_the_source_unknown():

@@ -127,6 +127,16 @@ def test_attention_equals_numpy_with_groups_masks_and_a_mean():
         np.testing.assert_allclose(found, wanted, atol=0.02)
 
 
+def test_nothing_is_encoded_before_the_start(model, prompt):
+    made = caches(model, spec_of(len(model.layers), start=250))
+    run(model, made, prompt[:200])
+    run(model, made, prompt[200:210])
+    assert all(cache.stores is None for cache in made)
+    run(model, made, prompt[210:300])
+    run(model, made, prompt[300:310])
+    assert all(cache.stores[0].count > 100 for cache in made)
+
+
 # What people do with a prompt cache
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from quant.kv.affine import AffineCodec
 from quant.kv.codebook import codebook, distortion
+from quant.kv.prod import ProdCodec
 from quant.kv.rotation import HADAMARD_SIZES, Rotation
 from quant.kv.turbo import KvError, TurboCodec, split_channels
 
@@ -174,6 +175,33 @@ def test_never_worse_than_mlx_vlm_at_equal_bits(dim, bits):
     assert error(codec, x) < theirs * (1.01 if bits == 1 else 1.0)
     if bits == 8:
         assert error(codec, x) < theirs / 3
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_two_stage_codec_is_unbiased_and_no_better(bits):
+    """Inner products with queries at cosine 0.9, over rotations and projections."""
+    import mlx.core as mx
+
+    x = vectors(64, 256, seed=1)
+    q = 0.9 * x + np.sqrt(1 - 0.81) * vectors(64, 256, seed=2)
+    errors = {"one stage": [], "two stages": []}
+    for seed in range(12):
+        rotation = Rotation.random(64, seed)
+        for name, codec in (
+            ("one stage", TurboCodec(dim=64, bits=bits, rotation=rotation)),
+            ("two stages", ProdCodec(dim=64, bits=bits, rotation=rotation, seed=seed)),
+        ):
+            y = np.array(rotation.inverse(codec.decode(codec.encode(mx.array(x)))))
+            errors[name].append(((y - x) * q).sum(axis=1))
+    means = np.array(errors["two stages"]).mean(axis=1)
+    assert abs(means.mean()) < 3 * means.std() / np.sqrt(12) + 1e-4
+    one, two = (float((np.array(found) ** 2).mean()) for found in errors.values())
+    assert one < two
+
+
+def test_two_stages_need_two_bits():
+    with pytest.raises(KvError, match="1 bits: two stages need 2 or more"):
+        ProdCodec(dim=64, bits=1, rotation=Rotation.random(64, 1))
 
 
 # Ranges and refusals

@@ -13,6 +13,7 @@ from arch_maps.ops import (
     Affine,
     Concat,
     Constant,
+    LowRank,
     Permute,
     Reshape,
     Slice,
@@ -164,6 +165,41 @@ def test_affine_computes_in_float32():
     np.testing.assert_array_equal(doubled, values.astype(np.float32) * 2)
 
 
+def adapted(dtype, rank=5, scale=1.5):
+    rng = np.random.default_rng(0)
+    shapes = {"w": (6, 8), "up": (6, rank), "down": (rank, 8)}
+    values = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+    return LowRank(*(Source(name, shapes[name]) for name in shapes), scale), Arrays(values)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_an_adapter_is_folded_as_mlx_folds_it(name):
+    import ml_dtypes
+    import mlx.core as mx
+
+    tree, reader = adapted(getattr(ml_dtypes, name, np.float16))
+    result = evaluate(tree, reader)
+    w, up, down = (
+        mx.array(value.astype(np.float32)).astype(getattr(mx, name))
+        for value in reader.values.values()
+    )
+    folded = np.array((w + 1.5 * (up @ down)).astype(mx.float32))
+    assert result.dtype == reader.values["w"].dtype
+    np.testing.assert_array_equal(result.astype(np.float32), folded)
+
+
+def test_an_adapter_folds_by_rows():
+    tree, reader = adapted(np.float64)
+    whole = evaluate(tree, reader)
+    np.testing.assert_allclose(whole, reference(tree, reader.values), atol=1e-6)
+    np.testing.assert_array_equal(evaluate(tree, reader, 2, 5), whole[2:5])
+    assert reader.reads[-3:] == [("w", 2, 5), ("up", 2, 5), ("down", 0, 5)]
+    assert not streamable(tree)
+    assert not exact(tree)
+    assert not passes_through(tree)
+    assert [leaf.name for leaf in sources(tree)] == ["w", "up", "down"]
+
+
 def test_constant_reads_nothing():
     reader = Arrays({})
     assert evaluate(Constant((3, 2), 0.5), reader, 1, 3).tolist() == [[0.5, 0.5], [0.5, 0.5]]
@@ -178,8 +214,13 @@ def test_constant_reads_nothing():
         lambda: Slice(A, 0, 2, 2),
         lambda: Slice(A, 1, 0, 7),
         lambda: Slice(A, 1, -1, 3),
+        lambda: LowRank(A, Source("up", (4, 3)), Source("down", (2, 6))),
+        lambda: LowRank(A, Source("up", (5, 3)), Source("down", (3, 6))),
     ],
-    ids=["reshape", "empty slice", "slice past the end", "negative slice"],
+    ids=[
+        *("reshape", "empty slice", "slice past the end", "negative slice"),
+        *("two ranks", "an adapter of other rows"),
+    ],
 )
 def test_impossible_nodes_cannot_be_made(make):
     with pytest.raises(AssertionError):
@@ -219,6 +260,7 @@ def test_sources_come_left_to_right_with_repeats():
         (Stack((B, B), 1), "stack([b, b], axis=1)"),
         (Affine(A, 1.0, 1.0), "affine(a, *1 +1)"),
         (Constant((2, 3), 0.5), "constant(2x3, 0.5)"),
+        (LowRank(A, A, Source("d", (6, 6)), 2.0), "lowrank(a, a, d, *2)"),
     ],
 )
 def test_describe(tree, text):

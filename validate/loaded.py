@@ -19,6 +19,8 @@ from arch_maps.dtypes import itemsize
 
 _HEADER_LIMIT: Final = 100_000_000
 _LANGUAGE: Final = "language_model."
+_READ_BY_ALL: Final = (_LANGUAGE, f"model.{_LANGUAGE}", "lm_head.")
+"""Starts of the names that a text-only runtime reads too."""
 _CODES: Final = {
     "float64": "F64",
     "float32": "F32",
@@ -148,7 +150,7 @@ def compare_loaded(
         if problem:
             problems.append(f"{path}: {problem}")
     left = sorted(set(written) - seen)
-    unused = tuple(n for n in left if text_only and not n.startswith((_LANGUAGE, "lm_head.")))
+    unused = tuple(n for n in left if text_only and not n.startswith(_READ_BY_ALL))
     ignored = set(unused)
     problems += [f"{name}: in a file, never loaded" for name in left if name not in ignored]
     return LoadedWeights(tensors=count, bytes=size, unused=unused, problems=tuple(problems))
@@ -174,6 +176,8 @@ def _prefixed(
         lambda path: path,
         lambda path: path.removeprefix(_LANGUAGE),
         lambda path: _LANGUAGE + path,
+        # As releases of transformers name them, which mlx-vlm renames for a type or two.
+        lambda path: "model." + path.replace("language_model.model.", _LANGUAGE, 1),
     )
     return max(renamings, key=lambda rename: sum(rename(path) in written for path in parameters))
 

@@ -18,7 +18,9 @@ Logits = NDArray[np.float32]
 _SUFFIX_TYPE: Final = {"paligemma": 1}
 """Token type of what follows the prompt, where it is not the prompt's own 0."""
 _MEDIA_TOKENS: Final = tuple(
-    f"{medium}_token_{kind}" for medium in ("image", "video", "audio") for kind in ("id", "index")
+    f"{medium}_token_{kind}"
+    for medium in ("image", "video", "audio", "eoi", "eoa")
+    for kind in ("id", "index")
 )
 _AUTO_CLASSES: Final = (
     "AutoModelForCausalLM",

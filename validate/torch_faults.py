@@ -5,6 +5,8 @@ reference that lacks it would call the right logits wrong by a constant factor.
 """
 
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Final
 
 _HEAD_SCALES: Final[Mapping[tuple[str, str], tuple[str, int]]] = {
@@ -22,12 +24,27 @@ _ALL_SHARED: Final[Mapping[str, str]] = {
 """Drafters, and the text config that refuses what their own config demands of it."""
 
 
+_BY_TIMM: Final[Mapping[str, tuple[str, str]]] = {
+    "gemma3n": ("gemma3n_vision", "model.vision_tower."),
+}
+"""Types, and of their part that only timm can build the model_type and the start of its names."""
+
+
+def unbuilt(model_type: str) -> str:
+    """Start of the names of the tensors that the class is built without here; "" for none."""
+    missing = model_type in _BY_TIMM and find_spec("timm") is None
+    return _BY_TIMM[model_type][1] if missing else ""
+
+
 def mend(model_type: str) -> None:
     """Make a class of transformers buildable that contradicts itself, for this process.
 
     5.23.0 wants every layer of these drafters to share the keys and values of another model, and
-    rejects a stack whose layers all share them.
+    rejects a stack whose layers all share them. Where timm is missing, a class whose tower comes
+    from there is built without that tower, and answers nothing about pictures.
     """
+    if unbuilt(model_type):
+        _leave_out(_BY_TIMM[model_type][0])
     if model_type not in _ALL_SHARED:
         return
     import transformers
@@ -45,6 +62,25 @@ def mend(model_type: str) -> None:
         return found
 
     cls.kv_sharing_modes = property(modes)
+
+
+def _leave_out(part: str) -> None:
+    torch: Any = import_module("torch")
+    module: Any = import_module("transformers.models.gemma3n.modeling_gemma3n")
+    stock = module.AutoModel
+    if stock.__module__ == __name__:
+        return
+
+    class AutoModel:
+        """The automatic class, but for the part."""
+
+        @staticmethod
+        def from_config(config: Any, **settings: Any) -> Any:
+            if config.model_type == part:
+                return torch.nn.Module()
+            return stock.from_config(config, **settings)
+
+    module.AutoModel = AutoModel
 
 
 def complete(model: Any) -> str:

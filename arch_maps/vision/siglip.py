@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from arch_maps.facts import Facts
+from arch_maps.ops import Permute, Reshape
 from arch_maps.rules import Kind, Mount
 
 
@@ -25,13 +26,24 @@ def tower(at: Mount, facts: Facts) -> None:
     at.norm("post_layernorm", hidden, bias=True)
 
 
-def dense_patch_tower(at: Mount, facts: Facts, positions: int) -> None:
-    """As ``tower``, SigLIP 2's: patches of any grid through a dense layer, ``positions`` in all."""
+def dense_patch_tower(at: Mount, facts: Facts, positions: int, *, conv: bool = False) -> None:
+    """As ``tower``, SigLIP 2's: patches of any grid through a dense layer, ``positions`` in all.
+
+    ``conv``: the release has it as a convolution, [out, channels, rows, columns].
+    """
     hidden, inner = facts.size("hidden_size"), facts.size("intermediate_size")
     patch = facts.size("patch_size")
     embeddings = at / "embeddings"
-    pixels = patch * patch * facts.size("num_channels", 3)
-    embeddings.linear("patch_embedding", hidden, pixels, bias=True)
+    channels = facts.size("num_channels", 3)
+    pixels = patch * patch * channels
+    if conv:
+        weight = embeddings.input("patch_embedding.weight", hidden, channels, patch, patch)
+        dense = Reshape(Permute(weight, (0, 2, 3, 1)), (hidden, pixels))
+        embeddings.rule("patch_embedding.weight", dense, Kind.LINEAR)
+        embeddings.tensor("patch_embedding.bias", hidden, kind=Kind.BIAS)
+        embeddings.drop("position_ids", "position indices follow from the image size")
+    else:
+        embeddings.linear("patch_embedding", hidden, pixels, bias=True)
     embeddings.embedding("position_embedding", positions, hidden, kind=Kind.POSITION)
     for _, layer in at.layers("encoder.layers", facts.count("num_hidden_layers")):
         encoder_layer(layer, hidden, inner)

@@ -13,11 +13,13 @@ from arch_maps.ops import (
     Concat,
     Constant,
     Expr,
+    LowRank,
     Permute,
     Reshape,
     Slice,
     Source,
     Stack,
+    children,
     sources,
 )
 from arch_maps.rules import Part, Rule
@@ -114,6 +116,9 @@ def rebuild(expr: Expr, leaf: Any) -> Expr:
             return replace(expr, parts=tuple(rebuild(part, leaf) for part in expr.parts))
         case Permute() | Reshape() | Slice() | Affine():
             return replace(expr, x=rebuild(expr.x, leaf))
+        case LowRank():
+            x, up, down = (rebuild(child, leaf) for child in children(expr))
+            return LowRank(x, up, down, expr.scale)
 
 
 def _list_of(expr: Expr, index: int) -> str | None:

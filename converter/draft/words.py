@@ -14,6 +14,7 @@ from arch_maps.ops import (
     Concat,
     Constant,
     Expr,
+    LowRank,
     Permute,
     Reshape,
     Slice,
@@ -83,6 +84,12 @@ class Words:
                 scale = [] if expr.scale == 1.0 else [f"scale={expr.scale!r}"]
                 offset = [] if expr.offset == 0.0 else [f"offset={expr.offset!r}"]
                 return call("Affine", [inner, *scale, *offset])
+            case LowRank():
+                wide = labels[1] if len(labels) > 1 else None
+                down = self.expression(expr.down, [None, wide], mount)
+                up = self.expression(expr.up, labels[:1], mount)
+                inner = self.expression(expr.x, labels, mount)
+                return call("LowRank", [inner, up, down, repr(expr.scale)])
             case Reshape():
                 inner = self.expression(expr.x, _reshaped(expr, labels), mount)
                 return call("Reshape", [inner, tuple_text(self.dims(expr.shape, labels))])

@@ -27,6 +27,7 @@ from converter.version import program_version
 from quant.recipe import QuantSpec
 
 _CODES_TO_TORCH = {code: name for name, code in TORCH_NAMES.items()}
+_RENAMED = "model.language_model."
 
 
 @paused_gc()
@@ -268,6 +269,8 @@ def _quantization_config(base: QuantSpec, outputs: Sequence[Output]) -> dict[str
         # mlx-vlm quantizes only weights whose element count is a multiple of 64, unless named.
         if own != base.to_config() or out.elements % 64:
             config[out.rule.module] = dict(own)
+            if out.rule.module.startswith(_RENAMED):  # mlx-vlm looks the module up by this name
+                config[f"model.{out.rule.module.removeprefix(_RENAMED)}"] = dict(own)
     return config
 
 

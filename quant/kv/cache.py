@@ -90,7 +90,7 @@ class QuantizedStateCache:
         """Encode what has left the window, in whole blocks."""
         tokens = self.last.tokens if self.last else 0
         over = (tokens - self.spec.window) // _BLOCK * _BLOCK
-        if self.last is None or over <= 0:
+        if self.last is None or over <= 0 or self.offset < self.spec.start:
             return
         keys, values = self.last.keys(0, over), self.last.values(0, over)
         if self.stores is None:

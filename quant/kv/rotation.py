@@ -100,7 +100,9 @@ class Rotation:
             return cls(dim, signs=(1 - 2 * bits.astype(np.int8)).astype(np.int8))
         data = base64.b64decode(stored["data"])
         if len(data) != 4 * dim * dim or hashlib.sha256(data).hexdigest() != stored["sha256"]:
-            raise ValueError(f"the dense rotation of {dim} coordinates is damaged: its hash differs")
+            raise ValueError(
+                f"the dense rotation of {dim} coordinates is damaged: its hash differs"
+            )
         return cls(dim, matrix=np.frombuffer(data, "<f4").reshape(dim, dim).astype(np.float32))
 
 

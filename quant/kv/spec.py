@@ -53,7 +53,8 @@ FLOAT: Final = TensorSpec(scheme="float")
 class LayerSpec:
     """One layer's cache.
 
-    The first ``sinks`` tokens and at least the last ``window`` stay in full precision;
+    The first ``sinks`` tokens and at least the last ``window`` stay in full precision, and all of
+    them until there are ``start``;
     ``subtract_mean`` takes the keys' mean off before coding, which softmax cannot see.
     """
 
@@ -61,6 +62,7 @@ class LayerSpec:
     value: TensorSpec
     sinks: int = 4
     window: int = 64
+    start: int = 0
     subtract_mean: bool = True
 
     @property

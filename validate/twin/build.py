@@ -95,7 +95,8 @@ def make_twin(
     shrunk, plan = shrink_config(config, family, sizes)
     _set_dtype(shrunk, dtype)
     from_map = not _has_class(shrunk)
-    save, parameters = (_from_map if from_map else _from_class)(shrunk, dtype, seed)
+    make = _from_map if from_map or family.by_map else _from_class
+    save, parameters = make(shrunk, dtype, seed)
 
     out.mkdir(parents=True, exist_ok=True)
     save(out, max_shard_size)
@@ -167,7 +168,7 @@ def _from_map(config: Json, dtype: str, seed: int) -> tuple[Save, int]:
     except TwinError as error:
         raise TwinError(
             f"transformers {transformers.__version__} has no {config['architectures'][0]} of type "
-            f"{config['model_type']!r}, so its twin is made from the map: {error}"
+            f"{config['model_type']!r} to make a twin with, so it is made from the map: {error}"
         ) from error
     weights = {name: value.to(getattr(torch, dtype)) for name, value in drawn.items()}
 

@@ -51,6 +51,9 @@ class Family:
     gains: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     """Factors by the ends of tensor names, where what is drawn would make attention or routing
     sharper or flatter than any trained one."""
+    by_map: bool = False
+    """Whether weights are drawn from the map although transformers has the class, because that
+    cannot be built whole without a further library, or no longer holds all that releases do."""
     adjust: Callable[[Json, Json], Json] = unchanged
     processor: Callable[[Json], Files] = no_files
 

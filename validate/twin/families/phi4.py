@@ -1,4 +1,4 @@
-"""Phi-4 Reasoning Vision: patches of any grid behind one mark per picture."""
+"""Phi-4 with pictures: patches of any grid behind one mark per picture."""
 
 from validate.twin.family import CHAT_TOKENS, Family, Files, Json
 
@@ -36,4 +36,47 @@ SIGLIP = Family(
     image_markup=f"{IMAGE}\n",
     adjust=_adjust,
     processor=_processor,
+)
+SIDE = 4
+"""Patches per side of the multimodal twin's table of positions."""
+
+
+def _multimodal(config: Json, source: Json) -> Json:
+    """Small towers, which no field rule reaches, and adapters with multiples of their own."""
+    config["partial_rotary_factor"] = 0.5
+    config["sliding_window"] = source["sliding_window"]
+    # transformers reads no LongRoPE settings of a type that it does not know.
+    config["rope_scaling"] = None
+    config["vision_lora"].update(r=8, lora_alpha=12)
+    config["speech_lora"].update(r=4, lora_alpha=8)
+    config["vision_config"] = {
+        "hidden_size": 64,
+        "image_size": 14 * SIDE,
+        "intermediate_size": 128,
+        "layer_norm_eps": 1e-6,
+        "num_attention_heads": 4,
+        "num_channels": 3,
+        "num_hidden_layers": 3,
+        "patch_size": 14,
+    }
+    config["mm_hidden_size"] = config["vision_config"]["hidden_size"]
+    config["min_num_patches"], config["max_num_patches"] = SIDE * SIDE, 64
+    audio = config["audio_processor"]["config"]
+    audio.update(
+        attention_dim=64,
+        attention_heads=4,
+        depthwise_seperable_out_channel=64,
+        ext_pw_out_channel=64,
+        linear_units=96,
+        conv_channels=32,  # the runtime's name of it, where its own loader looks
+        nemo_conv_settings={"conv_channels": 32},
+        num_blocks=2,
+    )
+    return config
+
+
+MULTIMODAL = Family(
+    specials=(*CHAT_TOKENS, "<|endoftext10|>", "<|endoftext11|>"),
+    image_markup="<|image_1|>",
+    adjust=_multimodal,
 )
