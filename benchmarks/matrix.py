@@ -343,6 +343,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     if remarks:
         lines += ["", "## Remarks", "", *remarks]
+    from arch_maps.unmapped import UNMAPPED
+
+    lines += ["", "## Without a map", "", "Known to transformers and to a runtime:", ""]
+    lines += [f"- **{name}**: {reason}." for name, reason in sorted(UNMAPPED.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,7 @@
 """Every mapped type is complete: example config, header fixture, twin, runtimes, parts."""
 
 import importlib
+from pathlib import Path
 
 import header_fixtures
 import pytest
@@ -10,7 +11,9 @@ from arch_maps.facts import Facts
 from arch_maps.ops import sources
 from arch_maps.registry import ArchMap, find, map_name, model_types
 from arch_maps.rules import targets
-from converter.plan.match import match_release
+from arch_maps.unmapped import UNMAPPED
+from converter.errors import PlanError
+from converter.plan.match import find_map, match_release
 from converter.source import open_folder
 from validate.twin import list_examples, list_variants, load_example
 
@@ -55,6 +58,23 @@ def test_variant_is_another_release_of_its_type(variant):
     arch.expand(facts, arch.layouts[0])
     arch.config(config, facts)
     assert facts.problems == []
+
+
+@pytest.mark.usefixtures("runtimes")
+def test_every_type_that_both_sides_know_has_a_map_or_a_reason():
+    import mlx_lm.utils
+    import mlx_vlm.utils
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    def known(utils, name):
+        place = Path(utils.__file__).parent / "models"
+        module = utils.MODEL_REMAPPING.get(name, name)
+        return (place / f"{module}.py").exists() or (place / module / "__init__.py").exists()
+
+    both = {n for n in CONFIG_MAPPING_NAMES if known(mlx_lm.utils, n) or known(mlx_vlm.utils, n)}
+    assert both - set(model_types()) == set(UNMAPPED)
+    with pytest.raises(PlanError, match=r"no map for model_type 'bitnet'.*Metal kernel"):
+        find_map({"model_type": "bitnet"})
 
 
 def test_no_example_without_a_map():

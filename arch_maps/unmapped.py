@@ -1,0 +1,27 @@
+"""Types that transformers and a stock runtime both know and that have no map, and why not."""
+
+from typing import Final
+
+UNMAPPED: Final[dict[str, str]] = {
+    "bitnet": "the runtimes take packed ternary weights only, through a Metal kernel",
+    "diffusion_gemma": "not written yet; it writes by diffusion, which no check judges",
+    "florence2": "an encoder and a decoder, which no check judges",
+    "glm5_next": "not written yet",
+    "hunyuan_vl": "mlx-vlm interpolates positions of pictures and orders rotary sections otherwise "
+    "than the release; no map was proven",
+    "inkling_mm_model": "not written yet",
+    "llama4_text": "mlx-vlm returns a bare array for tied heads, and with untied ones the two "
+    "runtimes want different names",
+    "minimax": "the runtimes' module of that name computes MiniMax-M2, without lightning attention",
+    "muse_spark": "its runtime module needs Metal",
+    "nemotron_h_omni": "not written yet",
+    "openai_privacy_filter": "a classifier of tokens, which no check judges",
+    "pp_doclayout_v3": "a detector, which no check judges",
+    "qwen4_exp": "not written yet",
+    "rt_detr_v2": "the runtime's loader transposes every convolution on each load, so that no file "
+    "is loaded as written",
+    "sam3": "a segmenter, which no check judges",
+    "sam3_video": "a segmenter, which no check judges",
+    "sapiens2": "a picture tower whose release processor needs torchvision; not written yet",
+}
+"""model_type -> reason."""
