@@ -145,6 +145,29 @@ def test_attention_with_sinks_stays_in_float(twin_of, tmp_path):
     assert not any(fact.quantizable for fact in static_scan(model))
 
 
+@pytest.mark.parametrize("runtime", ["mlx_lm", "mlx_vlm"])
+def test_stock_caches_unpacked_compute_what_their_kernel_does(runtime, output):
+    import mlx.core as mx
+
+    from quant.kv.runtime import dense_on_cpu
+    from validate.runtime import MlxRuntime
+
+    model = MlxRuntime.load(output, runtime=runtime)
+    model.to_float32(dense=True)
+    language = getattr(model.model, "language_model", model.model)
+    forward, made = forward_of(language), []
+    for dense in (False, True):
+        caches_of = own_caches(language)
+        forward(mx.array([list(range(5, 69))]), caches_of)
+        caches_of = [cache.to_quantized(group_size=64, bits=4) for cache in caches_of]
+        if dense:
+            with dense_on_cpu(runtime):
+                made.append(np.array(forward(mx.array([[7, 8, 9]]), caches_of)))
+        else:
+            made.append(np.array(forward(mx.array([[7, 8, 9]]), caches_of)))
+    assert np.abs(made[0] - made[1]).max() < 1e-4 * np.abs(made[0]).max()
+
+
 # The command
 
 

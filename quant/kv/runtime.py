@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from typing import Any, Final
@@ -67,6 +68,45 @@ def install(runtime: str) -> None:
     if home is None:
         home = import_module(f"{runtime}.models.cache")
     setattr(home, QuantizedStateCache.__name__, QuantizedStateCache)
+
+
+@contextmanager
+def dense_on_cpu(runtime: str) -> Iterator[None]:
+    """Let the runtime's affine caches be attended to unpacked while the block runs, on a CPU.
+
+    Quantized products are a hundred times slower there; unpacked they have the same factors, so
+    that only the order of accumulation differs. Does nothing on other backends.
+    """
+    import mlx.core as mx
+
+    base: Any = import_module(f"{runtime}.models.base")
+    stock = getattr(base, _ATTENTION)
+
+    def attention(
+        queries: Any,
+        keys: Any,
+        values: Any,
+        scale: float,
+        mask: Any,
+        group_size: int = 64,
+        bits: int = 8,
+    ) -> Any:
+        if isinstance(keys, QuantizedStateCache):
+            return keys.attend(queries, scale=scale, mask=mask)
+        k, v = (
+            mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
+            for words, scales, biases in (keys, values)
+        )
+        return mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale, mask=mask)
+
+    if mx.default_device() != mx.Device(mx.cpu):
+        yield
+        return
+    setattr(base, _ATTENTION, attention)
+    try:
+        yield
+    finally:
+        setattr(base, _ATTENTION, stock)
 
 
 def _reading(stock: Callable[..., Any]) -> Callable[..., Any]:

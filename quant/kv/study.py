@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any, Final, Literal
 
 from quant.kv.measure import Baseline, Forward, baseline, forward_of, loss
-from quant.kv.runtime import own_caches
+from quant.kv.runtime import dense_on_cpu, own_caches
 from quant.kv.scan import (
     CHUNK,
     LayerFacts,
@@ -142,9 +142,10 @@ def _stock_row(
     """The runtime's own caches, quantized by its own function after every chunk as it generates."""
     row: dict[str, Any] = asdict(setting)
     try:
-        for name, wanted in exact.items():
-            stepped = _with_stock(model, forward, setting)
-            row[name] = {"all": loss(stepped, own_caches(model), wanted).to_json()}
+        with dense_on_cpu(type(model).__module__.partition(".")[0]):
+            for name, wanted in exact.items():
+                stepped = _with_stock(model, forward, setting)
+                row[name] = {"all": loss(stepped, own_caches(model), wanted).to_json()}
     except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
         row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     return row
