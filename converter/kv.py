@@ -53,9 +53,16 @@ def study_output(
     from quant.calibrate.text import CalibrationError
     from quant.kv.study import flags_for, study
     from quant.kv.turbo import KvError
-    from validate.runtime import MlxRuntime, RuntimeRefusal, is_generative, runtimes_for
+    from validate.runtime import (
+        MlxRuntime,
+        RuntimeRefusal,
+        is_generative,
+        prepare_mlx,
+        runtimes_for,
+    )
 
     read_manifest(out)
+    prepare_mlx()
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     runtimes = runtimes_for(config)
     if not runtimes or not is_generative(config):
