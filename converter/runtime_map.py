@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from arch_maps import config as spell
 from arch_maps.facts import Facts
@@ -20,7 +20,9 @@ from converter.errors import PlanError
 from converter.plan.build import prequantized
 from converter.plan.model import Plan
 from converter.source import Source
-from validate.trace import Headers, Parameter, Traced
+
+if TYPE_CHECKING:  # tracing brings the runtimes along, and most conversions do without
+    from validate.trace import Headers, Parameter, Traced
 
 HEAD: Final = "lm_head"
 _LANGUAGE: Final = "language_model"

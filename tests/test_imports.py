@@ -108,3 +108,17 @@ def test_expanding_every_map_needs_none_of_them():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_kernels_start_without_what_numba_only_probes_for_and_take_it_from_nobody():
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import numpy as np
+from quant.recipe import QuantSpec
+from quant.weights import quantize_rows
+quantize_rows(np.ones((1, 64), np.float32), QuantSpec.make("affine", 4))
+print(*[name for name in ("scipy", "cffi", "pycparser") if name in sys.modules])
+import scipy.linalg
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -246,12 +247,23 @@ def _open_shard(path: Path, shard: Shard) -> tuple[int, bool]:
     try:
         found = os.fstat(descriptor).st_size == shard.size
         if not found:
-            os.ftruncate(descriptor, shard.size)
+            _reserve(descriptor, shard.size)
         _pwrite_all(descriptor, memoryview(shard.header), 0)
     except OSError:
         os.close(descriptor)
         raise
     return descriptor, found
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give the file its final size, and its place on the disk where the system can."""
+    os.ftruncate(descriptor, size)
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system without it
+                raise
 
 
 def _pwrite_all(descriptor: int, view: memoryview, offset: int) -> None:
