@@ -32,14 +32,13 @@ def jit(function: Function) -> Function:
 def _numba() -> Any:
     """Numba, started without the packages that it only probes for: they take longer than it."""
     with _started:
-        if "numba" in sys.modules:
-            return sys.modules["numba"]
-        with _hidden(_PROBED):
-            import numba
-            from numba.core.registry import cpu_target
+        if "numba" not in sys.modules:
+            with _hidden(_PROBED):
+                from numba.core.registry import cpu_target
 
-            cpu_target.typing_context.refresh()
-            cpu_target.target_context.refresh()
+                cpu_target.typing_context.refresh()
+                cpu_target.target_context.refresh()
+        import numba
     return numba
 
 
