@@ -71,6 +71,7 @@ def prove(
                 kl_threshold=kl_threshold,
                 progress=lambda text: console.say(f"  {text}"),
                 trust_remote_code=trust_remote_code,
+                arch=arch,
             )
         except ReferenceError as error:
             raise ConvertError(f"{source}: cannot be run as the reference: {error}") from error

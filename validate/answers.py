@@ -8,6 +8,8 @@ from typing import Any, Final
 from validate.cases import MEDIA_FILES, TEXT_FILES, Case, bounded, byte_ids, load_cases
 from validate.processor import load_tokenizer, media_inputs, tokenize
 from validate.reference import Greedy, Logits, TorchReference
+from validate.where.row import STEPS, TOKENS, Traced
+from validate.where.torch_trace import trace_reference
 
 GREEDY_TOKENS: Final = 12
 GREEDY_MEDIA_TOKENS: Final = 4
@@ -47,6 +49,8 @@ class Answers:
     """From the unquantized source in float32, where that differs from ``exact``."""
     noisy: tuple[Logits, ...] = ()
     """As ``exact``, computed in the output's 16-bit dtype."""
+    traced: Mapping[str, Traced] = field(default_factory=dict)
+    """What went through the modules for one question of each modality."""
 
 
 def text_questions(
@@ -91,6 +95,36 @@ def answer(
             greedy = model.greedy(question.ids, GREEDY_TOKENS)
         result.append(Answer(question, logits, greedy))
     return tuple(result)
+
+
+def trace_questions(
+    model: TorchReference, answers: Sequence[Answer], progress: Callable[[str], None]
+) -> dict[str, Traced]:
+    """The reference's modules on the first plain text, picture and sound that it answered.
+
+    A text goes on by the tokens it was answered with, which the runtime is fed one by one.
+    """
+    found: dict[str, Traced] = {}
+    for index, item in enumerate(answers):
+        modality = item.question.case.modality
+        if modality in found or modality not in ("text", *MEDIA_FILES):
+            continue
+        progress(f"torch: modules, {modality}")
+        inputs: Mapping[str, Any]
+        prompt, steps = len(item.question.ids), 0
+        if item.question.inputs:
+            inputs = item.question.inputs
+        else:
+            prompt, more = min(prompt, TOKENS), item.greedy.tokens[:STEPS]
+            steps = len(more)
+            inputs = model.text_inputs([*item.question.ids[:prompt], *more])
+        try:
+            reference = trace_reference(model.model, model.folder, model.cast(inputs))
+        except (RuntimeError, TypeError, ValueError) as error:
+            progress(f"torch: modules cannot be traced: {error}")
+            continue
+        found[modality] = Traced(index, prompt, steps, reference)
+    return found
 
 
 def only_logits(model: TorchReference, questions: Sequence[Question]) -> tuple[Logits, ...]:

@@ -96,6 +96,47 @@ def distribution_chart(check: Mapping[str, Any]) -> Chart | None:
     )
 
 
+def depth_chart(check: Mapping[str, Any]) -> Chart | None:
+    """How the error grows from module to module, beside the reference's own noise."""
+    case = check["cases"][0] if check["cases"] else None
+    if case is None:
+        return None
+    shown = {"cases": [case]}
+    series = [(key, values) for key in case["series"] for _, values in _series(shown, key)]
+    labels = case.get("labels", [])
+    last = max(1, len(labels) - 1)
+    low, high = _decades([v for _, values in series for v in values], None)
+    return Chart(
+        title=f"error of each module's output / its largest value: {case['name']}",
+        x_label="modules in the order of the reference",
+        x_ticks=_block_ticks(labels, last),
+        y_ticks=_log_ticks(low, high),
+        lines=tuple(
+            Line(
+                name,
+                _points(
+                    [_x(i, last) for i in range(len(values))],
+                    [_y(value, low, high) for value in values],
+                ),
+                index,
+            )
+            for index, (name, values) in enumerate(series)
+        ),
+        threshold=None,
+    )
+
+
+def _block_ticks(labels: Sequence[str], last: int) -> tuple[Tick, ...]:
+    """Marks at some of the modules that are one of a list: ``layers.7``."""
+    blocks = [
+        (index, ".".join(label.split(".")[-2:]))
+        for index, label in enumerate(labels)
+        if label.rpartition(".")[2].isdigit()
+    ]
+    step = max(1, -(-len(blocks) // 5))
+    return tuple(Tick(_x(index, last), name) for index, name in blocks[::step])
+
+
 def gauge(value: Any, threshold: Any) -> float | None:
     """Width in 0..100 of a bar that is full at the threshold; logarithmic over six decades."""
     if not isinstance(value, int | float) or not isinstance(threshold, int | float):

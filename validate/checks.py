@@ -34,6 +34,8 @@ class CaseResult:
     value: float
     metrics: Mapping[str, float | int | str] = field(default_factory=dict)
     series: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    labels: Sequence[str] = ()
+    """What the places of the series are called, where they are no positions."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Check:
                     "value": finite(case.value),
                     "metrics": finite(dict(case.metrics)),
                     "series": finite({k: [_rounded(v) for v in s] for k, s in case.series.items()}),
+                    **({"labels": list(case.labels)} if case.labels else {}),
                 }
                 for case in self.cases
             ],

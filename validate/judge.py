@@ -6,16 +6,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from arch_maps.rules import Rule
 from validate.answers import Answer, Answers, Question
 from validate.cases import MEDIA_FILES
 from validate.checks import EXACT, CaseResult, Check, at_most
 from validate.deviations import deviations_for, without
+from validate.fault import Deviation
 from validate.gates import greedy_check, logits_check, loss_check, noise_check
 from validate.listening import audio_inputs
 from validate.loaded import compare_loaded
 from validate.looking import image_inputs, medium
 from validate.metrics import compare_logits, different_ids
 from validate.runtime import Logits, MlxRuntime, RuntimeRefusal, Steps
+from validate.where.compare import Where
+from validate.where.row import locate, where_check
 
 _PACKED_TOKENS: Final = 4
 _SHOWN: Final = 8
@@ -35,6 +39,8 @@ class Judgement:
     trust_remote_code: bool
     text_only: bool
     """The checkpoint has parts that a text-only runtime leaves alone."""
+    rules: tuple[Rule, ...] = ()
+    """The map's rules for the reference's tensors; they pair its modules with the runtime's."""
 
 
 @dataclass
@@ -83,9 +89,12 @@ def judge_runtime(job: Judgement, answers: Answers, *, runtime: str) -> Found:
                 found.checks += seen
                 run = partial(_run, model, answers, rows, inputs)
             stock = run()
-            judged = _without_deviations(job, found, model, answers, modality, stock, run)
-            found.checks += heard
-            _outputs(job, found, answers, modality, judged)
+            known = _needed_deviations(job, found, model, answers, modality, stock)
+            with without(known, model.model, model.config, source=job.source):
+                judged = run() if known else stock
+                found.checks += heard
+                _outputs(job, found, answers, modality, judged)
+                found.checks += _modules(job, model, answers, modality)
             _loss(job, found, answers, modality, stock)
         except RuntimeRefusal as error:
             found.refused(f"{_prefix(modality)}logits", modality, error)
@@ -196,16 +205,15 @@ def _listen(model: MlxRuntime, answers: Answers, rows: Sequence[int], heard: lis
     return _run(model, answers, rows, inputs)
 
 
-def _without_deviations(
+def _needed_deviations(
     job: Judgement,
     found: Found,
     model: MlxRuntime,
     answers: Answers,
     modality: str,
     stock: Runs,
-    run: Callable[[], Runs],
-) -> Runs:
-    """The stock runs, or where they miss the gate, runs without the runtime's documented faults.
+) -> tuple[Deviation, ...]:
+    """The runtime's documented faults, where the stock runs miss the gate because of them.
 
     The stock error is then a row of its own: not gated as the checkpoint's, but failed when it is
     larger than the documented fault explains.
@@ -215,10 +223,12 @@ def _without_deviations(
     )
     error = max(_error(answers.exact[index], steps) for index, steps in stock)
     if not known or not job.exact or error <= EXACT:
-        return stock
+        return ()
     bound = max(item.bound for item in known)
     within = at_most(error, bound) == "pass"
     cases = (CaseResult(_label(answers.exact[i]), _error(answers.exact[i], s)) for i, s in stock)
+    place = _located(job, model, answers, modality)
+    first = place.first.text() if place is not None and place.first is not None else ""
     found.checks.append(
         Check(
             name="deviation",
@@ -228,12 +238,52 @@ def _without_deviations(
             threshold=bound,
             verdict="info" if within else "fail",
             note="; ".join(item.what for item in known)
-            + f". The other {modality} rows are judged with this fault taken out in memory.",
+            + f". The other {modality} rows are judged with this fault taken out in memory."
+            + (f" As stock it {first}." if first else ""),
             cases=tuple(cases),
         )
     )
-    with without(known, model.model, model.config, source=job.source):
-        return run()
+    return known
+
+
+def _located(job: Judgement, model: MlxRuntime, answers: Answers, modality: str) -> Where | None:
+    """Where the runtime parts from the reference, as it computes now; None if not traced."""
+    traced = answers.traced.get(modality)
+    if traced is None or not job.rules:
+        return None
+    item = answers.exact[traced.question]
+    if item.question.inputs:
+        inputs = medium(model, item)
+        if inputs is None:
+            return None
+        run = partial(model.run, inputs)
+    else:
+        ids = item.question.ids[: traced.prompt]
+        # The last token of a continuation is not fed, because nothing is asked of what follows.
+        tokens = [*item.greedy.tokens[: traced.steps], 0]
+        run = partial(model.continued, ids, tokens)
+    return locate(model.model, job.mlx_path, job.rules, traced, run)
+
+
+def _modules(
+    job: Judgement,
+    model: MlxRuntime,
+    answers: Answers,
+    modality: str,
+) -> list[Check]:
+    where = _located(job, model, answers, modality)
+    if where is None:
+        return []
+    traced = answers.traced[modality]
+    return [
+        where_check(
+            where,
+            modality=modality,
+            runtime=model.name,
+            case=_label(answers.exact[traced.question]),
+            noise=traced.reference.noise,
+        )
+    ]
 
 
 def _aligned(wanted: Logits, found: Logits) -> tuple[Logits, Logits]:

@@ -129,7 +129,7 @@ def compare_loaded(
     difference in names allowed. ``text_only``: tensors outside the language model may stay unread.
     """
     written = written_tensors(folder)
-    translate = _prefixed(written, parameters)
+    translate = file_names(written, parameters)
     habit = _HABITS.get(_model_type(folder), Habit())
     problems: list[str] = []
     seen: set[str] = set()
@@ -168,10 +168,10 @@ def taken_apart(folder: Path, parameters: Mapping[str, Any]) -> Iterator[tuple[s
             yield path, array
 
 
-def _prefixed(
+def file_names(
     written: Mapping[str, Written], parameters: Mapping[str, Any]
 ) -> Callable[[str], str]:
-    """The one renaming of runtime paths under which most of them are in the files."""
+    """A runtime's path -> its name in the files: the one renaming under which most are there."""
     renamings: tuple[Callable[[str], str], ...] = (
         lambda path: path,
         lambda path: path.removeprefix(_LANGUAGE),

@@ -11,9 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from arch_maps.registry import find, map_name
+from arch_maps.registry import ArchMap, find, map_name
 from validate.alone import judge_alone, no_reference
-from validate.answers import Answers, answer, media_questions, only_logits, text_questions
+from validate.answers import (
+    Answers,
+    answer,
+    media_questions,
+    only_logits,
+    text_questions,
+    trace_questions,
+)
 from validate.assistant import assists, judge_assistant
 from validate.checks import Check, Report
 from validate.encoder import judge_encoder
@@ -25,6 +32,7 @@ from validate.pictures import judge_pictures, only_looks
 from validate.reference import ReferenceError, TorchReference, lacks_class, read_config
 from validate.runtime import is_generative, prepare_mlx, runtimes_for
 from validate.speculative import drafter_weights
+from validate.where.row import rules_of
 
 _COMPUTE: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _IMAGE_FILES: Final = ("preprocessor_config.json", "processor_config.json")
@@ -40,15 +48,17 @@ def run_parity(
     kl_threshold: float | None = None,
     progress: Callable[[str], None] | None = None,
     trust_remote_code: bool = False,
+    arch: ArchMap | None = None,
 ) -> Report:
     """Judge ``mlx_path`` against the torch checkpoint ``source``.
 
     ``dequantized``: torch folder with the weights the output really holds, as float32 values;
     needed for exactness when the output is quantized or narrower than the source. ``images``: None
     judges pictures where the config has a vision part; sounds are judged where it has an audio
-    part. Raises ReferenceError or CheckpointError
-    when a folder cannot be judged at all; what a runtime refuses is a failed check instead.
-    Where torch has no class for the release, the runtime is judged alone and nothing is proven.
+    part. ``arch`` is the map, None for the registry's; it tells which modules to compare. Raises
+    ReferenceError or CheckpointError when a folder cannot be judged at all; what a runtime refuses
+    is a failed check instead. Where torch has no class for the release, the runtime is judged alone
+    and nothing is proven.
     """
     say = progress or (lambda message: None)
     fast = prepare_mlx()
@@ -72,6 +82,7 @@ def run_parity(
         progress=say,
         trust_remote_code=trust_remote_code,
         text_only=sees(config) or hears(config),
+        rules=() if missing else rules_of(dequantized or source, read_config(source), arch),
     )
     runtimes = runtimes_for(config, mlx_path)
     if not runtimes:
@@ -141,7 +152,9 @@ def _ask(
                 note = str(error).strip()
                 row = Check(name=f"{kind}/input_ids", modality=kind, verdict="fail", note=note)
             checks.append(row)
-    answers = Answers(exact=answer(model, questions, say))
+    exact = answer(model, questions, say)
+    traced = trace_questions(model, exact, say) if judgement.rules and judgement.exact else {}
+    answers = Answers(exact=exact, traced=traced)
     model.close()
     if rounded or dequantized is not None:
         say("torch: the original weights")

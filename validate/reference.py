@@ -135,19 +135,19 @@ class TorchReference:
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Logits of every position of one prompt, [positions, vocabulary]."""
-        return self.forward(self._text_inputs(ids))
+        return self.forward(self.text_inputs(ids))
 
     def forward(self, inputs: Mapping[str, Any]) -> Logits:
         """Logits of every position for prepared inputs of batch one."""
         import torch
 
         with torch.inference_mode():
-            output = self.model(**self._cast(inputs), use_cache=False)
+            output = self.model(**self.cast(inputs), use_cache=False)
         return _numpy(output.logits[0])
 
     def greedy(self, ids: Sequence[int], count: int) -> Greedy:
         """``count`` greedy tokens after a text prompt, one cached step at a time."""
-        return self.greedy_from(self._text_inputs(ids), count)
+        return self.greedy_from(self.text_inputs(ids), count)
 
     def _has_usual_cache(self) -> bool:
         """Whether steps hand on ``past_key_values``; pure state-space models do otherwise."""
@@ -164,7 +164,7 @@ class TorchReference:
 
         tokens: list[int] = []
         rows: list[Logits] = []
-        current = dict(self._cast(inputs))
+        current = dict(self.cast(inputs))
         media = {getattr(self.model.config, name, None) for name in _MEDIA_TOKENS}
         cached = set(inputs) <= {"input_ids", "attention_mask"} and self._has_usual_cache()
         cache = None
@@ -191,7 +191,7 @@ class TorchReference:
         import torch
         from torch.nn.functional import normalize
 
-        inputs = self._text_inputs(ids)
+        inputs = self.text_inputs(ids)
         with torch.inference_mode():
             if self.is_pair:
                 return _numpy(normalize(self.model.get_text_features(**inputs).pooler_output))
@@ -208,7 +208,7 @@ class TorchReference:
         import torch
 
         with torch.inference_mode():
-            output = self.model(**self._cast(inputs))
+            output = self.model(**self.cast(inputs))
         return _numpy(output.last_hidden_state[0])
 
     def picture(self, pixels: Any) -> Logits:
@@ -216,16 +216,18 @@ class TorchReference:
         import torch
 
         with torch.inference_mode():
-            output = self.model(**self._cast({"pixel_values": pixels}))
+            output = self.model(**self.cast({"pixel_values": pixels}))
         return _numpy(output.last_hidden_state[0])
 
-    def _text_inputs(self, ids: Sequence[int]) -> dict[str, Any]:
+    def text_inputs(self, ids: Sequence[int]) -> dict[str, Any]:
+        """Model inputs of one text."""
         import torch
 
         row = _row(ids)
         return {"input_ids": row, "attention_mask": torch.ones_like(row)}
 
-    def _cast(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def cast(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs with their floats in the model's dtype."""
         import torch
 
         dtype = getattr(torch, self.dtype)

@@ -13,6 +13,7 @@ from validate.charts import (
     RIGHT,
     TOP,
     WIDTH,
+    depth_chart,
     distribution_chart,
     gauge,
     position_chart,
@@ -124,6 +125,8 @@ def _charts(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for check in checks:
         if check["name"] == "loss":
             chart = distribution_chart(check)
+        elif check["name"] == "modules":
+            chart = depth_chart(check)
         elif check["name"].rpartition("/")[2] in ("logits", "decode"):
             chart = position_chart(check)
         else:

@@ -1,0 +1,144 @@
+"""Where a runtime parts from the reference: pairing by the map, and faults that are found."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from arch_maps.ops import Affine, Concat, Source
+from arch_maps.rules import Kind, Rule
+from benchmarks.planted import Ground
+from validate.where.compare import compare_traces
+from validate.where.pairs import Pair, pair_modules
+from validate.where.trace import Trace
+
+TYPES = ("qwen3", "qwen3_moe", "gemma4")
+"""Dense; a mixture whose experts transformers stacks; scalars on layers."""
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory, twin_of, runtimes):
+    folder = tmp_path_factory.mktemp("grounds")
+    made: dict[str, Ground] = {}
+
+    def get(model_type: str) -> Ground:
+        if model_type not in made:
+            made[model_type] = Ground(twin_of(model_type), folder / model_type)
+        return made[model_type]
+
+    return get
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_planted_fault_is_found_at_its_module(ground, model_type, tmp_path):
+    here = ground(model_type)
+    clean = here.locate()
+    assert clean.first is None
+    assert len(clean.steps) > 50
+    faults = here.faults()
+    assert {"swapped q/k", "norm off by one", "flipped 4-bit block"} <= {f.name for f in faults}
+    for fault in faults:
+        where = here.locate(fault)
+        assert here.rightly(where, fault.modules), (fault.name, fault.modules, where.first)
+    other = here.with_other_base(tmp_path / "other-base")
+    assert other is not None
+    assert other.first is not None
+    assert other.first.mlx.endswith("layers.0.self_attn")
+    assert here.locate().first is None, "a fault was left behind"
+
+
+def test_the_special_faults_have_their_types(ground):
+    assert "transposed expert" in {fault.name for fault in ground("qwen3_moe").faults()}
+    assert "missing layer scale" in {fault.name for fault in ground("gemma4").faults()}
+
+
+def test_a_fault_of_single_steps_alone_is_told_apart(ground):
+    here = ground("qwen3")
+    norm = next(f for f in here.faults() if f.name == "norm off by one")
+    own = here.model.continued
+
+    def later(ids, tokens):
+        # The prompt as it should be; the fault comes with the first single token.
+        step = type(here.model.model.language_model)
+        call = step.__call__
+
+        def calling(self, inputs, *given, **named):
+            if inputs.shape[1] == 1:
+                here.site.plant(norm)
+            return call(self, inputs, *given, **named)
+
+        step.__call__ = calling
+        try:
+            return own(ids, tokens)
+        finally:
+            step.__call__ = call
+            here.site.mend(norm)
+
+    here.model.continued = later
+    try:
+        where = here.locate()
+    finally:
+        here.model.continued = own
+    assert where.first is not None
+    assert where.first.decode
+    assert where.first.mlx in norm.modules
+    assert "single-token steps" in where.first.text()
+
+
+def rule(target: str, expr) -> Rule:
+    return Rule(target, expr, Kind.LINEAR, "text")
+
+
+def test_modules_pair_by_what_the_map_joins_however_they_are_nested():
+    q, k, up = (Source(f"net.0.{name}.weight", (4, 4)) for name in ("att.q", "att.k", "ff.up"))
+    rules = [
+        rule("l.0.attn.q.weight", q),
+        rule("l.0.attn.k.weight", k),
+        rule("l.0.mlp.inner.up.weight", Affine(up, scale=2.0)),
+    ]
+    held = {leaf.name: leaf.name for leaf in (q, k, up)}
+    loaded = {r.target: f"model.{r.target}" for r in rules}
+    pairs = {(pair.torch, pair.mlx): pair.scaled for pair in pair_modules(rules, held, loaded)}
+    assert pairs[("net.0.att.q", "model.l.0.attn.q")] is False
+    assert ("net.0.att", "model.l.0.attn") in pairs
+    assert pairs[("net.0.ff.up", "model.l.0.mlp.inner.up")] is True
+    assert ("net.0", "model.l.0") in pairs
+    assert ("net.0.ff", "model.l.0.attn") not in pairs
+
+
+def test_a_fused_projection_is_no_pair_of_its_parts_but_attention_is():
+    q, k = (Source(f"a.{name}.weight", (4, 4)) for name in ("q", "k"))
+    fused = rule("b.qk.weight", Concat((q, k)))
+    pairs = pair_modules([fused], {q.name: q.name, k.name: k.name}, {"b.qk.weight": "b.qk.weight"})
+    assert pairs == [Pair("a", "b")]
+
+
+def traces(*values: tuple[str, str, list[float]]) -> Trace:
+    made = Trace()
+    for path, side, row in values:
+        made.add(path, side, np.array([row], np.float32))
+    return made
+
+
+def test_what_the_two_sides_only_draw_elsewhere_is_no_fault():
+    pairs = [Pair("emb", "emb"), Pair("a", "a"), Pair("b", "b")]
+    right = traces(
+        ("emb", "out", [2, 4]), ("a", "in", [2, 4]), ("a", "out", [1, 5]), ("b", "out", [3, 3])
+    )
+    moved = traces(
+        ("emb", "out", [1, 2]), ("a", "in", [2, 4]), ("a", "out", [1, 5]), ("b", "out", [3, 4])
+    )
+    where = compare_traces(pairs, right, right, moved, prompt=1, steps=0, outputs=1.0)
+    assert where.first is not None
+    assert where.first.mlx == "b"
+    same = compare_traces(pairs, right, right, moved, prompt=1, steps=0, outputs=0.0)
+    assert same.first is None
+
+
+def test_the_floor_is_the_reference_s_own_noise():
+    pairs = [Pair("a", "a")]
+    right, found = traces(("a", "out", [1, 1])), traces(("a", "out", [1, 1.01]))
+    noisy = traces(("a", "out", [1, 1.001]))
+    assert compare_traces(pairs, right, right, found, prompt=1, steps=0, outputs=1.0).first
+    quiet = compare_traces(pairs, right, noisy, found, prompt=1, steps=0, outputs=1.0)
+    assert quiet.first is None

@@ -1,0 +1,71 @@
+"""Tracing a loaded MLX model: its modules note what they are given and what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from validate.where.trace import Trace
+
+
+@contextmanager
+def trace_mlx(model: Any, paths: Iterable[str]) -> Iterator[Trace]:
+    """Note the calls of the modules at ``paths`` while the context is open.
+
+    Python looks ``__call__`` up on the class, so each module gets a class of its own meanwhile,
+    called as before and below the one it had.
+    """
+    import mlx.core as mx
+
+    trace = Trace()
+    wanted = set(paths)
+    undo: list[tuple[Any, type]] = []
+    try:
+        for path, module in model.named_modules():
+            if path in wanted:
+                undo.append((module, type(module)))
+                module.__class__ = _watched(type(module), path, trace)
+        yield trace
+    finally:
+        for module, own in reversed(undo):
+            module.__class__ = own
+        for key, values in trace.events.items():
+            trace.events[key] = [_numpy(value, mx) for value in values]
+
+
+def _watched(own: type, path: str, trace: Trace) -> type:
+    import mlx.core as mx
+
+    call: Callable[..., Any] = own.__call__
+
+    def watching(self: Any, *given: Any, **named: Any) -> Any:
+        value = _first((*given, *named.values()), mx)
+        if value is not None:
+            trace.add(path, "in", value)
+        output = call(self, *given, **named)
+        value = _first(output if isinstance(output, tuple | list) else (output,), mx)
+        if value is not None:
+            trace.add(path, "out", value)
+        return output
+
+    return type(own.__name__, (own,), {"__call__": watching, "__module__": own.__module__})
+
+
+def _first(values: Any, mx: Any) -> Any:
+    """The first array of floats."""
+    floats = (mx.float32, mx.float16, mx.bfloat16)
+    for value in values:
+        if isinstance(value, mx.array) and value.dtype in floats:
+            return value
+    return None
+
+
+def _numpy(value: Any, mx: Any) -> Any:
+    """The values of an array; of one that exists only inside a compiled function, nothing."""
+    import numpy as np
+
+    try:
+        return np.array(value.astype(mx.float32))
+    except (ValueError, RuntimeError):
+        return np.float32(np.nan)

@@ -1,0 +1,238 @@
+"""Tracing the torch reference, and measuring its own noise on the way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from validate.loaded import Written, written_tensors
+from validate.where.trace import Trace
+
+WIDE_BYTES: Final = 2 << 30
+"""Largest float64 copy of a model that is made to measure its noise."""
+_SEEN: Final = 64
+"""Values that tell a tensor from any other of its size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A prompt's trace in float32, the same computed otherwise, and where the weights are held."""
+
+    trace: Trace
+    again: Trace
+    noise: str
+    """How the second trace was computed."""
+    held: Mapping[str, str]
+    """Source tensor -> the torch parameter that holds it."""
+    logits: Any
+    """[tokens, vocabulary] of the first run."""
+
+
+def trace_reference(model: Any, folder: Path, inputs: Mapping[str, Any]) -> Reference:
+    """Run prepared ``inputs`` of batch one through a float32 model loaded from ``folder``."""
+    import torch
+
+    held = _held(model, folder)
+    modules = {name for name, _ in model.named_modules() if name}
+    trace, logits = _run(model, inputs, modules)
+    size = 8 * sum(value.numel() for value in model.parameters())
+    # Complex tables of rotations would lose their imaginary parts.
+    if size <= WIDE_BYTES and not any(value.is_complex() for value in model.buffers()):
+        wide = copy.deepcopy(model).to(torch.float64)
+        try:
+            with _default_dtype(torch.float64):
+                again, _ = _run(wide, _cast(inputs, torch.float64), modules)
+            return Reference(trace, again, "float64", held, logits)
+        except (RuntimeError, TypeError, NotImplementedError):
+            pass  # an operation that this class only has in float32
+        finally:
+            del wide
+    again, _ = _run(model, inputs, modules, change=_Disturbance())
+    return Reference(trace, again, "one rounding per module", held, logits)
+
+
+class _Disturbance:
+    """Multiplies by 1 + e, e uniform in one unit in the last place of float32, the same always."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._random = torch.Generator().manual_seed(0)
+
+    def __call__(self, value: Any) -> Any:
+        import torch
+
+        noise = torch.rand(value.shape, generator=self._random, dtype=torch.float32)
+        return value * (1 + (noise - 0.5) * 2.0**-23)
+
+
+def _run(
+    model: Any,
+    inputs: Mapping[str, Any],
+    modules: set[str],
+    *,
+    change: Callable[[Any], Any] | None = None,
+) -> tuple[Trace, Any]:
+    import torch
+
+    trace = Trace()
+
+    def before(path: str) -> Callable[..., None]:
+        def hook(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            value = _first((*given, *named.values()))
+            if value is not None:
+                trace.add(path, "in", _numpy(value))
+
+        return hook
+
+    def after(path: str) -> Callable[..., Any]:
+        def hook(module: Any, given: Any, output: Any) -> Any:
+            value = _first(output if isinstance(output, tuple | list) else (output,))
+            if value is None:
+                return None
+            trace.add(path, "out", _numpy(value))
+            if change is not None and isinstance(output, torch.Tensor):
+                return change(output)
+            return None
+
+        return hook
+
+    hooks = []
+    for path, module in model.named_modules():
+        if path in modules:
+            hooks.append(module.register_forward_pre_hook(before(path), with_kwargs=True))
+            hooks.append(module.register_forward_hook(after(path)))
+    try:
+        with torch.inference_mode():
+            output = model(**inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return trace, _numpy(output.logits[0])
+
+
+def _first(values: Any) -> Any:
+    """The first tensor of floats: hidden states come before masks and positions."""
+    import torch
+
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value
+        state = getattr(value, "last_hidden_state", None)
+        if isinstance(state, torch.Tensor):
+            return state
+    return None
+
+
+def _numpy(value: Any) -> Any:
+    return value.detach().float().cpu().numpy().copy()
+
+
+def _cast(inputs: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    import torch
+
+    return {
+        key: value.to(dtype)
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for key, value in inputs.items()
+    }
+
+
+@contextmanager
+def _default_dtype(dtype: Any) -> Iterator[None]:
+    """Classes that make masks and tables in the default dtype make them in this one."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _held(model: Any, folder: Path) -> dict[str, str]:
+    """Which parameter holds each tensor of the checkpoint: by its name, else by its values.
+
+    A tensor that is held in no parameter of its own, as an expert that is stacked with others, is
+    put into the innermost module that has its place in the tree.
+    """
+    written = written_tensors(folder)
+    parameters = {name: value for name, value in model.state_dict().items() if value.ndim}
+    held = {name: name for name in written if name in parameters}
+    left = [name for name in written if name not in held]
+    if not left:
+        return held
+    taken = set(held.values())
+    by_values: dict[bytes, list[str]] = {}
+    for name, value in parameters.items():
+        if name not in taken:
+            print_ = _print(value.numel(), value.reshape(-1)[:_SEEN].float().numpy())
+            by_values.setdefault(print_, []).append(name)
+    for name in left:
+        tensor = written[name]
+        found = by_values.get(_print(_count(tensor), _values(tensor)), [])
+        if found:
+            held[name] = max((_shared(path, name), path) for path in found)[1]
+    places = _places(held)
+    modules = {path for path, _ in model.named_modules()}
+    for name in left:
+        if name not in held and (place := _place(name, places, modules)):
+            held[name] = f"{place}.{name}"
+    return held
+
+
+def _places(held: Mapping[str, str]) -> dict[str, str]:
+    """Modules as the checkpoint names them -> as the model does, above the tensors of both."""
+    places: dict[str, str] = {}
+    for name, path in held.items():
+        while name and path and name.rpartition(".")[2] == path.rpartition(".")[2]:
+            name, path = name.rpartition(".")[0], path.rpartition(".")[0]
+            places.setdefault(name, path)
+    return places
+
+
+def _place(name: str, places: Mapping[str, str], modules: set[str]) -> str:
+    above, inside = name.rpartition(".")[0], list[str]()
+    while above and above not in places:
+        above, _, word = above.rpartition(".")
+        inside.insert(0, word)
+    found = places.get(above, "")
+    for word in inside:
+        if f"{found}.{word}" not in modules:
+            break
+        found = f"{found}.{word}"
+    return found
+
+
+def _print(count: int, values: Any) -> bytes:
+    return count.to_bytes(8, "little") + np.ascontiguousarray(values, np.float32).tobytes()
+
+
+def _count(tensor: Written) -> int:
+    return int(np.prod(tensor.shape, dtype=np.int64))
+
+
+def _values(tensor: Written) -> Any:
+    """The first values of a tensor in a file, as float32."""
+    from arch_maps.dtypes import NUMPY_DTYPES
+
+    bits = np.array(tensor.bits().reshape(-1)[:_SEEN])
+    return bits.view(NUMPY_DTYPES[tensor.dtype]).astype(np.float32)
+
+
+def _shared(a: str, b: str) -> int:
+    """How many dotted words two names share at their ends."""
+    count = 0
+    for x, y in zip(reversed(a.split(".")), reversed(b.split(".")), strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
