@@ -52,9 +52,11 @@ def statistics_of(
     data: Path | None,
     console: Console,
     trust_remote_code: bool = False,
+    folder: Path | None = None,
 ) -> Calibrated | None:
     """The statistics that ``plan`` needs, from the cache or a pass over the text at ``data``.
 
+    ``folder`` holds the torch checkpoint to run where it is not the release itself.
     Raises UsageError where the text is not the planned one, PlanError where the release cannot
     be calibrated.
     """
@@ -70,7 +72,7 @@ def statistics_of(
         if now != calibration:
             raise UsageError(f"--calibration-data {data}: changed since it was planned")
         found = calibrate(
-            release.local(),
+            folder or release.local(),
             tasks,
             text=read_text(data),
             calibration=calibration,

@@ -61,6 +61,7 @@ def plan(**given: Any) -> None:
 @opt.source()
 @click.option("--mlx-path", type=click.Path(path_type=Path), required=True, help="The checkpoint.")
 @opt.map_file
+@opt.adapter
 @opt.proof
 @click.option("--json", "as_json", is_flag=True, help="Print parity.json.")
 def validate(**given: Any) -> None:

@@ -65,6 +65,7 @@ def plan_command(given: dict[str, Any]) -> None:
 
 def validate_command(given: dict[str, Any]) -> None:
     """convert validate: the parity report of an existing checkpoint."""
+    from converter.adapter.output import reference_of_output
     from converter.maps import map_of_output
     from converter.proof import prove, prove_drafter
     from converter.release import fetch, open_release
@@ -77,19 +78,17 @@ def validate_command(given: dict[str, Any]) -> None:
     if given["draft_for"] is not None:
         report = prove_drafter(out, target=given["draft_for"], console=console)
     else:
-        report = prove(
-            out,
-            source=release.local(),
-            console=console,
-            kl_threshold=given["kl_threshold"],
-            trust_remote_code=given["trust_remote_code"],
-            arch=map_of_output(
+        trust = given["trust_remote_code"]
+        arch = map_of_output(out, release.source, given["map_file"], trust_remote_code=trust)
+        with reference_of_output(out, release, arch, given["adapter_path"]) as reference:
+            report = prove(
                 out,
-                release.source,
-                given["map_file"],
-                trust_remote_code=given["trust_remote_code"],
-            ),
-        )
+                source=reference,
+                console=console,
+                kl_threshold=given["kl_threshold"],
+                trust_remote_code=trust,
+                arch=arch,
+            )
     if given["as_json"]:
         click.echo(json.dumps(report, indent=1))
     else:
@@ -134,6 +133,7 @@ def request_from(given: dict[str, Any]) -> Request:
             file=given["map_file"],
             model_file=given["model_file"],
         ),
+        adapter_path=given["adapter_path"],
         mtp=given["mtp"],
         command=command_text(sys.argv[1:]),
     )
@@ -192,16 +192,17 @@ def _prove_and_publish(
         if target is not None:
             report = prove_drafter(out, target=target, console=console)
         else:
-            report = prove(
-                out,
-                source=output.release.local(),
-                console=console,
-                plan=output.plan,
-                kl_threshold=given["kl_threshold"],
-                trust_remote_code=given["trust_remote_code"],
-                workers=workers,
-                arch=output.arch,
-            )
+            with output.reference(workers=workers) as reference:
+                report = prove(
+                    out,
+                    source=reference,
+                    console=console,
+                    plan=output.plan,
+                    kl_threshold=given["kl_threshold"],
+                    trust_remote_code=given["trust_remote_code"],
+                    workers=workers,
+                    arch=output.arch,
+                )
         repo = None
         if requested is not None:
             from converter.naming import output_name

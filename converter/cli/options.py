@@ -71,6 +71,12 @@ map_file = click.option(
     help="Your own map: a Python file that defines MAP. It is executed.",
 )
 
+adapter = click.option(
+    "--adapter-path",
+    type=click.Path(path_type=Path),
+    help="LoRA or DoRA (PEFT's layout or mlx-lm's) that is fused into the release's weights.",
+)
+
 mapping = _all(
     click.option(
         "--map",
@@ -84,6 +90,7 @@ mapping = _all(
         type=click.Path(path_type=Path),
         help="MLX model code that the output brings along, for a type that no runtime has.",
     ),
+    adapter,
     click.option(
         "--mtp",
         is_flag=True,
