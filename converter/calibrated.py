@@ -76,7 +76,7 @@ def statistics_of(
             tasks,
             text=read_text(data),
             calibration=calibration,
-            source=_identity(plan, release),
+            source=identity(plan, release),
             say=console.say,
             trust_remote_code=trust_remote_code,
         )
@@ -101,7 +101,7 @@ def _tasks(outputs: Sequence[Output]) -> list[Any]:
     ]
 
 
-def _identity(plan: Plan, release: Release) -> dict[str, Any]:
+def identity(plan: Plan, release: Release) -> dict[str, Any]:
     """What tells this release's content from any other's."""
     where = {} if release.snapshot else {"folder": str(release.local().resolve())}
     return {**plan.source, **where, "stamp": release.stamp()}

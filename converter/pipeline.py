@@ -16,6 +16,7 @@ from arch_maps.ops import RowReader
 from arch_maps.registry import ArchMap
 from converter.adapter import Fusion, fuse, read_adapter
 from converter.adapter.torch_folder import fused_folder
+from converter.allocating import allocated
 from converter.calibrated import statistics_of
 from converter.decode import DecodingReader, decoded
 from converter.errors import ConvertError, PlanError, UsageError
@@ -107,8 +108,11 @@ class Converted:
         return fused_folder(self.release, self.fusion, beside=self.folder, workers=workers)
 
 
-def plan_request(request: Request) -> Planned:
-    """Decide everything from headers; raises PlanError with every problem."""
+def plan_request(request: Request, console: Console | None = None) -> Planned:
+    """Decide everything from headers; raises PlanError with every problem.
+
+    Only a recipe with a target size reads weights, and says so on ``console``.
+    """
     back = request.dequantize or any(r.target == "torch" for r in request.recipes)
     release = open_release(request.hf_path, revision=request.revision, allow_mlx=back)
     if back and release.source.mlx is None:
@@ -138,7 +142,20 @@ def plan_request(request: Request) -> Planned:
             source, origin = fusion.source, {**origin, "adapter": adapter.record()}
             release = replace(release, name=f"{release.name}-{adapter.name}")
         for options in request.recipes:
-            plans.append(build_plan(source, match, options, origin=origin))
+            plan = build_plan(source, match, options, origin=origin)
+            if options.targeted:
+                release = fetch(release)
+                found = allocated(
+                    plan,
+                    release,
+                    fusion,
+                    data=request.calibration_data,
+                    console=console or Console(quiet=True),
+                    workers=request.thread_count,
+                    trust_remote_code=request.trust_remote_code,
+                )
+                plan = build_plan(source, match, found, origin=origin)
+            plans.append(plan)
         if not request.maps.written:
             for plan in plans:
                 check_reload(plan, arch.runtimes[:1], model_file=request.maps.model_file)
@@ -175,7 +192,7 @@ def output_folders(request: Request, planned: Planned) -> list[Path]:
 
 def convert(request: Request, console: Console) -> list[Converted]:
     """Plan, fetch, execute and finish; the outputs are whole when this returns."""
-    planned = plan_request(request)
+    planned = plan_request(request, console)
     targets = output_folders(request, planned)
     drafters = [drafter_folder(out) for out in targets] if planned.drafters else []
     plans, folders = (*planned.plans, *planned.drafters), [*targets, *drafters]

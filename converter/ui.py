@@ -111,7 +111,7 @@ def plan_tables(plan: Plan, *, workers: int) -> str:
     console.print(
         f"\n{plan.model_type} ({plan.layout} layout), plan {plan.hash[:12]}\n"
         f"parameters        {plan.parameters:,}\n"
-        f"bits per weight   {plan.bits_per_weight:.3f}\n"
+        f"bits per weight   {plan.bits_per_weight:.3f}{_chosen(plan)}\n"
         f"reads             {size_text(plan.source_bytes)}\n"
         f"writes            {size_text(plan.output_bytes)} in {len(plan.shards)} file(s), "
         f"largest tensor {size_text(largest)}\n"
@@ -120,6 +120,19 @@ def plan_tables(plan: Plan, *, workers: int) -> str:
         markup=False,
     )
     return buffer.getvalue()
+
+
+def _chosen(plan: Plan) -> str:
+    """How the formats of an allocation were chosen."""
+    found = plan.options.allocation
+    if found is None:
+        return ""
+    if found.basis == "weights":
+        return f", formats chosen for {plan.options.target_text} by the weights alone"
+    return (
+        f", formats chosen for {plan.options.target_text} by activations; "
+        f"expected mean KL {found.expected:.3g} nats"
+    )
 
 
 def verdict_text(report: Mapping[str, Any], out: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ def convert_command(given: dict[str, Any]) -> None:
 def plan_command(given: dict[str, Any]) -> None:
     """convert plan: show what would be done."""
     request = request_from({**given, "mlx_path": None, "overwrite": False})
-    planned = plan_request(request)
+    planned = plan_request(request, Console(quiet=given["as_json"]))
     if given["as_json"]:
         data = [plan.to_json() for plan in (*planned.plans, *planned.drafters)]
         click.echo(json.dumps(data[0] if len(data) == 1 else data, indent=1))
@@ -256,7 +257,8 @@ def _recipes(given: dict[str, Any]) -> list[Options]:
     try:
         if given["variants"] is not None:
             return _variants(given)
-        quantize = given["quantize"] or bool(given["quant_predicate"])
+        target = _target(given)
+        quantize = given["quantize"] or bool(given["quant_predicate"]) or bool(target)
         if not quantize and (named := _quantizing(given)):
             raise UsageError(f"{named[0]}: has no effect without -q")
         if quantize and given["dequantize"]:
@@ -272,7 +274,8 @@ def _recipes(given: dict[str, Any]) -> list[Options]:
                 quant=quant,
                 predicate=given["quant_predicate"],
                 target=given["target"],
-                calibration=_calibration(given, quant),
+                calibration=_calibration(given, quant, target=bool(target)),
+                **target,
             )
         ]
     except ValueError as error:
@@ -283,9 +286,40 @@ def _quantized(given: dict[str, Any], quant: QuantSpec) -> Options:
     return Options(dtype=given["dtype"], quant=quant, calibration=_calibration(given, quant))
 
 
-def _calibration(given: dict[str, Any], quant: QuantSpec | None) -> Calibration | None:
-    """What the flags say about calibration text, None where the method needs none."""
-    if quant is None or quant.method not in CALIBRATED:
+def _target(given: dict[str, Any]) -> dict[str, Any]:
+    """What the flags say about a size to choose formats for; nothing where they ask for none."""
+    if given["q_target_bpw"] is None and given["q_target_size"] is None:
+        return {}
+    own = [f for f in _quantizing(given) if f in ("--q-bits", "--q-mode")]
+    own += ["--quant-predicate"] if given["quant_predicate"] else []
+    if own:
+        raise UsageError(f"{own[0]}: --q-target-bpw and --q-target-size choose it themselves")
+    size = None if given["q_target_size"] is None else _bytes(given["q_target_size"])
+    return {
+        "target_bits": given["q_target_bpw"],
+        "target_bytes": size,
+        "target_group_size": given["q_group_size"],
+    }
+
+
+def _bytes(text: str) -> int:
+    """A size such as 4.2GB or 900MiB in bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?\s*", text)
+    if match is None:
+        raise UsageError(f"--q-target-size {text}: give a size such as 4.2GB or 900MiB")
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _calibration(
+    given: dict[str, Any], quant: QuantSpec | None, *, target: bool = False
+) -> Calibration | None:
+    """What the flags say about calibration text, None where nothing needs any.
+
+    A ``target`` takes text for its own sake, where it is given.
+    """
+    asked = target and any(given[name] is not None for name in _CALIBRATION)
+    if quant is None or (quant.method not in CALIBRATED and not asked):
         if named := [f"--{n.replace('_', '-')}" for n in _CALIBRATION if given[n] is not None]:
             raise UsageError(f"{named[0]}: has no effect without --q-method imatrix or gptq")
         return None
@@ -315,6 +349,8 @@ def _variants(given: dict[str, Any]) -> list[Options]:
     own += ["-q"] if given["quantize"] else []
     own += ["--quant-predicate"] if given["quant_predicate"] else []
     own += ["-d"] if given["dequantize"] else []
+    own += ["--q-target-bpw"] if given["q_target_bpw"] is not None else []
+    own += ["--q-target-size"] if given["q_target_size"] is not None else []
     own += ["--to"] if given["target"] != "mlx" else []
     if own:
         raise UsageError(f"--variants names its own quantization; leave {', '.join(own)} out")
