@@ -143,6 +143,8 @@ def verdict_text(report: Mapping[str, Any], out: Path) -> str:
         known = check["verdict"] == "fail" or check["name"] in ("deviation", REFERENCE)
         if known and check.get("note"):
             notes[f"{check['name']}: {check['note']}"] = None
+        if check["name"] == "loss" and "kl_p999" in check.get("metrics", {}):
+            notes[_quality_text(check)] = None
         rows.append(
             (
                 str(check["verdict"]),
@@ -165,6 +167,18 @@ def verdict_text(report: Mapping[str, Any], out: Path) -> str:
     if verdict == "unproven":
         verdict += f" ({NOT_COMPARED})"
     return "\n".join([*lines, f"parity: {verdict}  {out / 'parity.html'}"])
+
+
+def _quality_text(check: Mapping[str, Any]) -> str:
+    """The figures of a loss row; ``convert compare`` measures them on a longer text."""
+    m = {key: _number(value) for key, value in check["metrics"].items()}
+    return (
+        f"loss in {check['runtime'].replace('_', '-')}: perplexity x {m['perplexity_ratio']} ± "
+        f"{m['perplexity_ratio_error']}; KL mean {m['kl_mean']} ± {m['kl_mean_error']}, median "
+        f"{m['kl_median']}, p90 {m['kl_p90']}, p99 {m['kl_p99']}, p99.9 {m['kl_p999']}, max "
+        f"{m['kl_max']}; same top token {m['top1']} ± {m['top1_error']}; RMS of probability "
+        f"change {m['moved_rms']}"
+    )
 
 
 def _number(value: Any) -> str:

@@ -94,6 +94,22 @@ def kv(out: Path, **given: Any) -> None:
 
 
 @cli.command()
+@click.argument("outputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@opt.source(required=False)
+@opt.adapter
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text; default: a shipped one.")
+@click.option("--length", type=click.IntRange(16), default=512, show_default=True, help="Tokens.")
+@click.option("--windows", type=click.IntRange(1), default=16, show_default=True, help="At most.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page with charts here.")
+def compare(outputs: tuple[Path, ...], **given: Any) -> None:
+    """Set outputs of one release side by side: size, KL, perplexity, and plain rounding's."""
+    from converter.cli.convert import compare_command
+
+    compare_command(outputs, given)
+
+
+@cli.command()
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")

@@ -111,6 +111,33 @@ def kv_command(out: Path, given: dict[str, Any]) -> None:
         click.echo(json.dumps(report, indent=1))
 
 
+def compare_command(outputs: tuple[Path, ...], given: dict[str, Any]) -> None:
+    """convert compare: outputs of one release side by side."""
+    from converter.comparing import Comparison, compare
+    from validate.checks import finite
+    from validate.compare_report import comparison_html, print_comparison
+
+    report = compare(
+        Comparison(
+            outputs=outputs,
+            hf_path=given["hf_path"],
+            revision=given["revision"],
+            text=given["text"],
+            length=given["length"],
+            windows=given["windows"],
+            adapter_path=given["adapter_path"],
+            trust_remote_code=given["trust_remote_code"],
+        ),
+        Console(quiet=given["as_json"]),
+    )
+    if given["html"] is not None:
+        given["html"].write_text(comparison_html(report), encoding="utf-8")
+    if given["as_json"]:
+        click.echo(json.dumps(finite(report), indent=1))
+    else:
+        print_comparison(report)
+
+
 def verify_command(out: Path) -> None:
     """convert verify: every file against the manifest."""
     count, size = verify(out)
