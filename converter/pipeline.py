@@ -144,13 +144,16 @@ def plan_request(request: Request, console: Console | None = None) -> Planned:
         for options in request.recipes:
             plan = build_plan(source, match, options, origin=origin)
             if options.targeted:
-                release = fetch(release)
+                console = console or Console(quiet=True)
+                with console.progress("download", unit="bytes") as tick:
+                    release = fetch(release, progress=tick)
+                source = replace(source, root=release.source.root, files=release.source.files)
                 found = allocated(
                     plan,
                     release,
                     fusion,
                     data=request.calibration_data,
-                    console=console or Console(quiet=True),
+                    console=console,
                     workers=request.thread_count,
                     trust_remote_code=request.trust_remote_code,
                 )
