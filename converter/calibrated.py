@@ -52,9 +52,11 @@ def statistics_of(
     data: Path | None,
     console: Console,
     trust_remote_code: bool = False,
+    folder: Path | None = None,
 ) -> Calibrated | None:
     """The statistics that ``plan`` needs, from the cache or a pass over the text at ``data``.
 
+    ``folder`` holds the torch checkpoint to run where it is not the release itself.
     Raises UsageError where the text is not the planned one, PlanError where the release cannot
     be calibrated.
     """
@@ -70,11 +72,11 @@ def statistics_of(
         if now != calibration:
             raise UsageError(f"--calibration-data {data}: changed since it was planned")
         found = calibrate(
-            release.local(),
+            folder or release.local(),
             tasks,
             text=read_text(data),
             calibration=calibration,
-            source=_identity(plan, release),
+            source=identity(plan, release),
             say=console.say,
             trust_remote_code=trust_remote_code,
         )
@@ -99,7 +101,7 @@ def _tasks(outputs: Sequence[Output]) -> list[Any]:
     ]
 
 
-def _identity(plan: Plan, release: Release) -> dict[str, Any]:
+def identity(plan: Plan, release: Release) -> dict[str, Any]:
     """What tells this release's content from any other's."""
     where = {} if release.snapshot else {"folder": str(release.local().resolve())}
     return {**plan.source, **where, "stamp": release.stamp()}

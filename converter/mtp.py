@@ -88,4 +88,4 @@ def _recipe(options: Options) -> Options:
     quant = options.quant
     if quant is not None and quant.method in CALIBRATED:
         quant = replace(quant, method="search")
-    return replace(options, quant=quant, predicate=None, calibration=None)
+    return Options(dtype=options.dtype, quant=quant)

@@ -6,12 +6,17 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from arch_maps.config import stored_dtype
+from arch_maps.ops import RowReader
 from arch_maps.registry import ArchMap
+from converter.adapter import Fusion, fuse, read_adapter
+from converter.adapter.torch_folder import fused_folder
+from converter.allocating import allocated
 from converter.calibrated import statistics_of
 from converter.decode import DecodingReader, decoded
 from converter.errors import ConvertError, PlanError, UsageError
@@ -56,6 +61,8 @@ class Request:
     """Text of the calibrated methods; None for the built-in one."""
     trust_remote_code: bool = False
     maps: MapChoice = WRITTEN
+    adapter_path: Path | None = None
+    """LoRA or DoRA that is fused into the release."""
     mtp: bool = False
     """Whether the release's further-token layers become a drafter beside each output."""
     command: str = ""
@@ -72,10 +79,11 @@ class Planned:
 
     release: Release
     source: Source
-    """The release's tensors, its own quantization decoded."""
+    """The release's tensors, its own quantization decoded and an adapter fused in."""
     plans: tuple[Plan, ...]
     decoding: Mapping[str, Any]
     arch: ArchMap
+    fusion: Fusion | None = None
     drafters: tuple[Plan, ...] = ()
     """One beside each plan, or none at all."""
 
@@ -91,10 +99,20 @@ class Converted:
     arch: ArchMap
     target: Path | None = None
     """The output that this one drafts for."""
+    fusion: Fusion | None = None
+
+    def reference(self, *, workers: int) -> AbstractContextManager[Path]:
+        """The torch checkpoint that the output must compute like: the release, or it fused."""
+        if self.fusion is None:
+            return nullcontext(self.release.local())
+        return fused_folder(self.release, self.fusion, beside=self.folder, workers=workers)
 
 
-def plan_request(request: Request) -> Planned:
-    """Decide everything from headers; raises PlanError with every problem."""
+def plan_request(request: Request, console: Console | None = None) -> Planned:
+    """Decide everything from headers; raises PlanError with every problem.
+
+    Only a recipe with a target size reads weights, and says so on ``console``.
+    """
     back = request.dequantize or any(r.target == "torch" for r in request.recipes)
     release = open_release(request.hf_path, revision=request.revision, allow_mlx=back)
     if back and release.source.mlx is None:
@@ -107,6 +125,9 @@ def plan_request(request: Request) -> Planned:
     source, decoding = decoded(release.source) if back else (release.source, {})
     arch = choose_map(source, request.maps)
     plans: list[Plan] = []
+    fusion = None
+    if back and request.adapter_path is not None:
+        raise UsageError("--adapter-path is fused into a torch release: leave -d and --to out")
     if back:
         _require_written_map(release, request.maps)
         kept = _kept_facts(release)
@@ -114,8 +135,30 @@ def plan_request(request: Request) -> Planned:
             plans.append(build_back_plan(source, arch, options, origin=release.origin, **kept))
     else:
         match = match_release(source, arch)
+        origin = release.origin
+        if request.adapter_path is not None:
+            adapter = read_adapter(request.adapter_path)
+            fusion = fuse(source, match, adapter, origin=origin, name=release.name)
+            source, origin = fusion.source, {**origin, "adapter": adapter.record()}
+            release = replace(release, name=f"{release.name}-{adapter.name}")
         for options in request.recipes:
-            plans.append(build_plan(source, match, options, origin=release.origin))
+            plan = build_plan(source, match, options, origin=origin)
+            if options.targeted:
+                console = console or Console(quiet=True)
+                with console.progress("download", unit="bytes") as tick:
+                    release = fetch(release, progress=tick)
+                source = replace(source, root=release.source.root, files=release.source.files)
+                found = allocated(
+                    plan,
+                    release,
+                    fusion,
+                    data=request.calibration_data,
+                    console=console,
+                    workers=request.thread_count,
+                    trust_remote_code=request.trust_remote_code,
+                )
+                plan = build_plan(source, match, found, origin=origin)
+            plans.append(plan)
         if not request.maps.written:
             for plan in plans:
                 check_reload(plan, arch.runtimes[:1], model_file=request.maps.model_file)
@@ -127,6 +170,7 @@ def plan_request(request: Request) -> Planned:
         plans=tuple(plans),
         decoding=decoding,
         arch=arch,
+        fusion=fusion,
         drafters=tuple(
             plan_drafter(source, plan, origin=release.origin)
             for plan in (plans if request.mtp else ())
@@ -151,7 +195,7 @@ def output_folders(request: Request, planned: Planned) -> list[Path]:
 
 def convert(request: Request, console: Console) -> list[Converted]:
     """Plan, fetch, execute and finish; the outputs are whole when this returns."""
-    planned = plan_request(request)
+    planned = plan_request(request, console)
     targets = output_folders(request, planned)
     drafters = [drafter_folder(out) for out in targets] if planned.drafters else []
     plans, folders = (*planned.plans, *planned.drafters), [*targets, *drafters]
@@ -186,6 +230,7 @@ def convert(request: Request, console: Console) -> list[Converted]:
             release=release,
             arch=planned.arch,
             target=target,
+            fusion=planned.fusion,
         )
         for plan, out, target in zip(plans, folders, beside, strict=True)
     ]
@@ -218,25 +263,35 @@ def _execute_all(
 ) -> None:
     from contextlib import ExitStack
 
-    jobs = [
-        Job(
-            plan,
-            work_folder(out, plan.hash),
-            statistics_of(
+    fused: AbstractContextManager[Path | None] = nullcontext()
+    if planned.fusion is not None and any(plan.options.calibration for plan, _ in todo):
+        beside, workers = todo[0][1], request.thread_count
+        fused = fused_folder(release, planned.fusion, beside=beside, workers=workers)
+    with fused as folder:
+        jobs = [
+            Job(
                 plan,
-                release,
-                data=request.calibration_data,
-                console=console,
-                trust_remote_code=request.trust_remote_code,
-            ),
-        )
-        for plan, out in todo
-    ]
+                work_folder(out, plan.hash),
+                statistics_of(
+                    plan,
+                    release,
+                    data=request.calibration_data,
+                    console=console,
+                    trust_remote_code=request.trust_remote_code,
+                    folder=folder,
+                ),
+            )
+            for plan, out in todo
+        ]
     with ExitStack() as stack:
         for job in jobs:
             stack.enter_context(locked(job.work))
         reader = stack.enter_context(release.source.open())
-        rows = DecodingReader(reader, source, planned.decoding) if planned.decoding else reader
+        rows: RowReader = reader
+        if planned.decoding:
+            rows = DecodingReader(reader, source, planned.decoding)
+        if planned.fusion is not None:
+            rows = stack.enter_context(planned.fusion.open(rows))
         try:
             with console.progress("convert", unit="units") as tick:
                 digests = execute(

@@ -153,20 +153,35 @@ def unproven_text(report: Mapping[str, Any], out: Path) -> str:
     )
 
 
-@contextmanager
 def _written_weights(
     out: Path, source: Path, plan: Plan | None, workers: int, arch: ArchMap | None
-) -> Iterator[Path | None]:
+) -> AbstractContextManager[Path | None]:
     """A torch checkpoint of the weights as written, where they are not those of the release."""
     if plan is not None and _lossless(plan):
-        yield None
-        return
+        return nullcontext()
+    logical, specs = decoded(open_folder(out, allow_mlx=True), dtype="F32")
+    arch = arch or find_map(logical.config)
+    if plan is None and not specs and not _arithmetic(arch, logical.config):
+        return nullcontext()
+    return written_weights(out, source, arch=arch, workers=workers)
+
+
+@contextmanager
+def written_weights(
+    out: Path,
+    source: Path,
+    *,
+    arch: ArchMap | None = None,
+    workers: int = 2,
+    scratch: Path | None = None,
+) -> Iterator[Path]:
+    """A torch checkpoint of the weights that ``out`` holds, as float32, under the release's names.
+
+    It lies hidden beside ``out``, or in ``scratch``, and goes with the context.
+    """
     checkpoint = open_folder(out, allow_mlx=True)
     logical, specs = decoded(checkpoint, dtype="F32")
     arch = arch or find_map(logical.config)
-    if plan is None and not specs and not _arithmetic(arch, logical.config):
-        yield None
-        return
     release = open_folder(source)
     carried = {
         drop.name: release.tensors[drop.name]
@@ -181,8 +196,9 @@ def _written_weights(
         torch_config=start(release.config),
         carried=carried,
     )
-    with explain(out.parent):
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.reference-", dir=out.parent))
+    parent = scratch or out.parent
+    with explain(parent):
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.reference-", dir=parent))
     try:
         with checkpoint.open() as mine, release.open() as theirs:
             reader = _Beside(DecodingReader(mine, logical, specs), theirs, set(carried))

@@ -123,6 +123,8 @@ def _quantization_text(data: dict[str, Any]) -> str:
     if quant is None:
         return ""
     mixed = f", {recipe['predicate']}" if recipe["predicate"] else ""
+    if recipe.get("target_size"):
+        return f"formats chosen for each matrix, {data['bits_per_weight']:.2f} bits per weight"
     return (
         f"{quant['bits']}-bit {quant['mode']}, group size {quant['group_size']}{mixed}, "
         f"{data['bits_per_weight']:.2f} bits per weight"

@@ -111,7 +111,7 @@ def plan_tables(plan: Plan, *, workers: int) -> str:
     console.print(
         f"\n{plan.model_type} ({plan.layout} layout), plan {plan.hash[:12]}\n"
         f"parameters        {plan.parameters:,}\n"
-        f"bits per weight   {plan.bits_per_weight:.3f}\n"
+        f"bits per weight   {plan.bits_per_weight:.3f}{_chosen(plan)}\n"
         f"reads             {size_text(plan.source_bytes)}\n"
         f"writes            {size_text(plan.output_bytes)} in {len(plan.shards)} file(s), "
         f"largest tensor {size_text(largest)}\n"
@@ -122,6 +122,19 @@ def plan_tables(plan: Plan, *, workers: int) -> str:
     return buffer.getvalue()
 
 
+def _chosen(plan: Plan) -> str:
+    """How the formats of an allocation were chosen."""
+    found = plan.options.allocation
+    if found is None:
+        return ""
+    if found.basis == "weights":
+        return f", formats chosen for {plan.options.target_text} by the weights alone"
+    return (
+        f", formats chosen for {plan.options.target_text} by activations; "
+        f"expected mean KL {found.expected:.3g} nats"
+    )
+
+
 def verdict_text(report: Mapping[str, Any], out: Path) -> str:
     """The checks of a parity report and its verdict, for a terminal."""
     rows = [("", "runtime", "input", "check", "value", "gate")]
@@ -130,6 +143,8 @@ def verdict_text(report: Mapping[str, Any], out: Path) -> str:
         known = check["verdict"] == "fail" or check["name"] in ("deviation", REFERENCE)
         if known and check.get("note"):
             notes[f"{check['name']}: {check['note']}"] = None
+        if check["name"] == "loss" and "kl_p999" in check.get("metrics", {}):
+            notes[_quality_text(check)] = None
         rows.append(
             (
                 str(check["verdict"]),
@@ -152,6 +167,18 @@ def verdict_text(report: Mapping[str, Any], out: Path) -> str:
     if verdict == "unproven":
         verdict += f" ({NOT_COMPARED})"
     return "\n".join([*lines, f"parity: {verdict}  {out / 'parity.html'}"])
+
+
+def _quality_text(check: Mapping[str, Any]) -> str:
+    """The figures of a loss row; ``convert compare`` measures them on a longer text."""
+    m = {key: _number(value) for key, value in check["metrics"].items()}
+    return (
+        f"loss in {check['runtime'].replace('_', '-')}: perplexity x {m['perplexity_ratio']} ± "
+        f"{m['perplexity_ratio_error']}; KL mean {m['kl_mean']} ± {m['kl_mean_error']}, median "
+        f"{m['kl_median']}, p90 {m['kl_p90']}, p99 {m['kl_p99']}, p99.9 {m['kl_p999']}, max "
+        f"{m['kl_max']}; same top token {m['top1']} ± {m['top1_error']}; RMS of probability "
+        f"change {m['moved_rms']}"
+    )
 
 
 def _number(value: Any) -> str:

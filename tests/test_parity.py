@@ -189,6 +189,10 @@ def test_quantized_output_is_judged_twice(source: Path, quantized: tuple[Path, P
     losses = rows(report, "loss")
     assert {check.verdict for check in losses} == {"info"}
     assert all(check.value > 1e-3 and check.metrics["top1"] < 1 for check in losses)
+    for check in losses:
+        figures = [check.metrics[f"kl_{name}"] for name in ("median", "p90", "p99", "p999", "max")]
+        assert figures == sorted(figures)
+        assert check.metrics["perplexity_ratio"] > 0
     strict = judge(source, q4, dequantized=dense, kl_threshold=1e-6)
     assert failed(strict) == {"loss"}
     assert judge(source, q4, dequantized=dense, kl_threshold=50.0).verdict == "pass"

@@ -96,6 +96,101 @@ def distribution_chart(check: Mapping[str, Any]) -> Chart | None:
     )
 
 
+@dataclass(frozen=True)
+class Dot:
+    """One point of a scatter chart, and the index of its colour."""
+
+    name: str
+    x: float
+    y: float
+    colour: int
+    hollow: bool
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Points over a linear horizontal and a logarithmic vertical axis, and a line through some."""
+
+    title: str
+    x_label: str
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    dots: tuple[Dot, ...]
+    front: str
+    """SVG polyline points of the Pareto front, steps included."""
+
+
+def pareto_chart(
+    points: Sequence[tuple[str, float, float, bool]], *, title: str, x_label: str
+) -> Scatter | None:
+    """(name, x, y, hollow) points, less of both being better, and the front of the best.
+
+    Colours go by place in ``points``. None without a point that has a positive y; a value of zero
+    has no place on a logarithmic axis.
+    """
+    shown = [(i, *point) for i, point in enumerate(points) if 0 < point[2] < math.inf]
+    if not shown:
+        return None
+    xs = [x for _, _, x, _, _ in shown]
+    first, last = math.floor(min(xs)), math.ceil(max(xs))
+    last = max(last, first + 1)
+    low, high = _decades([y for _, _, _, y, _ in shown], None)
+
+    def at(x: float) -> float:
+        return _x(x - first, last - first)
+
+    front: list[tuple[float, float]] = []
+    for _, _, x, y, _ in sorted(shown, key=lambda point: point[2:4]):
+        if not front or y < front[-1][1]:
+            front += [(x, front[-1][1])] if front else []
+            front.append((x, y))
+    step = max(1, (last - first) // 8)
+    return Scatter(
+        title=title,
+        x_label=x_label,
+        x_ticks=tuple(Tick(at(x), str(x)) for x in range(first, last + 1, step)),
+        y_ticks=_log_ticks(low, high),
+        dots=tuple(
+            Dot(name, at(x), _y(y, low, high), index % 8, hollow)
+            for index, name, x, y, hollow in shown
+        ),
+        front=_points([at(x) for x, _ in front], [_y(y, low, high) for _, y in front]),
+    )
+
+
+def layer_chart(
+    series: Sequence[tuple[str, Sequence[float]]], *, title: str, x_label: str
+) -> Chart | None:
+    """One line over layer numbers for each series; None without a positive value.
+
+    Colours go by place in ``series``; an empty one has no line.
+    """
+    values = [value for _, line in series for value in line]
+    if not any(0 < value < math.inf for value in values):
+        return None
+    low, high = _decades(values, None)
+    longest = max(len(line) for _, line in series)
+    return Chart(
+        title=title,
+        x_label=x_label,
+        x_ticks=_linear_ticks(longest),
+        y_ticks=_log_ticks(low, high),
+        lines=tuple(
+            Line(
+                name,
+                _points(
+                    [_x(i, max(1, longest - 1)) for i in range(len(line))],
+                    [_y(value, low, high) for value in line],
+                ),
+                index % 8,
+            )
+            for index, (name, line) in enumerate(series)
+            if line
+        ),
+        threshold=None,
+    )
+
+
 def depth_chart(check: Mapping[str, Any]) -> Chart | None:
     """How the error grows from module to module, beside the reference's own noise."""
     case = check["cases"][0] if check["cases"] else None

@@ -1,6 +1,6 @@
 """Turn pairs of outputs into checks: what is measured, against which threshold."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -39,9 +39,18 @@ def logits_check(name: str, *, modality: str, runtime: str, pairs: Pairs) -> Che
 
 
 def loss_check(
-    *, modality: str, runtime: str, pairs: Pairs, kl_threshold: float | None, what: str
+    *,
+    modality: str,
+    runtime: str,
+    pairs: Pairs,
+    kl_threshold: float | None,
+    what: str,
+    statistics: Mapping[str, float] | None = None,
 ) -> Check:
-    """KL from the original, reported; gated on its mean only when the user sets a threshold."""
+    """KL from the original, reported; gated on its mean only when the user sets a threshold.
+
+    ``statistics`` are further figures of the same positions.
+    """
     compared = [(prompt, _compare(a, b)) for prompt, a, b in pairs]
     summary = summarize([c for _, c in compared])
     return Check(
@@ -52,7 +61,7 @@ def loss_check(
         threshold=kl_threshold,
         verdict=at_most(summary.kl_mean, kl_threshold),
         note=what,
-        metrics=asdict(summary),
+        metrics={**asdict(summary), **(statistics or {})},
         cases=tuple(_case(prompt, c, float(c.kl.mean())) for prompt, c in compared),
     )
 

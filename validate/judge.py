@@ -17,12 +17,17 @@ from validate.listening import audio_inputs
 from validate.loaded import compare_loaded
 from validate.looking import image_inputs, medium
 from validate.metrics import compare_logits, different_ids
+from validate.quality import joined, score, statistics
 from validate.runtime import Logits, MlxRuntime, RuntimeRefusal, Steps
 from validate.where.compare import Where
 from validate.where.row import locate, where_check
 
 _PACKED_TOKENS: Final = 4
 _SHOWN: Final = 8
+_STATISTICS: Final = (
+    *("perplexity", "perplexity_ratio", "perplexity_ratio_error", "kl_mean_error", "kl_median"),
+    *("kl_p90", "kl_p999", "top1_error", "moved_rms"),
+)
 
 
 @dataclass(frozen=True)
@@ -341,8 +346,21 @@ def _loss(job: Judgement, found: Found, answers: Answers, modality: str, runs: R
             ],
             kl_threshold=job.kl_threshold,
             what="KL of the output's softmax from the original's, nats per position",
+            statistics=_statistics(answers, runs) if modality not in MEDIA_FILES else None,
         )
     )
+
+
+def _statistics(answers: Answers, runs: Runs) -> dict[str, float]:
+    """llama.cpp's figures over the prompts' own tokens; none where a prompt has other positions."""
+    parts = []
+    for index, steps in runs:
+        ids, reference = answers.exact[index].question.ids, answers.original[index]
+        if len(ids) != len(reference) or reference.shape != steps.prefill.shape or len(ids) < 2:
+            return {}
+        parts.append(score(reference[:-1], steps.prefill[:-1], ids[1:]))
+    found = statistics(joined(parts))
+    return {name: found[name] for name in _STATISTICS}
 
 
 def _noise(job: Judgement, found: Found, answers: Answers) -> None:

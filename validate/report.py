@@ -44,20 +44,11 @@ def write_report(
 
 def render_html(data: Mapping[str, Any]) -> str:
     """One page from the content of parity.json: no scripts, nothing fetched, all text escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["figure"] = figure
     counts = {word: 0 for word in _WORDS}
     for check in data["checks"]:
         counts[check["verdict"]] += 1
-    return environment.get_template("parity.html.j2").render(
+    return page(
+        "parity.html.j2",
         report=data,
         headings=_HEADINGS,
         counts=[(counts[key], word, key) for key, word in _WORDS.items()],
@@ -69,6 +60,21 @@ def render_html(data: Mapping[str, Any]) -> str:
         gauge=gauge,
         box={"w": WIDTH, "h": HEIGHT, "l": LEFT, "r": RIGHT, "t": TOP, "b": BOTTOM},
     )
+
+
+def page(template: str, **values: Any) -> str:
+    """A template of this package filled in, everything in it escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["figure"] = figure
+    return environment.get_template(template).render(**values)
 
 
 def figure(value: Any) -> str:

@@ -61,6 +61,7 @@ def plan(**given: Any) -> None:
 @opt.source()
 @click.option("--mlx-path", type=click.Path(path_type=Path), required=True, help="The checkpoint.")
 @opt.map_file
+@opt.adapter
 @opt.proof
 @click.option("--json", "as_json", is_flag=True, help="Print parity.json.")
 def validate(**given: Any) -> None:
@@ -90,6 +91,22 @@ def kv(out: Path, **given: Any) -> None:
     from converter.cli.convert import kv_command
 
     kv_command(out, given)
+
+
+@cli.command()
+@click.argument("outputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@opt.source(required=False)
+@opt.adapter
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text; default: a shipped one.")
+@click.option("--length", type=click.IntRange(16), default=512, show_default=True, help="Tokens.")
+@click.option("--windows", type=click.IntRange(1), default=16, show_default=True, help="At most.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page with charts here.")
+def compare(outputs: tuple[Path, ...], **given: Any) -> None:
+    """Set outputs of one release side by side: size, KL, perplexity, and plain rounding's."""
+    from converter.cli.convert import compare_command
+
+    compare_command(outputs, given)
 
 
 @cli.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ def convert_command(given: dict[str, Any]) -> None:
 def plan_command(given: dict[str, Any]) -> None:
     """convert plan: show what would be done."""
     request = request_from({**given, "mlx_path": None, "overwrite": False})
-    planned = plan_request(request)
+    planned = plan_request(request, Console(quiet=given["as_json"]))
     if given["as_json"]:
         data = [plan.to_json() for plan in (*planned.plans, *planned.drafters)]
         click.echo(json.dumps(data[0] if len(data) == 1 else data, indent=1))
@@ -65,6 +66,7 @@ def plan_command(given: dict[str, Any]) -> None:
 
 def validate_command(given: dict[str, Any]) -> None:
     """convert validate: the parity report of an existing checkpoint."""
+    from converter.adapter.output import reference_of_output
     from converter.maps import map_of_output
     from converter.proof import prove, prove_drafter
     from converter.release import fetch, open_release
@@ -77,19 +79,17 @@ def validate_command(given: dict[str, Any]) -> None:
     if given["draft_for"] is not None:
         report = prove_drafter(out, target=given["draft_for"], console=console)
     else:
-        report = prove(
-            out,
-            source=release.local(),
-            console=console,
-            kl_threshold=given["kl_threshold"],
-            trust_remote_code=given["trust_remote_code"],
-            arch=map_of_output(
+        trust = given["trust_remote_code"]
+        arch = map_of_output(out, release.source, given["map_file"], trust_remote_code=trust)
+        with reference_of_output(out, release, arch, given["adapter_path"]) as reference:
+            report = prove(
                 out,
-                release.source,
-                given["map_file"],
-                trust_remote_code=given["trust_remote_code"],
-            ),
-        )
+                source=reference,
+                console=console,
+                kl_threshold=given["kl_threshold"],
+                trust_remote_code=trust,
+                arch=arch,
+            )
     if given["as_json"]:
         click.echo(json.dumps(report, indent=1))
     else:
@@ -109,6 +109,33 @@ def kv_command(out: Path, given: dict[str, Any]) -> None:
         write_card(out)
     if given["as_json"]:
         click.echo(json.dumps(report, indent=1))
+
+
+def compare_command(outputs: tuple[Path, ...], given: dict[str, Any]) -> None:
+    """convert compare: outputs of one release side by side."""
+    from converter.comparing import Comparison, compare
+    from validate.checks import finite
+    from validate.compare_report import comparison_html, print_comparison
+
+    report = compare(
+        Comparison(
+            outputs=outputs,
+            hf_path=given["hf_path"],
+            revision=given["revision"],
+            text=given["text"],
+            length=given["length"],
+            windows=given["windows"],
+            adapter_path=given["adapter_path"],
+            trust_remote_code=given["trust_remote_code"],
+        ),
+        Console(quiet=given["as_json"]),
+    )
+    if given["html"] is not None:
+        given["html"].write_text(comparison_html(report), encoding="utf-8")
+    if given["as_json"]:
+        click.echo(json.dumps(finite(report), indent=1))
+    else:
+        print_comparison(report)
 
 
 def verify_command(out: Path) -> None:
@@ -134,6 +161,7 @@ def request_from(given: dict[str, Any]) -> Request:
             file=given["map_file"],
             model_file=given["model_file"],
         ),
+        adapter_path=given["adapter_path"],
         mtp=given["mtp"],
         command=command_text(sys.argv[1:]),
     )
@@ -192,16 +220,17 @@ def _prove_and_publish(
         if target is not None:
             report = prove_drafter(out, target=target, console=console)
         else:
-            report = prove(
-                out,
-                source=output.release.local(),
-                console=console,
-                plan=output.plan,
-                kl_threshold=given["kl_threshold"],
-                trust_remote_code=given["trust_remote_code"],
-                workers=workers,
-                arch=output.arch,
-            )
+            with output.reference(workers=workers) as reference:
+                report = prove(
+                    out,
+                    source=reference,
+                    console=console,
+                    plan=output.plan,
+                    kl_threshold=given["kl_threshold"],
+                    trust_remote_code=given["trust_remote_code"],
+                    workers=workers,
+                    arch=output.arch,
+                )
         repo = None
         if requested is not None:
             from converter.naming import output_name
@@ -255,7 +284,8 @@ def _recipes(given: dict[str, Any]) -> list[Options]:
     try:
         if given["variants"] is not None:
             return _variants(given)
-        quantize = given["quantize"] or bool(given["quant_predicate"])
+        target = _target(given)
+        quantize = given["quantize"] or bool(given["quant_predicate"]) or bool(target)
         if not quantize and (named := _quantizing(given)):
             raise UsageError(f"{named[0]}: has no effect without -q")
         if quantize and given["dequantize"]:
@@ -271,7 +301,8 @@ def _recipes(given: dict[str, Any]) -> list[Options]:
                 quant=quant,
                 predicate=given["quant_predicate"],
                 target=given["target"],
-                calibration=_calibration(given, quant),
+                calibration=_calibration(given, quant, target=bool(target)),
+                **target,
             )
         ]
     except ValueError as error:
@@ -282,9 +313,40 @@ def _quantized(given: dict[str, Any], quant: QuantSpec) -> Options:
     return Options(dtype=given["dtype"], quant=quant, calibration=_calibration(given, quant))
 
 
-def _calibration(given: dict[str, Any], quant: QuantSpec | None) -> Calibration | None:
-    """What the flags say about calibration text, None where the method needs none."""
-    if quant is None or quant.method not in CALIBRATED:
+def _target(given: dict[str, Any]) -> dict[str, Any]:
+    """What the flags say about a size to choose formats for; nothing where they ask for none."""
+    if given["q_target_bpw"] is None and given["q_target_size"] is None:
+        return {}
+    own = [f for f in _quantizing(given) if f in ("--q-bits", "--q-mode")]
+    own += ["--quant-predicate"] if given["quant_predicate"] else []
+    if own:
+        raise UsageError(f"{own[0]}: --q-target-bpw and --q-target-size choose it themselves")
+    size = None if given["q_target_size"] is None else _bytes(given["q_target_size"])
+    return {
+        "target_bits": given["q_target_bpw"],
+        "target_bytes": size,
+        "target_group_size": given["q_group_size"],
+    }
+
+
+def _bytes(text: str) -> int:
+    """A size such as 4.2GB or 900MiB in bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?\s*", text)
+    if match is None:
+        raise UsageError(f"--q-target-size {text}: give a size such as 4.2GB or 900MiB")
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _calibration(
+    given: dict[str, Any], quant: QuantSpec | None, *, target: bool = False
+) -> Calibration | None:
+    """What the flags say about calibration text, None where nothing needs any.
+
+    A ``target`` takes text for its own sake, where it is given.
+    """
+    asked = target and any(given[name] is not None for name in _CALIBRATION)
+    if quant is None or (quant.method not in CALIBRATED and not asked):
         if named := [f"--{n.replace('_', '-')}" for n in _CALIBRATION if given[n] is not None]:
             raise UsageError(f"{named[0]}: has no effect without --q-method imatrix or gptq")
         return None
@@ -314,6 +376,8 @@ def _variants(given: dict[str, Any]) -> list[Options]:
     own += ["-q"] if given["quantize"] else []
     own += ["--quant-predicate"] if given["quant_predicate"] else []
     own += ["-d"] if given["dequantize"] else []
+    own += ["--q-target-bpw"] if given["q_target_bpw"] is not None else []
+    own += ["--q-target-size"] if given["q_target_size"] is not None else []
     own += ["--to"] if given["target"] != "mlx" else []
     if own:
         raise UsageError(f"--variants names its own quantization; leave {', '.join(own)} out")

@@ -60,6 +60,12 @@ recipe = _all(
     click.option("--calibration-sequences", type=click.IntRange(1), help="Default: 64."),
     click.option("--calibration-length", type=click.IntRange(8), help="Tokens each; default: 512."),
     click.option("--quant-predicate", help="A stock mixed recipe such as mixed_4_6."),
+    click.option(
+        "--q-target-bpw",
+        type=click.FloatRange(1, 32),
+        help="Choose the format of each matrix for this many bits per weight; reads the weights.",
+    ),
+    click.option("--q-target-size", help="The same for a size of the weight files, such as 4.2GB."),
     click.option("-d", "--dequantize", is_flag=True, help="Plain weights from an MLX checkpoint."),
     click.option("--to", "target", type=click.Choice(["mlx", "torch"]), default="mlx"),
     click.option("--variants", help="Several outputs from one read, such as bf16,8bit,4bit,mxfp4."),
@@ -69,6 +75,12 @@ map_file = click.option(
     "--map-file",
     type=click.Path(path_type=Path),
     help="Your own map: a Python file that defines MAP. It is executed.",
+)
+
+adapter = click.option(
+    "--adapter-path",
+    type=click.Path(path_type=Path),
+    help="LoRA or DoRA (PEFT's layout or mlx-lm's) that is fused into the release's weights.",
 )
 
 mapping = _all(
@@ -84,6 +96,7 @@ mapping = _all(
         type=click.Path(path_type=Path),
         help="MLX model code that the output brings along, for a type that no runtime has.",
     ),
+    adapter,
     click.option(
         "--mtp",
         is_flag=True,

@@ -239,6 +239,9 @@ def _quantization(
     base = options.quant
     if base is None:
         return lambda rule: None
+    allocation = options.allocation
+    if allocation is not None:
+        return lambda rule: allocation.specs[rule.module] if rule.quantizable else None
     if not options.predicate:
         return lambda rule: base if rule.quantizable else None
     from quant.mixed import mixed_recipe

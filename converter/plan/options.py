@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from arch_maps.dtypes import TORCH_NAMES
+from quant.allocate import Allocation
 from quant.calibrate.text import Calibration
 from quant.recipe import CALIBRATED, QuantSpec
 
@@ -24,14 +25,27 @@ class Options:
     target: Target = "mlx"
     calibration: Calibration | None = None
     """Which text calibrates; needed by the methods that weigh or propagate activations."""
+    target_bits: float | None = None
+    """Bits per weight that the whole may have, for ``--q-target-bpw``."""
+    target_bytes: int | None = None
+    """Bytes that the weight files may have, for ``--q-target-size``."""
+    target_group_size: int | None = None
+    """The only group size to choose from, None for all."""
+    allocation: Allocation | None = None
+    """What was chosen for the target; ``quant`` is then the spec of most weights."""
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in MLX_DTYPES:
             raise ValueError(f"--dtype is {self.dtype!r}, not one of {', '.join(MLX_DTYPES)}")
         if self.predicate and self.quant is None:
             raise ValueError("--quant-predicate needs -q")
+        if self.targeted and (self.quant is None or self.predicate):
+            raise ValueError(f"{self.target_text} chooses the formats of -q by itself")
+        if self.target_bits is not None and self.target_bytes is not None:
+            raise ValueError("--q-target-bpw and --q-target-size are two targets; give one")
         needed = self.quant is not None and self.quant.method in CALIBRATED
-        if needed != (self.calibration is not None):
+        given = self.calibration is not None
+        if needed != given and not (given and self.targeted):
             method = self.quant.method if self.quant else "rtn"
             raise ValueError(
                 f"--q-method {method} needs calibration text"
@@ -47,8 +61,24 @@ class Options:
         return TORCH_NAMES[self.dtype] if self.dtype else None
 
     @property
+    def targeted(self) -> bool:
+        """Whether formats are chosen for a size."""
+        return self.target_bits is not None or self.target_bytes is not None
+
+    @property
+    def target_text(self) -> str:
+        """The target as the command line states it."""
+        if self.target_bytes is not None:
+            return f"--q-target-size {self.target_bytes}"
+        return f"--q-target-bpw {self.target_bits or 0:g}"
+
+    @property
     def suffix(self) -> str:
         """What the name of the output says about it: ``4bit``, ``mxfp4``, ``bf16`` ..."""
+        if self.target_bits is not None:
+            return f"{self.target_bits:g}bpw"
+        if self.target_bytes is not None:
+            return f"{self.target_bytes / 1e9:.3g}GB"
         if self.predicate:
             return self.predicate.removesuffix("_recipe").replace("_", "-")
         if self.quant is not None:
@@ -70,4 +100,8 @@ class Options:
         }
         if self.calibration is not None:
             recipe["calibration"] = self.calibration.to_json()
+        if self.targeted:
+            recipe["target_size"] = {"bits": self.target_bits, "bytes": self.target_bytes}
+        if self.allocation is not None:
+            recipe["allocation"] = self.allocation.to_json()
         return recipe

@@ -95,6 +95,17 @@ class Blocks:
         finally:
             hook.remove()
 
+    def logits(self, row: Tensor, state: Tensor) -> Tensor:
+        """What the model makes of the last block's output ``state``; gradients pass."""
+        self.model.requires_grad_(False)
+        if self.head is not None:
+            self.head.float()
+        with ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(_replaced(block, lambda hidden, *a, **k: state))
+            found: Tensor = self.model(input_ids=row, use_cache=False).logits
+            return found.float()
+
     def _record_settings(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """What each block is given besides the hidden states; it depends on the length alone."""
         found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

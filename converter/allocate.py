@@ -1,0 +1,370 @@
+"""The measuring pass of ``--q-target-bpw``: what each matrix loses in each format, and the choice.
+
+All else is planned from headers; this reads the weights once, a sample of rows of each matrix, and
+with calibration text runs the reference forwards and backwards once. What it found is cached, and
+the allocation is part of the plan from then on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from arch_maps.facts import Facts
+from arch_maps.ops import RowReader, evaluate, streamable
+from arch_maps.ops import Source as Leaf
+from arch_maps.rules import Kind, Rule
+from converter.errors import PlanError, UsageError
+from converter.plan.build import pending_tensors
+from converter.plan.model import Output, Plan
+from converter.plan.options import Options
+from quant.allocate import FLOOR_BITS, Allocation, Choice, candidates, most_common, prior, solve
+from quant.errors import ElementError
+from quant.recipe import Method, QuantSpec
+
+SAMPLE: Final = 1 << 18
+"""Elements of each matrix that are quantized in every format."""
+_PIECES: Final = 32
+_TOLERANCE: Final = 0.01
+"""How far below its target an allocation may end."""
+_PROXY: Final[dict[Method, Method]] = {"mlx": "mlx", "rtn": "rtn", "search": "search"}
+"""Method that is measured: the calibrated ones as the weighted search that gives their grid."""
+
+Statistics = Any
+Measure = Callable[[Plan], Statistics]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Losses of every candidate of every matrix, in the order of ``specs``."""
+
+    outputs: tuple[Output, ...]
+    specs: tuple[QuantSpec, ...]
+    losses: np.ndarray
+    """[matrices, specs] float64, rounded to six digits; NaN where a spec does not fit."""
+    basis: str
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the losses."""
+        text = json.dumps([[_digits(v) for v in row] for row in self.losses.tolist()])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def allocate(draft: Plan, measured: Measured) -> Options:
+    """The options of ``draft`` with the allocation that meets its target; UsageError where none.
+
+    ``draft`` is the plan with one spec for all. Bytes are those of the stored tensors, and for a
+    size in bytes also of the headers.
+    """
+    options = draft.options
+    choices = _choices(draft, measured)
+    chosen = {choice.name for choice in choices}
+    fixed = sum(
+        tensor.nbytes
+        for out in draft.outputs
+        if out.rule.module not in chosen
+        for tensor in out.stored.values()
+    )
+    if options.target_bytes is None:
+        assert options.target_bits is not None
+        total = math.floor(options.target_bits * draft.parameters / 8)
+    else:
+        tensors = [t for out in draft.outputs for t in out.stored.values()]
+        headers = draft.output_bytes - sum(t.nbytes for t in tensors)
+        total = options.target_bytes - headers - 16 * len(tensors)  # numbers there may grow
+    least, most = (fixed + sum(pick(c.bytes) for c in choices) for pick in (min, max))
+    if not least <= total <= most:
+        raise UsageError(_unreachable(options, draft, least, most))
+    picked = solve(choices, total - fixed)
+    reached = fixed + sum(c.bytes[i] for c, i in zip(choices, picked, strict=True))
+    if reached < (1 - _TOLERANCE) * total:
+        bits = 8 * reached / draft.parameters
+        raise UsageError(
+            f"{options.target_text}: no choice of formats comes within 1 % of it; the nearest "
+            f"below is {bits:.3f} bits per weight, {reached} bytes"
+        )
+    try:
+        base = most_common(choices, picked)
+    except ValueError as error:
+        raise UsageError(f"{options.target_text}: {error}; leave -q out") from error
+    allocation = Allocation(
+        specs={c.name: c.specs[i] for c, i in zip(choices, picked, strict=True)},
+        base=base,
+        basis=measured.basis,
+        losses=measured.digest,
+        expected=sum(c.losses[i] for c, i in zip(choices, picked, strict=True)),
+    )
+    return replace(options, quant=base, allocation=allocation)
+
+
+def measure(
+    draft: Plan,
+    reader: RowReader,
+    *,
+    statistics: Statistics | None,
+    workers: int,
+    config: dict[str, Any],
+    progress: Callable[[int, int], None] | None = None,
+) -> Measured:
+    """The loss of every candidate format of every matrix of ``draft``, from a sample of its rows.
+
+    ``statistics`` are those of ``quant.calibrate.fisher``, None to judge by the weights alone;
+    ``config`` is the release's, for its number of layers. Raises PlanError for damaged weights.
+    """
+    options = draft.options
+    assert options.quant is not None
+    specs = candidates(options.quant.method, group_size=options.target_group_size)
+    outputs = measurable(draft)
+    method = _PROXY.get(options.quant.method, "search" if statistics is None else "imatrix")
+    layers = _layer_count(config)
+    headless = all(out.rule.kind is not Kind.HEAD for out in draft.outputs)
+
+    def one(out: Output) -> np.ndarray:
+        try:
+            rows, numbers = _sampled(out, reader)
+            return _errors(
+                out, rows, numbers, [replace(s, method=method) for s in specs], statistics
+            )
+        except ElementError as error:
+            raise PlanError([f"not finite: {out.rule.target}: {error}"]) from error
+
+    relative, found = np.empty((2, len(outputs), len(specs)))
+    with ThreadPoolExecutor(workers) as pool:
+        for row, errors in enumerate(pool.map(one, outputs)):
+            relative[row], found[row] = errors
+            if progress:
+                progress(row + 1, len(outputs))
+    priors = np.array(
+        [
+            prior(
+                head=_is_head(out, headless),
+                table=out.rule.kind is Kind.EMBEDDING,
+                layer=_layer(out.rule),
+                layers=layers,
+            )
+            for out in outputs
+        ]
+    )
+    losses = priors[:, None] * relative
+    known = np.array([not np.isnan(row).all() for row in found])
+    if known.any():  # what no text reached is brought to the scale of what it did
+        scale = float(np.median(np.nanmax(found[known] / losses[known], axis=1)))
+        losses = np.where(known[:, None], found, scale * losses)
+    rounded = np.array([[_digits(value) for value in row] for row in losses.tolist()], np.float64)
+    return Measured(
+        outputs=outputs,
+        specs=specs,
+        losses=rounded,
+        basis="weights" if statistics is None else "activations",
+    )
+
+
+def measurable(draft: Plan) -> tuple[Output, ...]:
+    """The outputs whose format is chosen: all that the map lets be quantized."""
+    return tuple(out for out in draft.outputs if out.rule.quantizable)
+
+
+def tasks_of(draft: Plan) -> list[Any]:
+    """What ``quant.calibrate.fisher`` is to watch: dense layers, head and embedding."""
+    from quant.calibrate.gather import Task
+
+    assert draft.options.quant is not None
+    return [
+        Task(
+            source=out.expr.name,
+            module=out.rule.module,
+            dtype=out.dtype,
+            spec=draft.options.quant,
+            table=out.rule.kind is Kind.EMBEDDING,
+        )
+        for out in measurable(draft)
+        if isinstance(out.expr, Leaf) and len(out.expr.shape) == 2
+    ]
+
+
+def _choices(draft: Plan, measured: Measured) -> list[Choice]:
+    recurrent = _recurrent(draft)
+    choices = []
+    for out, losses in zip(measured.outputs, measured.losses, strict=True):
+        shape = tuple(map(int, out.expr.shape))
+        kind = out.rule.kind
+        guarded = kind in (Kind.HEAD, Kind.EMBEDDING) or out.rule.module in recurrent
+        floor = FLOOR_BITS if guarded else 0
+        offered: list[tuple[QuantSpec | None, float]] = [
+            (spec, float(loss))
+            for spec, loss in zip(measured.specs, losses, strict=True)
+            if shape[-1] % spec.group_size == 0 and spec.bits >= floor
+        ]
+        offered.append((None, 0.0))
+        sizes = (
+            sum(t.nbytes for t in pending_tensors(out.rule.target, shape, out.dtype, spec).values())
+            for spec, _ in offered
+        )
+        choices.append(
+            Choice(
+                name=out.rule.module,
+                elements=out.elements,
+                specs=tuple(spec for spec, _ in offered),
+                bytes=tuple(sizes),
+                losses=tuple(loss for _, loss in offered),
+            )
+        )
+    return choices
+
+
+def _recurrent(draft: Plan) -> frozenset[str]:
+    """Modules beside the parameters of a recurrence: their errors pile up in its state."""
+    mixers = {out.rule.module for out in draft.outputs if out.rule.kind is Kind.STATE}
+    return frozenset(
+        out.rule.module
+        for out in draft.outputs
+        if out.rule.quantizable and out.rule.module.rpartition(".")[0] in mixers
+    )
+
+
+def _unreachable(options: Options, draft: Plan, least: int, most: int) -> str:
+    low, high = (8 * size / draft.parameters for size in (least, most))
+    return (
+        f"{options.target_text}: cannot be reached; this release can have {low:.3f} to {high:.3f} "
+        f"bits per weight ({least} to {most} bytes)"
+    )
+
+
+def _sampled(out: Output, reader: RowReader) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (n, columns) spread evenly over a matrix in its storage dtype, with their numbers."""
+    from quant.floats import cast
+
+    shape = tuple(map(int, out.expr.shape))
+    inner, columns = math.prod(shape[1:-1]), shape[-1]
+    wanted = max(1, SAMPLE // columns)
+    if streamable(out.expr):
+        each = max(1, wanted // (_PIECES * inner))
+        pieces = max(1, min(wanted // (each * inner), shape[0] // each))
+        if shape[0] * inner <= wanted:
+            each, pieces = shape[0], 1
+        starts = [i * (shape[0] - each) // max(1, pieces - 1) for i in range(pieces)]
+    else:
+        each, starts = shape[0], [0]
+    rows, numbers = [], []
+    step = max(1, len(starts) * each * inner // wanted)
+    for start in sorted(set(starts)):
+        block = evaluate(out.expr, reader, start, start + each).reshape(-1, columns)[::step]
+        rows.append(cast(np.ascontiguousarray(block), out.dtype))
+        numbers.append(np.arange(start * inner, (start + each) * inner)[::step])
+    return np.concatenate(rows), np.concatenate(numbers)
+
+
+def _errors(
+    out: Output,
+    rows: np.ndarray,
+    numbers: np.ndarray,
+    specs: Sequence[QuantSpec],
+    statistics: Statistics | None,
+) -> np.ndarray:
+    """(2, specs): squared error over energy, and loss by the statistics; NaN for none."""
+    from quant.weights import dequantize_rows, quantize_rows
+
+    pairs = _weights(out, statistics)
+    columns = None if not pairs else pairs[0][1]
+    wide = rows.astype(np.float64)
+    energy = float(np.square(wide).sum()) or 1.0
+    result = np.full((2, len(specs)), np.nan)
+    for index, spec in enumerate(specs):
+        if rows.shape[1] % spec.group_size:
+            continue
+        weights = columns if spec.method == "imatrix" else None
+        parts = quantize_rows(rows, spec, weights=weights)
+        if spec.mode == "affine":
+            parts |= {role: parts[role].astype(np.float32) for role in ("scales", "biases")}
+        squared = np.square(dequantize_rows(parts, spec, "F32") - wide)
+        result[0, index] = squared.sum() / energy
+        if pairs:
+            result[1, index] = sum(
+                0.5
+                * float((over_rows[numbers] * (squared * over_columns).sum(axis=1)).sum())
+                * float(over_rows.sum(dtype=np.float64))
+                / max(float(over_rows[numbers].sum(dtype=np.float64)), 1e-300)
+                for over_rows, over_columns in pairs
+            )
+    return result
+
+
+def _weights(out: Output, statistics: Statistics | None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The (row, column) weights of a matrix, the head's before the table's."""
+    from quant.calibrate.fisher import COLUMNS, LOOKED_UP, ROWS
+
+    if statistics is None or not isinstance(out.expr, Leaf):
+        return []
+    name = out.expr.name
+    return [
+        (statistics[f"{use}{ROWS}{name}"], statistics[f"{use}{COLUMNS}{name}"])
+        for use in ("", LOOKED_UP)
+        if f"{use}{ROWS}{name}" in statistics
+    ]
+
+
+def _is_head(out: Output, headless: bool) -> bool:
+    return out.rule.kind is Kind.HEAD or (headless and out.rule.kind is Kind.EMBEDDING)
+
+
+def _layer(rule: Rule) -> int | None:
+    numbers = [int(word) for word in rule.module.split(".") if word.isdigit()]
+    return numbers[0] if numbers else None
+
+
+def _layer_count(config: dict[str, Any]) -> int:
+    nested = config.get("text_config")
+    facts = Facts(nested if isinstance(nested, dict) else config)
+    for name in ("num_hidden_layers", "n_layer", "num_layers"):
+        if facts.data.get(name) is not None:
+            return int(facts.data[name])
+    return 1
+
+
+def _digits(value: float) -> float:
+    """Six significant digits: what no order of summing changes."""
+    return float(f"{value:.6g}")
+
+
+def cached(
+    draft: Plan,
+    content: str,
+    make: Callable[[], Measured],
+    *,
+    say: Callable[[str], None],
+) -> Measured:
+    """The losses from the cache, or by ``make``; ``content`` tells the weights from any others."""
+    from quant.calibrate.store import cache_file, load, save
+
+    options = draft.options
+    assert options.quant is not None
+    specs = candidates(options.quant.method, group_size=options.target_group_size)
+    outputs = measurable(draft)
+    basis = "weights" if options.calibration is None else "activations"
+    path: Path = cache_file(
+        "losses",
+        {
+            "source": draft.source,
+            "content": content,
+            "method": options.quant.method,
+            "specs": [spec.to_config() for spec in specs],
+            "outputs": [[out.rule.target, out.dtype] for out in outputs],
+            "calibration": options.calibration and options.calibration.to_json(),
+            "sample": SAMPLE,
+        },
+    )
+    if (found := load(path)) is not None:
+        say(f"allocation: reusing {path}")
+        return Measured(outputs=outputs, specs=specs, losses=found["losses"], basis=basis)
+    measured = make()
+    save(path, {"losses": measured.losses})
+    return measured
