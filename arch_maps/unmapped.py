@@ -10,8 +10,6 @@ UNMAPPED: Final[dict[str, str]] = {
     "hunyuan_vl": "mlx-vlm interpolates positions of pictures and orders rotary sections otherwise "
     "than the release; no map was proven",
     "inkling_mm_model": "not written yet",
-    "llama4_text": "mlx-vlm returns a bare array for tied heads, and with untied ones the two "
-    "runtimes want different names",
     "minimax": "the runtimes' module of that name computes MiniMax-M2, without lightning attention",
     "muse_spark": "its runtime module needs Metal",
     "nemotron_h_omni": "not written yet",
