@@ -7,8 +7,6 @@ UNMAPPED: Final[dict[str, str]] = {
     "diffusion_gemma": "not written yet; it writes by diffusion, which no check judges",
     "florence2": "an encoder and a decoder, which no check judges",
     "glm5_next": "not written yet",
-    "hunyuan_vl": "mlx-vlm interpolates positions of pictures and orders rotary sections otherwise "
-    "than the release; no map was proven",
     "inkling_mm_model": "not written yet",
     "minimax": "the runtimes' module of that name computes MiniMax-M2, without lightning attention",
     "muse_spark": "its runtime module needs Metal",
