@@ -5,7 +5,6 @@ from typing import Final
 UNMAPPED: Final[dict[str, str]] = {
     "bitnet": "the runtimes take packed ternary weights only, through a Metal kernel",
     "diffusion_gemma": "not written yet; it writes by diffusion, which no check judges",
-    "florence2": "an encoder and a decoder, which no check judges",
     "glm5_next": "not written yet",
     "inkling_mm_model": "not written yet",
     "minimax": "the runtimes' module of that name computes MiniMax-M2, without lightning attention",

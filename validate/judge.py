@@ -144,7 +144,8 @@ def compare_tokens(found: Found, model: MlxRuntime, questions: Iterable[Question
     Conversations are a row of their own where the runtime is known to write them its own way.
     """
     own = OWN_TEMPLATES.get((model.name, str(model.config.get("model_type"))))
-    cases, spoken = [], []
+    cases: list[CaseResult] = []
+    spoken: list[CaseResult] = []
     try:
         for question in questions:
             expected = question.tokenized
@@ -165,7 +166,7 @@ def compare_tokens(found: Found, model: MlxRuntime, questions: Iterable[Question
                 runtime=model.name,
                 value=differing,
                 verdict="info",
-                note=own,
+                note=str(own),
                 cases=tuple(spoken),
             )
         )

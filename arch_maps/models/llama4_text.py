@@ -1,4 +1,4 @@
-"""Llama 4's dense text models on their own (MobileLLM-R1): every layer rotates, the head is tied."""
+"""Llama 4's text stack on its own, dense (MobileLLM-R1): all layers rotate, the head is tied."""
 
 from __future__ import annotations
 

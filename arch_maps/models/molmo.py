@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from arch_maps import config as spell
 from arch_maps.facts import Dim, Facts
@@ -14,7 +14,7 @@ from arch_maps.vision import molmo_vit
 
 _ADDED = 128
 """Rows of the second table, which the release's own code adds for pictures' marks."""
-_ONLY = (
+_ONLY: Final[tuple[tuple[str, Any, str], ...]] = (
     ("attention_layer_norm", False, "the runtime does not norm queries and keys"),
     ("clip_qkv", None, "the runtime does not clip"),
     ("layer_norm_type", "rms", "the runtime has RMS norms"),
