@@ -17,6 +17,7 @@ def _facts(facts: Facts) -> Facts:
 
 def _tensors(root: Mount, facts: Facts, _: Layout) -> None:
     text = _facts(facts)
+    text.expect("tie_word_embeddings", True, default=False, why="mlx-lm cannot load another head")
     s = llama.sizes(text)
     llama4.stack(root / "model", text, s)
     root.head("lm_head", s.vocab, s.hidden, tied_to="model.embed_tokens.weight")
@@ -25,7 +26,6 @@ def _tensors(root: Mount, facts: Facts, _: Layout) -> None:
 def _config(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
     out, text = spell.start(config), _facts(facts)
     s = llama.sizes(text)
-    text.expect("tie_word_embeddings", True, default=False, why="mlx-lm cannot load another head")
     if llama4.sparse_layers(text, s.layers):
         facts.problem("config.json: moe_layers: the runtime's stack of this type has no experts")
     if facts.data.get("no_rope_layers") != [1] * s.layers:
