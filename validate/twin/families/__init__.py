@@ -102,6 +102,7 @@ FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
     "llama4": llama4.FAMILY,
     "llava": llava.LLAVA,
+    "llava-qwen2": llava.BUNNY,
     "llava_next": llava.NEXT,
     "llava_onevision": llava.ONEVISION,
     "laguna": hybrid.LAGUNA,
