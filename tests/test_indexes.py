@@ -3,7 +3,8 @@
 An index lists each tensor of a checkpoint with its file. ``tests/indexes.json`` says where public
 repositories hold copies of real ones, and their length in characters: written down from what a map
 reads, with a shard name of the same width and a size of as many digits, an index must have exactly
-that length. One name too many, too few, or one letter longer, and it has not.
+that length. One name too many, too few, or one letter longer, and it has not; another name of the
+same length is not seen.
 
 ``config`` is what the release's config.json says otherwise than the type's example, ``drops`` the
 beginning of the names that are left out but are in the file, ``size_digits`` and

@@ -27,6 +27,9 @@ DEFAULTS: Final = {
 def model(at: Mount, facts: Facts) -> None:
     """Vocabulary, encoder and decoder, below ``at``."""
     vocab, width = facts.size("vocab_size"), facts.size("d_model")
+    same = int(facts.size("encoder_layers"))
+    why = "it is another name of encoder_layers"
+    facts.expect("num_hidden_layers", same, default=same, why=why)
     at.embedding("shared", vocab, width)
     table = at.input("shared.weight", vocab, width).name
     for side in ("encoder", "decoder"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from arch_maps.facts import Facts
+from arch_maps.facts import Dim, Facts
 from arch_maps.rules import Mount
 
 DEFAULTS: Final[dict[str, list[Any]]] = {
@@ -75,12 +75,18 @@ def tower(at: Mount, facts: Facts) -> None:
     ratio, before = facts.number("mlp_ratio", 4.0), 3
     lists = (stages(facts, name) for name in ("embed_dim", "patch_size", "patch_prenorm", "depths"))
     for stage, (width, kernel, first, depth) in enumerate(zip(*lists, strict=True)):
+        width = Dim(width, "embed_dim")
         merge = at / f"convs.{stage}"
         merge.conv("proj", width, before, kernel, kernel, bias=True)
         merge.norm("norm", before if first else width, bias=True)
         for index in range(depth):
             for block, attention in _ATTENTION.items():
-                _block(at / f"blocks.{stage}.{index}.{block}", attention, width, int(width * ratio))
+                _block(
+                    at / f"blocks.{stage}.{index}.{block}",
+                    attention,
+                    width,
+                    int(int(width) * ratio),
+                )
         before = width
 
 
