@@ -94,6 +94,7 @@ def map_name(config: Mapping[str, Any]) -> Any:
 
 _MODULES: Final = {
     "lille-130m": "lille_130m",
+    "llava-qwen2": "llava_bunny",
     "nemotron-nas": "nemotron_nas",
     "phi4-siglip": "phi4_siglip",
     "xlm-roberta": "xlm_roberta",

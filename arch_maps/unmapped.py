@@ -1,17 +1,13 @@
-"""Types that transformers and a stock runtime both know and that have no map, and why not."""
+"""Types that a stock runtime knows and that have no map, and why not."""
 
 from typing import Final
 
 UNMAPPED: Final[dict[str, str]] = {
     "bitnet": "the runtimes take packed ternary weights only, through a Metal kernel",
-    "diffusion_gemma": "not written yet; it writes by diffusion, which no check judges",
-    "florence2": "an encoder and a decoder, which no check judges",
+    "diffusion_gemma": "it writes whole blocks by diffusion, where every check here steps token by "
+    "token; not written yet",
     "glm5_next": "not written yet",
-    "hunyuan_vl": "mlx-vlm interpolates positions of pictures and orders rotary sections otherwise "
-    "than the release; no map was proven",
     "inkling_mm_model": "not written yet",
-    "llama4_text": "mlx-vlm returns a bare array for tied heads, and with untied ones the two "
-    "runtimes want different names",
     "minimax": "the runtimes' module of that name computes MiniMax-M2, without lightning attention",
     "muse_spark": "its runtime module needs Metal",
     "nemotron_h_omni": "not written yet",
@@ -24,4 +20,15 @@ UNMAPPED: Final[dict[str, str]] = {
     "sam3_video": "a segmenter, which no check judges",
     "sapiens2": "a picture tower whose release processor needs torchvision; not written yet",
 }
-"""model_type -> reason."""
+"""model_type -> reason, of every type that transformers knows as well."""
+
+RUNTIME_ONLY: Final[dict[str, str]] = {
+    "baichuan_m1": "the runtime divides each row of the head by its norm at every load, so that no "
+    "file is loaded as written",
+    "ernie4_5_moe_vl": "not written yet",
+    "llava_qwen2": "FastVLM's tower has its sizes in the runtime's code, so that its smallest twin "
+    "is half a gigabyte; not written yet",
+    "phi3_v": "its tower has its sizes in the runtime's code, so that its smallest twin is over a "
+    "gigabyte; not written yet",
+}
+"""model_type -> reason, of types that people ask for and transformers has no class of."""

@@ -343,10 +343,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     if remarks:
         lines += ["", "## Remarks", "", *remarks]
-    from arch_maps.unmapped import UNMAPPED
+    from arch_maps.unmapped import RUNTIME_ONLY, UNMAPPED
 
     lines += ["", "## Without a map", "", "Known to transformers and to a runtime:", ""]
     lines += [f"- **{name}**: {reason}." for name, reason in sorted(UNMAPPED.items())]
+    lines += ["", "Known to a runtime alone:", ""]
+    lines += [f"- **{name}**: {reason}." for name, reason in sorted(RUNTIME_ONLY.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -170,7 +170,8 @@ def from_reference(model_type: str) -> dict[str, Any]:
     # As it would save them: newer classes join experts that releases store one by one.
     names = dict(revert_weight_conversion(model, model.state_dict()))
     if getattr(model.config, "tie_word_embeddings", False):
-        names.pop("lm_head.weight", None)
+        for copy in ("lm_head.weight", *model.all_tied_weights_keys):
+            names.pop(copy, None)
     return {
         "origin": f"transformers {transformers.__version__} meta device",
         "evidence": f"state_dict of {cls.__name__} built from the example config.",

@@ -11,7 +11,7 @@ from arch_maps.facts import Facts
 from arch_maps.ops import sources
 from arch_maps.registry import ArchMap, find, map_name, model_types
 from arch_maps.rules import targets
-from arch_maps.unmapped import UNMAPPED
+from arch_maps.unmapped import RUNTIME_ONLY, UNMAPPED
 from converter.errors import PlanError
 from converter.plan.match import find_map, match_release
 from converter.source import open_folder
@@ -73,8 +73,13 @@ def test_every_type_that_both_sides_know_has_a_map_or_a_reason():
 
     both = {n for n in CONFIG_MAPPING_NAMES if known(mlx_lm.utils, n) or known(mlx_vlm.utils, n)}
     assert both - set(model_types()) == set(UNMAPPED)
+    for name in RUNTIME_ONLY:
+        assert known(mlx_lm.utils, name) or known(mlx_vlm.utils, name)
+        assert name not in {*both, *model_types()}
     with pytest.raises(PlanError, match=r"no map for model_type 'bitnet'.*Metal kernel"):
         find_map({"model_type": "bitnet"})
+    with pytest.raises(PlanError, match=r"no map for model_type 'phi3_v'.*in the runtime's code"):
+        find_map({"model_type": "phi3_v"})
 
 
 def test_no_example_without_a_map():

@@ -119,7 +119,8 @@ def trace_questions(
             steps = len(more)
             inputs = model.text_inputs([*item.question.ids[:prompt], *more])
         try:
-            reference = trace_reference(model.model, model.folder, model.cast(inputs))
+            whole = {**model.cast(inputs), **model.answer_so_far(())}
+            reference = trace_reference(model.model, model.folder, whole)
         except (RuntimeError, TypeError, ValueError) as error:
             progress(f"torch: modules cannot be traced: {error}")
             continue

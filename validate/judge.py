@@ -17,6 +17,7 @@ from validate.listening import audio_inputs
 from validate.loaded import compare_loaded
 from validate.looking import image_inputs, medium
 from validate.metrics import compare_logits, different_ids
+from validate.processor_faults import OWN_TEMPLATES
 from validate.quality import joined, score, statistics
 from validate.runtime import Logits, MlxRuntime, RuntimeRefusal, Steps
 from validate.where.compare import Where
@@ -152,18 +153,37 @@ def _weights(job: Judgement, model: MlxRuntime) -> Check:
 
 
 def compare_tokens(found: Found, model: MlxRuntime, questions: Iterable[Question]) -> None:
-    """Check that the runtime's tokenizer makes the reference's ids of every text."""
-    cases = []
+    """Check that the runtime's tokenizer makes the reference's ids of every text.
+
+    Conversations are a row of their own where the runtime is known to write them its own way.
+    """
+    own = OWN_TEMPLATES.get((model.name, str(model.config.get("model_type"))))
+    cases: list[CaseResult] = []
+    spoken: list[CaseResult] = []
     try:
         for question in questions:
             expected = question.tokenized
             if expected is None:
                 continue
             differ = float(different_ids(expected, model.tokenize(question.case)))
-            cases.append(CaseResult(question.case.name, differ, {"tokens": len(expected)}))
+            where = spoken if own and question.case.messages else cases
+            where.append(CaseResult(question.case.name, differ, {"tokens": len(expected)}))
     except RuntimeRefusal as error:
         found.refused("tokens", "tokens", error)
         return
+    if spoken:
+        differing = float(sum(case.value for case in spoken))
+        found.checks.append(
+            Check(
+                name="deviation",
+                modality="tokens",
+                runtime=model.name,
+                value=differing,
+                verdict="info",
+                note=str(own),
+                cases=tuple(spoken),
+            )
+        )
     if not cases:
         return
     value = float(sum(case.value for case in cases))
@@ -175,7 +195,8 @@ def compare_tokens(found: Found, model: MlxRuntime, questions: Iterable[Question
             value=value,
             threshold=0.0,
             verdict=at_most(value, 0.0),
-            note="token ids of both libraries, conversations through the chat template included",
+            note="token ids of both libraries, conversations through the chat template "
+            + ("left out" if spoken else "included"),
             cases=tuple(cases),
         )
     )

@@ -9,23 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from validate.answers import Answer, Answers, Question
 from validate.arrays import to_mlx, to_torch
 from validate.cases import MEDIA_FILES, load_cases
-from validate.checks import EXACT, CaseResult, Check, Verdict, at_most
+from validate.checks import EXACT, CaseResult, Check, Verdict
 from validate.libraries import missing_library
-from validate.metrics import compare_logits, different_ids
 from validate.molmo_faults import picture_tokens
 from validate.pixels import compare_pixels
+from validate.prepared import Prepared, differing, prompt_row, row, stock_prompt
 from validate.processor_faults import processor_fault
 from validate.reference import ReferenceError
 from validate.runtime import MlxRuntime, RuntimeRefusal
 
 PROCESSOR: Final = "image/processor"
-Prepared = dict[int, dict[str, Any]]
-"""Model inputs by the question's place among the answers."""
 
 
 def image_inputs(
@@ -41,10 +37,8 @@ def image_inputs(
     checks = []
     if not any(item.question.borrowed for item in items.values()):
         checks += _compared(model, [(item, prepared[index]) for index, item in items.items()])
-    prompts = [_stock_prompt(model, item) for item in items.values()]
-    if any(case.value for case in prompts):
-        note = "the runtime's own prompt helper departs from the release's chat template"
-        checks.append(_row("image/prompt", model, prompts, threshold=None, note=note))
+    prompts = [stock_prompt(model, item) for item in items.values()]
+    checks += prompt_row("image", model, prompts)
     return prepared, checks
 
 
@@ -115,43 +109,11 @@ def _compared(model: MlxRuntime, pairs: Sequence[tuple[Answer, dict[str, Any]]])
     ids, pixels = [], []
     for item, inputs in pairs:
         name, size = item.question.case.name, len(item.question.ids)
-        ids.append(CaseResult(name, _differing(item, inputs), {"tokens": size}))
+        ids.append(CaseResult(name, differing(item, inputs), {"tokens": size}))
         error, layout = compare_pixels(item.question.inputs["pixel_values"], inputs["pixel_values"])
         pixels.append(CaseResult(name, error, {"layout": layout}))
     note = "each side's own processor on the same picture"
     return [
-        _row("image/input_ids", model, ids, threshold=0.0, note=note),
-        _row("image/pixel_values", model, pixels, threshold=EXACT, note=note),
+        row("image/input_ids", model, ids, threshold=0.0, note=note),
+        row("image/pixel_values", model, pixels, threshold=EXACT, note=note),
     ]
-
-
-def _stock_prompt(model: MlxRuntime, item: Answer) -> CaseResult:
-    """Token ids that differ when the runtime's helper writes the prompt, and what that does."""
-    inputs = model.media_inputs(item.question.case, stock_prompt=True)
-    differ, name = _differing(item, inputs), item.question.case.name
-    if not differ:
-        return CaseResult(name, 0.0)
-    compared = compare_logits(item.logits[-1:], model.run(inputs).prefill[-1:])
-    metrics = {"kl": float(compared.kl[0]), "same_first_token": int(compared.agree[0])}
-    return CaseResult(name, differ, metrics)
-
-
-def _differing(item: Answer, inputs: dict[str, Any]) -> float:
-    got = [int(token) for token in np.array(inputs["input_ids"]).ravel()]
-    return float(different_ids(item.question.ids, got))
-
-
-def _row(
-    name: str, model: MlxRuntime, cases: Sequence[CaseResult], *, threshold: float | None, note: str
-) -> Check:
-    value = max(case.value for case in cases)
-    return Check(
-        name=name,
-        modality="image",
-        runtime=model.name,
-        value=value,
-        threshold=threshold,
-        verdict=at_most(value, threshold),
-        note=note,
-        cases=tuple(cases),
-    )

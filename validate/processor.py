@@ -135,13 +135,21 @@ def media_inputs(folder: Path, case: Case, *, trust_remote_code: bool = False) -
         if isinstance(error, ValueError) and missing_library(error) is None:
             raise
         raise ReferenceError(f"{folder}: its processor cannot be loaded here: {error}") from error
-    prompt = processor.apply_chat_template(
-        media_question(case), add_generation_prompt=True, tokenize=False
-    )
+    prompt = spoken(processor, case)
     media: dict[str, Any] = {"images": [draw(case)]}
     if case.modality == "audio":
         media = {"audio": [synthesise(case)], "sampling_rate": SAMPLING_RATE}
     return dict(processor(text=[prompt], **media, return_tensors="pt"))
+
+
+def spoken(speaker: Any, case: Case) -> str:
+    """The question as a processor's chat template writes it, or bare where it has none."""
+    if getattr(speaker, "chat_template", None) is None:
+        return case.text
+    prompt: str = speaker.apply_chat_template(
+        media_question(case), add_generation_prompt=True, tokenize=False
+    )
+    return prompt
 
 
 def tokenize(tokenizer: Any, case: Case) -> list[int] | None:

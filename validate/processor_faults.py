@@ -36,3 +36,10 @@ PROCESSORS: Final = (
         "transformers 5 refuses",
     ),
 )
+
+
+OWN_TEMPLATES: Final = {
+    ("mlx_vlm", "internvl_chat"): "mlx-vlm 0.7.10 writes conversations of this type by a template "
+    "of its own, whatever the release brings: its prompts are not the release's",
+}
+"""(runtime, model_type) whose processor does not read the release's chat template, and what so."""

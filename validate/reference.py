@@ -138,12 +138,22 @@ class TorchReference:
         return self.forward(self.text_inputs(ids))
 
     def forward(self, inputs: Mapping[str, Any]) -> Logits:
-        """Logits of every position for prepared inputs of batch one."""
+        """Logits of every position for prepared inputs of batch one.
+
+        Of a decoder that answers an encoder, of its first position alone: the prompt is read.
+        """
         import torch
 
         with torch.inference_mode():
-            output = self.model(**self.cast(inputs), use_cache=False)
+            output = self.model(**self.cast(inputs), **self.answer_so_far(()), use_cache=False)
         return _numpy(output.logits[0])
+
+    def answer_so_far(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """What a decoder beside an encoder is given: its start and the ``tokens`` of its answer."""
+        if not self.model.config.is_encoder_decoder:
+            return {}
+        start = self.model.config.get_text_config(decoder=True).decoder_start_token_id
+        return {"decoder_input_ids": _row([start, *tokens])}
 
     def greedy(self, ids: Sequence[int], count: int) -> Greedy:
         """``count`` greedy tokens after a text prompt, one cached step at a time."""
@@ -156,9 +166,10 @@ class TorchReference:
     def greedy_from(self, inputs: Mapping[str, Any], count: int) -> Greedy:
         """``count`` greedy tokens after prepared inputs.
 
-        Text uses the cache, as generation does. With images each step recomputes the whole
-        sequence, because what a cached step needs besides the token differs by architecture. A
-        token that stands for a picture ends them: what libraries embed for one of its own differs.
+        Text uses the cache, as generation does. With images, and where an encoder read the prompt,
+        each step recomputes the whole sequence, because what a cached step needs besides the token
+        differs by architecture. A token that stands for a picture ends them: what libraries embed
+        for one of its own differs.
         """
         import torch
 
@@ -166,7 +177,9 @@ class TorchReference:
         rows: list[Logits] = []
         current = dict(self.cast(inputs))
         media = {getattr(self.model.config, name, None) for name in _MEDIA_TOKENS}
+        apart = bool(self.answer_so_far(()))
         cached = set(inputs) <= {"input_ids", "attention_mask"} and self._has_usual_cache()
+        cached = cached and not apart
         cache = None
         with torch.inference_mode():
             for _ in range(count):
@@ -176,12 +189,13 @@ class TorchReference:
                     cache = getattr(output, "past_key_values", None)
                     cached = cache is not None  # some classes leave making one to generation
                 else:
-                    output = self.model(**current, use_cache=False)
+                    answered = self.answer_so_far(tokens)
+                    output = self.model(**current, **answered, use_cache=False)
                 rows.append(_numpy(output.logits[0, -1]))
                 tokens.append(int(rows[-1].argmax()))
                 if tokens[-1] in media:
                     break
-                if not cached:
+                if not cached and not apart:
                     kind = _SUFFIX_TYPE.get(self.model.config.model_type, 0)
                     current = _extended(current, tokens[-1], token_type=kind)
         return Greedy(tokens=tuple(tokens), logits=np.stack(rows))

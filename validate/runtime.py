@@ -67,7 +67,16 @@ def runtimes_for(config: Mapping[str, Any], folder: Path | None = None) -> tuple
     return tuple(name for name in RUNTIMES if _knows(name, dict(config)))
 
 
+_UNUSABLE: Final = {
+    ("mlx_lm", "kimi_vl"): "its loader leaves kv_b_proj whole, where its model has it in two",
+    ("mlx_vlm", "llama4_text"): "its model gives bare arrays, which its generation does not take",
+}
+"""Modules of the stock runtimes that no checkpoint of their type runs in, and why."""
+
+
 def _knows(name: str, config: dict[str, Any]) -> bool:
+    if (name, config.get("model_type")) in _UNUSABLE:
+        return False
     if name == "mlx_lm" and (not is_generative(config) or "dflash_config" in config):
         return False
     with _quiet(), contextlib.suppress(ValueError, KeyError, ImportError, SystemExit):

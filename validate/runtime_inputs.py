@@ -4,7 +4,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-from validate.cases import Case, draw, media_question
+from validate.cases import Case, draw
+from validate.processor import spoken
 from validate.reference import read_config
 from validate.sounds import synthesise
 
@@ -50,9 +51,7 @@ def media_inputs(
         # prompts by the stock helper, which puts a sound after its question.
         own = image and getattr(processor, "chat_template", None)
         speaker = processor if own else getattr(processor, "tokenizer", processor)
-        prompt = speaker.apply_chat_template(
-            media_question(case), add_generation_prompt=True, tokenize=False
-        )
+        prompt = spoken(speaker, case)
     media: dict[str, Any] = {"images": [draw(case)]} if image else {"audio": [synthesise(case)]}
     inputs: dict[str, Any] = utils.prepare_inputs(
         processor,

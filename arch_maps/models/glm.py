@@ -12,19 +12,20 @@ from arch_maps.rules import Layout, Mount
 from arch_maps.text import llama
 
 
-def _sizes(facts: Facts) -> llama.Sizes:
+def sizes(facts: Facts) -> llama.Sizes:
+    """The stack's sizes, with the reference's defaults."""
     found = llama.sizes(facts, kv_heads=2, head_dim=128)
     biased = facts.flag("attention_bias", True)
     return replace(found, qkv_bias=biased, attention_bias=False, fused_mlp=True, mlp_bias=False)
 
 
 def _tensors(root: Mount, facts: Facts, _: Layout) -> None:
-    llama.causal_lm(root, _sizes(facts))
+    llama.causal_lm(root, sizes(facts))
 
 
 def _config(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
     out = spell.start(config)
-    s = _sizes(facts)
+    s = sizes(facts)
     llama.spell_config(
         out,
         facts,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from arch_maps import config as spell
 from arch_maps.facts import Facts
+from arch_maps.models import glm
 from arch_maps.registry import ArchMap
 from arch_maps.rules import Layout, Mount
 from arch_maps.text import llama
@@ -20,10 +20,7 @@ _NORMS = (
 
 
 def _sizes(facts: Facts) -> llama.Sizes:
-    found = llama.sizes(facts, kv_heads=2, head_dim=128)
-    biased = facts.flag("attention_bias", True)
-    found = replace(found, qkv_bias=biased, attention_bias=False, fused_mlp=True, mlp_bias=False)
-    return replace(found, norms=_NORMS)
+    return replace(glm.sizes(facts), norms=_NORMS)
 
 
 def _tensors(root: Mount, facts: Facts, _: Layout) -> None:
@@ -34,19 +31,7 @@ def _tensors(root: Mount, facts: Facts, _: Layout) -> None:
 
 
 def _config(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
-    out = spell.start(config)
-    s = _sizes(facts)
-    llama.spell_config(
-        out,
-        facts,
-        s,
-        max_positions=131072,
-        eps=("rms_norm_eps", 1.5625e-07),
-        partial=0.5,
-        rope_types=("default",),
-    )
-    out.update(attention_bias=s.qkv_bias, rope_traditional=True)
-    return out
+    return glm.MAP.config(config, facts) | {"rope_traditional": True}
 
 
 MAP = ArchMap(

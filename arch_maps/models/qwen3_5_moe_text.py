@@ -35,6 +35,7 @@ MAP = ArchMap(
         Layout("fused experts", {"text": "model"}, fused_experts=True),
         Layout("a tensor per expert", {"text": "model"}),
         Layout("cut from the multimodal", {"text": "model.language_model"}, fused_experts=True),
+        Layout("cut from the multimodal, a tensor per expert", {"text": "model.language_model"}),
     ),
     runtimes=("mlx-vlm",),
     parts=("text.qwen3_5_moe", "text.moe"),

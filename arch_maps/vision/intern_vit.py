@@ -1,4 +1,4 @@
-"""The InternViT tower as transformers has it: a class token, layer scales, no final norm."""
+"""The InternViT tower, as transformers and as its releases have it: layer scales, no last norm."""
 
 from __future__ import annotations
 
@@ -81,3 +81,43 @@ def _centred(facts: Facts) -> bool:
 
 def _sides(facts: Facts) -> tuple[tuple[int, int], tuple[int, int]]:
     return facts.pair("image_size", (448, 448)), facts.pair("patch_size", (14, 14))
+
+
+def released_tower(at: Mount, facts: Facts) -> None:
+    """The tower under the releases' own names, with one projection for q, k and v."""
+    hidden, inner = facts.size("hidden_size"), facts.size("intermediate_size")
+    side, patch = facts.size("image_size"), facts.size("patch_size")
+    embeddings = at / "embeddings"
+    embeddings.tensor("class_embedding", 1, 1, hidden, kind=Kind.POSITION)
+    positions = (side // patch) * (side // patch) + 1
+    embeddings.tensor("position_embedding", 1, positions, hidden, kind=Kind.POSITION)
+    embeddings.conv("patch_embedding", hidden, 3, patch, patch, bias=True)
+    centred, biased = _centred(facts), facts.flag("qkv_bias", True)
+    for _, layer in at.layers("encoder.layers", facts.count("num_hidden_layers")):
+        layer.linear("attn.qkv", 3 * hidden, hidden, bias=biased)
+        layer.linear("attn.proj", hidden, hidden, bias=True)
+        if facts.flag("qk_normalization", False):
+            layer.norm("attn.q_norm", hidden)
+            layer.norm("attn.k_norm", hidden)
+        layer.linear("mlp.fc1", inner, hidden, bias=True)
+        layer.linear("mlp.fc2", hidden, inner, bias=True)
+        layer.norm("norm1", hidden, bias=centred)
+        layer.norm("norm2", hidden, bias=centred)
+        layer.tensor("ls1", hidden, kind=Kind.STATE)
+        layer.tensor("ls2", hidden, kind=Kind.STATE)
+
+
+def spell_released(config: dict[str, Any], facts: Facts) -> None:
+    """Write the tower's facts as the runtime of the releases' own type reads them, in place."""
+    facts.expect("hidden_act", "gelu", default="gelu", why="the runtime computes GELU")
+    kinds = ("layer_norm", "rms_norm")
+    facts.expect("norm_type", *kinds, default="layer_norm", why="the runtime has no other norm")
+    config.update(
+        image_size=int(facts.size("image_size")),
+        patch_size=int(facts.size("patch_size")),
+        num_channels=3,
+        layer_norm_eps=facts.number("layer_norm_eps", 1e-6),
+        norm_type="layer_norm" if _centred(facts) else "rms_norm",
+        qkv_bias=facts.flag("qkv_bias", True),
+        qk_normalization=facts.flag("qk_normalization", False),
+    )

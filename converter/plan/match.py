@@ -14,7 +14,7 @@ from arch_maps.ops import Source as SourceLeaf
 from arch_maps.ops import sources
 from arch_maps.registry import ArchMap, find, map_name, model_types
 from arch_maps.rules import Drop, Layout, Rule, Tensors
-from arch_maps.unmapped import UNMAPPED
+from arch_maps.unmapped import RUNTIME_ONLY, UNMAPPED
 from converter.errors import PlanError
 from converter.source import Source, TensorInfo
 from converter.source.header import paused_gc
@@ -44,7 +44,8 @@ def find_map(config: Mapping[str, Any]) -> ArchMap:
     if arch is None:
         near = difflib.get_close_matches(model_type, model_types(), n=3)
         hint = f"; similar: {', '.join(near)}" if near else ""
-        hint += f"; {UNMAPPED[model_type]}" if model_type in UNMAPPED else ""
+        why = UNMAPPED.get(model_type) or RUNTIME_ONLY.get(model_type)
+        hint += f"; {why}" if why else ""
         raise PlanError(
             [
                 f"config.json: no map for model_type {model_type!r}{hint} "

@@ -1,5 +1,6 @@
 """InternVL: square tiles between markers, four patches to a token."""
 
+from dataclasses import replace
 from types import MappingProxyType
 
 from validate.twin.families.llava import SIDE
@@ -53,3 +54,39 @@ FAMILY = Family(
     adjust=_adjust,
     processor=_processor,
 )
+
+
+def _adjust_chat(config: Json, source: Json) -> Json:
+    del source
+    vision = config["vision_config"]
+    vision["image_size"] = config["force_image_size"] = SIDE * vision["patch_size"]
+    config["hidden_size"] = config["llm_config"]["hidden_size"]
+    return config
+
+
+def _chat_files(config: Json) -> Files:
+    side = config["force_image_size"]
+    settings = {
+        "crop_size": side,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 3,
+        "size": side,
+    }
+    return {"preprocessor_config.json": settings}
+
+
+CHAT = replace(
+    FAMILY,
+    tokens=MappingProxyType({}),
+    named_tokens=MappingProxyType({}),
+    specials=(*CHAT_TOKENS, CONTEXT, START, END),
+    image_markup="<image>\n",
+    adjust=_adjust_chat,
+    processor=_chat_files,
+)
+"""As OpenGVLab releases it: the runtime's processor reads config.json for its tiles."""

@@ -1,4 +1,4 @@
-"""Kimi K2.5: patches of any grid joined two by two, and DeepSeek's latent attention."""
+"""Kimi's pictures: patches of any grid joined two by two, and DeepSeek's latent attention."""
 
 from types import MappingProxyType
 
@@ -50,4 +50,42 @@ FAMILY = Family(
     ),
     adjust=_adjust,
     processor=_processor,
+)
+
+
+def _adjust_vl(config: Json, source: Json) -> Json:
+    del source
+    config["text_config"] |= LATENT | {"q_lora_rank": None}
+    vision = config["vision_config"]
+    vision.update(init_pos_emb_height=SIDE, init_pos_emb_width=SIDE)
+    # What the release leaves to defaults of its own size is stated here.
+    vision.update(
+        depth=vision["num_hidden_layers"],
+        embed_dim=vision["hidden_size"],
+        num_heads=vision["num_attention_heads"],
+    )
+    return config
+
+
+def _vl_files(config: Json) -> Files:
+    settings = {
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_processor_type": "KimiVLImageProcessor",
+        "image_std": [0.5, 0.5, 0.5],
+        "in_token_limit": 64,
+        "merge_kernel_size": [2, 2],
+        "pad_input": True,
+        "patch_size": config["vision_config"]["patch_size"],
+        "processor_class": "KimiVLProcessor",
+    }
+    return {"preprocessor_config.json": settings}
+
+
+VL = Family(
+    specials=(*CHAT_TOKENS, IMAGE, START, END),
+    tokens=MappingProxyType({"media_placeholder_token_id": IMAGE}),
+    named_tokens=MappingProxyType({"image_token": IMAGE}),
+    image_markup=f"{START}{IMAGE}{END}",
+    adjust=_adjust_vl,
+    processor=_vl_files,
 )

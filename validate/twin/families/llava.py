@@ -151,3 +151,40 @@ def _next_files(config: Json) -> Files:
 
 
 NEXT = replace(LLAVA, adjust=_adjust_next, processor=_next_files)
+
+
+def _adjust_bunny(config: Json, source: Json) -> Json:
+    """A small tower of as many patches as the runtime takes, whose facts no release states."""
+    del source
+    config["mm_hidden_size"] = 64
+    config["auto_map"] = {}  # the stock loader asks for the key
+    config["vision_config"] = {
+        "hidden_size": 64,
+        "image_size": 27 * 14,
+        "intermediate_size": 128,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "patch_size": 14,
+    }
+    return config
+
+
+BUNNY = Family(
+    tokenizer_class="Qwen2Tokenizer",
+    specials=(*CHAT_TOKENS, "<image>"),
+    image_markup="<image>\n",
+    adjust=_adjust_bunny,
+    processor=lambda config: {
+        "preprocessor_config.json": {
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_processor_type": "SiglipImageProcessor",
+            "image_std": [0.5, 0.5, 0.5],
+            "resample": 3,
+            "size": {"height": 378, "width": 378},
+        }
+    },
+)

@@ -1,4 +1,4 @@
-"""Molmo 2 and MolmoPoint: overlapping crops, with markers in a vocabulary of their own."""
+"""Molmo, Molmo 2 and MolmoPoint: overlapping crops, with markers in a vocabulary of their own."""
 
 from dataclasses import replace
 from types import MappingProxyType
@@ -103,4 +103,70 @@ POINT = replace(
     specials=POINTING,
     tokens=MappingProxyType(MARKERS | POINTS),
     adjust=_adjust_point,
+)
+
+
+FIRST_SIDE = 4
+"""Patches per side of a crop of the first Molmo, and what it is called on both ends."""
+
+
+def _adjust_first(config: Json, source: Json) -> Json:
+    """A small tower, whose sizes the release has in its code."""
+    del source
+    config["embedding_size"] = config["vocab_size"]
+    config["intermediate_size"] = 320
+    config["vision_config"] = {
+        "image_default_input_size": [FIRST_SIDE * 14, FIRST_SIDE * 14],
+        "image_emb_dim": 64,
+        "image_head_dim": 16,
+        "image_mlp_dim": 128,
+        "image_num_heads": 4,
+        "image_num_key_value_heads": 4,
+        "image_num_layers": 9,
+        "image_patch_size": 14,
+    }
+    # Where the stock loader looks, which finds the release's own sizes as its defaults.
+    config["vision_config"] |= {
+        "d_model": config["hidden_size"],
+        "hidden_size": config["intermediate_size"] // 2,
+        "image_num_pos": FIRST_SIDE**2 + 1,
+    }
+    config["text_config"] = {
+        "d_model": config["hidden_size"],
+        "embedding_size": config["vocab_size"],
+        "mlp_hidden_size": config["intermediate_size"],
+        "model_type": "molmo",
+        "n_heads": config["num_attention_heads"],
+        "n_kv_heads": config["num_key_value_heads"],
+        "n_layers": config["num_hidden_layers"],
+        "vocab_size": config["vocab_size"],
+    }
+    return config
+
+
+def _first_files(config: Json) -> Files:
+    side = config["vision_config"]["image_default_input_size"]
+    settings = {
+        "base_image_input_size": side,
+        "do_normalize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_padding_mask": True,
+        "image_patch_size": 14,
+        "image_processor_type": "MolmoImageProcessor",
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_token_length_h": FIRST_SIDE // 2,
+        "image_token_length_w": FIRST_SIDE // 2,
+        "max_crops": 2,
+        "overlap_margins": [1, 1],
+        "processor_class": "MolmoProcessor",
+    }
+    return {"preprocessor_config.json": settings}
+
+
+FIRST = Family(
+    tokenizer_class="Qwen2Tokenizer",
+    specials=(*CHAT_TOKENS, "<im_patch>", "<im_col>", "<im_start>", "<im_end>", IMAGE),
+    image_markup=f"{IMAGE}",
+    adjust=_adjust_first,
+    processor=_first_files,
 )
