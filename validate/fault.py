@@ -25,6 +25,9 @@ class Deviation:
     released: bool = False
     """Whether ``patches`` also takes the folder of the release, for weights the runtime discards.
     """
+    prepares: bool = False
+    """Whether the runtime's processor prepares something else than the release's, so that without
+    the fault both models get what the reference's processor made."""
 
 
 def text_fault(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from validate.answers import Answer, Answers, Question
+from validate.arrays import to_mlx
 from validate.cases import MEDIA_FILES
 from validate.checks import EXACT, CaseResult, Check, at_most
 from validate.deviations import deviations_for, without
@@ -232,6 +233,9 @@ def _without_deviations(
             cases=tuple(cases),
         )
     )
+    if any(item.prepares for item in known):
+        fed = {index: to_mlx(answers.exact[index].question.inputs) for index, _ in stock}
+        run = partial(_run, model, answers, list(fed), fed)
     with without(known, model.model, model.config, source=job.source):
         return run()
 
@@ -315,8 +319,9 @@ def _noise(job: Judgement, found: Found, answers: Answers) -> None:
             measure = partial(_noise_of, job, found, answers, model, modality, rows)
             check = measure()
             if check.verdict == "fail" and known:
+                fed = any(item.prepares for item in known)
                 with without(known, model.model, model.config, source=job.source):
-                    check = measure()
+                    check = measure(fed=fed)
                 check = replace(check, note=f"{check.note}; the runtime's known faults taken out")
             found.checks.append(check)
     except RuntimeRefusal as error:
@@ -334,12 +339,14 @@ def _noise_of(
     model: MlxRuntime,
     modality: str,
     rows: Sequence[int],
+    *,
+    fed: bool = False,
 ) -> Check:
     media = modality in MEDIA_FILES
     pairs = []
     for index in rows:
         item = answers.exact[index]
-        inputs = medium(model, item) if media else None
+        inputs = (to_mlx(item.question.inputs) if fed else medium(model, item)) if media else None
         other = model.run(inputs).prefill if inputs else model.logits(item.question.ids)
         pairs.append((_label(item), item.logits, answers.noisy[index], other))
     return noise_check(modality=modality, runtime=found.runtime, dtype=job.dtype, rows=pairs)

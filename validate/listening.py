@@ -1,7 +1,7 @@
 """Sounds as the runtime's processor prepares them, held against the reference's preparation."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from validate.metrics import compare_logits, different_ids
 from validate.pixels import compare_pixels
 from validate.runtime import MlxRuntime
 
+_ALSO_CALLED: Final = {"audio_input_features": "input_audio_embeds"}
+"""The runtime's name of an input that the reference calls otherwise."""
 Prepared = dict[int, dict[str, Any]]
 """Model inputs by the question's place among the answers."""
 
@@ -52,11 +54,12 @@ def _stock_prompt(model: MlxRuntime, item: Answer) -> CaseResult:
 
 
 def _compare_features(reference: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, str]:
-    """Relative error of the float inputs that both processors name alike; infinity for none."""
-    shared = [name for name in reference if name in other and _is_float(reference[name])]
+    """Relative error of the float inputs that both processors make; infinity for none."""
+    named = {name: _ALSO_CALLED.get(name, name) for name in reference}
+    shared = [name for name in reference if named[name] in other and _is_float(reference[name])]
     if not shared:
         return float("inf"), f"no float input of {', '.join(sorted(reference))} has its like"
-    errors = [compare_pixels(reference[name], other[name])[0] for name in shared]
+    errors = [compare_pixels(reference[name], other[named[name]])[0] for name in shared]
     return max(errors), ", ".join(shared)
 
 

@@ -15,15 +15,18 @@ from validate.answers import Answer, Answers, Question
 from validate.arrays import to_mlx, to_torch
 from validate.cases import MEDIA_FILES, load_cases
 from validate.checks import EXACT, CaseResult, Check, Verdict, at_most
+from validate.deviations import deviations_for
+from validate.fault import Deviation
 from validate.libraries import missing_library
 from validate.metrics import compare_logits, different_ids
 from validate.molmo_faults import picture_tokens
 from validate.pixels import compare_pixels
 from validate.processor_faults import processor_fault
-from validate.reference import ReferenceError
+from validate.reference import ReferenceError, read_config
 from validate.runtime import MlxRuntime, RuntimeRefusal
 
 PROCESSOR: Final = "image/processor"
+INSTALL: Final = "Install mlx-dayzero[vision] (torchvision and timm) to have them judged."
 Prepared = dict[int, dict[str, Any]]
 """Model inputs by the question's place among the answers."""
 
@@ -39,7 +42,10 @@ def image_inputs(
         fed = {index: to_mlx(item.question.inputs) for index, item in items.items()}
         return fed, [_refused(model, error)]
     checks = []
-    if not any(item.question.borrowed for item in items.values()):
+    other = _prepared_otherwise(model.name, str(model.config.get("model_type")))
+    if other is not None:
+        checks.append(_unlike(model, other))
+    elif not any(item.question.borrowed for item in items.values()):
         checks += _compared(model, [(item, prepared[index]) for index, item in items.items()])
     prompts = [_stock_prompt(model, item) for item in items.values()]
     if any(case.value for case in prompts):
@@ -64,6 +70,11 @@ def borrowed_questions(mlx_path: Path, error: ReferenceError) -> tuple[list[Ques
     """
     library, note = missing_library(error), str(error).strip()
     questions = []
+    other = _prepared_otherwise("mlx_vlm", str(read_config(mlx_path).get("model_type")))
+    if library and other is not None:
+        note = f"not judged: {note}. {other.what}, so that its pictures cannot stand in. {INSTALL}"
+        missing = {"missing": library}
+        return [], Check(PROCESSOR, "image", "info", note=note, metrics=missing)
     if library:
         try:
             model = MlxRuntime.load(mlx_path, runtime="mlx_vlm", lazy=True)
@@ -82,6 +93,20 @@ def borrowed_questions(mlx_path: Path, error: ReferenceError) -> tuple[list[Ques
         "here says whether it prepares them as the release does."
     )
     return questions, replace(row, verdict="info", note=note, metrics={"missing": str(library)})
+
+
+def _prepared_otherwise(runtime: str, model_type: str) -> Deviation | None:
+    """The documented deviation of a runtime whose pictures are not what the release's model reads."""
+    known = deviations_for(runtime, model_type=model_type, modality="image")
+    return next((item for item in known if item.prepares), None)
+
+
+def _unlike(model: MlxRuntime, other: Deviation) -> Check:
+    note = (
+        f"{other.what}. The gated image rows are judged with the pictures that the reference's "
+        "processor prepared."
+    )
+    return Check(PROCESSOR, "image", "info", runtime=model.name, note=note)
 
 
 def _marked(ids: Sequence[int], pictures: Sequence[int]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from validate import (
     mllama_faults,
     molmo_faults,
     moonvit_faults,
+    phi4mm_faults,
 )
 from validate.fault import Deviation, Patch
 from validate.fault import picture_fault as _picture
@@ -160,5 +161,17 @@ PICTURES: Final = (
         "1e-6 for 1e-5",
         bound=1.0,
         patches=moonvit_faults.moonvit,
+    ),
+    Deviation(
+        name="pictures",
+        runtime="mlx_vlm",
+        model_types=("phi4mm",),
+        modality="image",
+        what="mlx-vlm 0.7.10 gives the text every patch of a picture at its own size, where the "
+        "release cuts it into tiles, averages two by two patches and marks line ends",
+        bound=3.0,
+        patches=phi4mm_faults.tiles,
+        released=True,
+        prepares=True,
     ),
 )
