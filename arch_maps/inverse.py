@@ -44,9 +44,7 @@ def invert(
                 pass
             case LowRank():
                 if all(leaf.name in at_hand for leaf in factors(unknown)):
-                    taken_off = LowRank(
-                        known, unknown.up, unknown.down, -unknown.scale, wide=True
-                    )
+                    taken_off = LowRank(known, unknown.up, unknown.down, -unknown.scale, wide=True)
                     work.append((unknown.x, taken_off))
             case Permute():
                 back = tuple(unknown.axes.index(axis) for axis in range(len(unknown.axes)))

@@ -35,3 +35,16 @@ def scaled_and_placed(model: Any) -> list[Patch]:
         return attend(self, x, mask, cache)
 
     return [(model, "get_input_embeddings", scaled), (attention, "__call__", placed)]
+
+
+def pictures(model: Any) -> list[Patch]:
+    """The same, and a picture's tokens row by row, where the tower has them column by column."""
+    stock = model.get_image_features
+
+    def by_rows(pixel_values: Any, tower: Any, *others: Any) -> Any:
+        def turned(*inputs: Any, **settings: Any) -> Any:
+            return tower(*inputs, **settings).swapaxes(1, 2)
+
+        return stock(pixel_values, turned, *others)
+
+    return [*scaled_and_placed(model), (model, "get_image_features", by_rows)]

@@ -211,8 +211,13 @@ def _without_deviations(
     The stock error is then a row of its own: not gated as the checkpoint's, but failed when it is
     larger than the documented fault explains.
     """
-    known = deviations_for(
-        found.runtime, model_type=str(model.config.get("model_type")), modality=modality
+    borrowed = any(answers.exact[index].question.borrowed for index, _ in stock)
+    known = tuple(
+        item
+        for item in deviations_for(
+            found.runtime, model_type=str(model.config.get("model_type")), modality=modality
+        )
+        if not (borrowed and item.prepares)
     )
     error = max(_error(answers.exact[index], steps) for index, steps in stock)
     if not known or not job.exact or error <= EXACT:

@@ -7,12 +7,14 @@ resampling is the one that needs no further library.
 import json
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any
 
 from validate.cases import Case, draw, media_question
 from validate.libraries import missing_library
 from validate.reference import ReferenceError, borrowed_settings, model_class, read_config
+from validate.runtime import RUNTIMES
 from validate.sounds import SAMPLING_RATE, synthesise
 from validate.stand_ins import StandIn, stand_in
 
@@ -53,11 +55,24 @@ def processor_class(folder: Path) -> Any:
         path = folder / file
         name = json.loads(path.read_text("utf-8")).get("processor_class") if path.exists() else None
         if name and hasattr(transformers, name):
-            return getattr(transformers, name)
+            return _untouched(getattr(transformers, name))
     name = auto.PROCESSOR_MAPPING_NAMES.get(read_config(folder).get("model_type", ""))
     if name is None:
         raise ReferenceError(f"{folder}: transformers has no processor for this model_type")
-    return getattr(transformers, name)
+    return _untouched(getattr(transformers, name))
+
+
+def _untouched(cls: Any) -> Any:
+    """The class as transformers has it, where an MLX runtime has put functions of its own in it."""
+    homes = {getattr(value, "__module__", None) or "" for value in vars(cls).values()}
+    if not any(home.partition(".")[0] in RUNTIMES for home in homes):
+        return cls
+    spec = find_spec(cls.__module__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, cls.__name__)
 
 
 def load_processor(
