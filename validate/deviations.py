@@ -119,8 +119,10 @@ DOCUMENTED: Final = (
         model_types=("gemma3n",),
         modality="image",
         what="mlx-vlm 0.7.10 hands a picture's tokens over column by column, where the release "
-        "means them row by row, leaves out the scale of the embeddings in a prompt, and turns the "
-        "queries of layers that share keys as if they came after the tokens of the same step",
+        "means them row by row, pads the tower's strided convolutions on both sides, computes "
+        "exact GELU there for its tanh form, leaves out the scale of the embeddings in a prompt, "
+        "and turns the queries of layers that share keys as if they came after the tokens of the "
+        "same step",
         bound=2.0,
         patches=gemma3n_faults.pictures,
     ),

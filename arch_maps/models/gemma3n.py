@@ -84,7 +84,8 @@ MAP = ArchMap(
     pipeline_tag="image-text-to-text",
     remarks=(
         "mlx-vlm 0.7.10 hands a picture's tokens over column by column, where the release means "
-        "them row by row (MobileNetV5MultiScaleFusionAdapter in its vision.py).",
+        "them row by row (MobileNetV5MultiScaleFusionAdapter in its vision.py), pads the tower's "
+        "strided convolutions on both sides, and computes exact GELU there for its tanh form.",
         "The tower of pictures is of a size that mlx-vlm has in code. transformers takes it from "
         "timm; without that library the reference is built without the tower, text and sounds are "
         "judged, and the report says that pictures are not.",
