@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from arch_maps.ops import (
     Affine,
@@ -16,16 +16,20 @@ from arch_maps.ops import (
     Slice,
     Source,
     Stack,
+    factors,
 )
 
 
-def invert(equations: Iterable[tuple[Source, Expr]]) -> dict[str, Expr]:
+def invert(
+    equations: Iterable[tuple[Source, Expr]], *, at_hand: Container[str] = ()
+) -> dict[str, Expr]:
     """Solve ``target = expr(sources)`` for every source that the targets determine.
 
     Each equation is unwrapped from its root: an op with an inverse moves to the other side, a
     concat or stack falls apart, and slices of one value are gathered until they tile it. Sources
     that appear in several targets (aliases) take the first solution. A source that stays partly
-    unknown is absent from the result.
+    unknown is absent from the result. A folded adapter is taken off again, up to rounding, where
+    the names of both its factors are ``at_hand``.
     """
     solved: dict[str, Expr] = {}
     partial: dict[tuple[Expr, int], dict[tuple[int, int], Expr]] = defaultdict(dict)
@@ -36,8 +40,12 @@ def invert(equations: Iterable[tuple[Source, Expr]]) -> dict[str, Expr]:
         match unknown:
             case Source():
                 solved.setdefault(unknown.name, known)
-            case Constant() | LowRank():
+            case Constant():
                 pass
+            case LowRank():
+                if all(leaf.name in at_hand for leaf in factors(unknown)):
+                    taken_off = LowRank(known, unknown.up, unknown.down, -unknown.scale, wide=True)
+                    work.append((unknown.x, taken_off))
             case Permute():
                 back = tuple(unknown.axes.index(axis) for axis in range(len(unknown.axes)))
                 work.append((unknown.x, Permute(known, back)))

@@ -208,13 +208,15 @@ class LowRank:
 
     As MLX computes it in the dtype of ``x``: the product, its multiple and the sum are rounded one
     after the other. The product is added up in float64, so that no order of its terms shows.
-    It inverts to nothing: who holds the sum cannot tell the matrix from the adapter.
+    Who holds the sum alone cannot tell the matrix from the adapter.
     """
 
     x: Expr
     up: Expr
     down: Expr
     scale: float = 1.0
+    wide: bool = False
+    """Computed in float32 whatever the dtype of ``x``: what takes an adapter off again."""
 
     def __post_init__(self) -> None:
         (out, inp), (rows, rank) = self.x.shape, self.up.shape
@@ -227,8 +229,9 @@ class LowRank:
         return self.x.shape
 
     def rows(self, reader: RowReader, start: int, stop: int) -> np.ndarray:
-        """Rows ``[start, stop)`` of the result, in the dtype of ``x``."""
+        """Rows ``[start, stop)`` of the result, in the dtype of ``x`` or float32."""
         value = evaluate(self.x, reader, start, stop)
+        value = value.astype(np.float32) if self.wide else value
         up = evaluate(self.up, reader, start, stop).astype(np.float64)
         product = up @ evaluate(self.down, reader).astype(np.float64)
         delta = product.astype(np.float32).astype(value.dtype)
@@ -258,6 +261,13 @@ def sources(expr: Expr) -> tuple[Source, ...]:
     if isinstance(expr, Source):  # nearly every expression of a large release
         return (expr,)
     return tuple(leaf for child in children(expr) for leaf in sources(child))
+
+
+def factors(expr: Expr) -> tuple[Source, ...]:
+    """The leaves of the adapters that are folded into ``expr``."""
+    own = (*sources(expr.up), *sources(expr.down)) if isinstance(expr, LowRank) else ()
+    inner = (expr.x,) if isinstance(expr, LowRank) else children(expr)
+    return own + tuple(leaf for child in inner for leaf in factors(child))
 
 
 def streamable(expr: Expr) -> bool:

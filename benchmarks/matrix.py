@@ -111,6 +111,7 @@ def _child(model_type: str, answer: Any) -> None:
 def row_of(name: str) -> dict[str, Any]:
     """Everything the matrix says of one type, or of one ``type:variant``."""
     from arch_maps.registry import find
+    from validate.stand_ins import stand_in
     from validate.twin import load_example, make_twin
 
     model_type, _, variant = name.partition(":")
@@ -132,6 +133,9 @@ def row_of(name: str) -> dict[str, Any]:
             if twin.from_map:
                 row["transformers"] = {"verdict": "no class"}
                 row["stock"] = _stock_tensors(folder / "twin", folder / "ours", folder / "stock")
+            elif stand_in(twin.config):  # which transformers saves as the other type
+                row["transformers"] = {"verdict": "other type"}
+                row["stock"] = _stock(folder / "twin", folder / "stock")
             else:
                 saved = _resaved(folder / "twin", folder / "saved")
                 row["transformers"] = _ours(saved, folder / "two")

@@ -15,7 +15,7 @@ import numpy as np
 
 from arch_maps.config import start
 from arch_maps.facts import Facts
-from arch_maps.ops import RowReader, exact
+from arch_maps.ops import RowReader, exact, factors
 from arch_maps.registry import ArchMap
 from converter.decode import DecodingReader, decoded
 from converter.errors import ConvertError, GateError
@@ -183,11 +183,10 @@ def written_weights(
     logical, specs = decoded(checkpoint, dtype="F32")
     arch = arch or find_map(logical.config)
     release = open_folder(source)
-    carried = {
-        drop.name: release.tensors[drop.name]
-        for drop in match_release(release, arch).drops
-        if drop.same_as is None
-    }
+    match = match_release(release, arch)
+    beside = [drop.name for drop in match.drops if drop.same_as is None]
+    beside += [leaf.name for rule in match.rules for leaf in factors(rule.expr)]
+    carried = {name: release.tensors[name] for name in beside}
     merged = replace(logical, tensors={**logical.tensors, **carried})
     back = build_back_plan(
         merged,
@@ -222,15 +221,15 @@ def _arithmetic(arch: ArchMap, config: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Beside:
-    """Rows of the checkpoint, and of the release for the tensors that the checkpoint dropped."""
+    """Rows of the checkpoint, and of the release for what the checkpoint no longer holds."""
 
     checkpoint: RowReader
     release: RowReader
-    dropped: set[str]
+    lost: set[str]
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows ``[start, stop)`` of a tensor."""
-        reader = self.release if name in self.dropped else self.checkpoint
+        reader = self.release if name in self.lost else self.checkpoint
         return reader.read_rows(name, start, stop)
 
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from mtp_twins import make_mtp_twin
+from mtp_twins import make_agreeing_dflash, make_agreeing_twin, make_mtp_twin
 from safetensors.numpy import load_file, save_file
 
 from converter.cli.errors import run
@@ -14,7 +14,7 @@ from converter.plan import Options
 from converter.proof import prove_drafter
 from converter.ui import Console
 from quant.recipe import QuantSpec
-from validate.speculative import judge_drafter
+from validate.speculative import TOKENS, judge_drafter
 
 pytestmark = pytest.mark.usefixtures("runtimes")
 QUIET = Console(quiet=True)
@@ -75,6 +75,48 @@ def test_speculative_decoding_writes_the_same_text(pair):
     drafted = next(check for check in report["checks"] if check["name"] == "drafted")
     assert drafted["metrics"]["prompts"] >= 8
     assert drafted["metrics"]["rounds"] > 0
+
+
+@pytest.fixture(scope="module")
+def agreeing(tmp_path_factory):
+    """A converted twin and its drafter by how loud the layers are that set them apart."""
+
+    def made(stray, **settings):
+        root = tmp_path_factory.mktemp("agreeing")
+        twin = make_agreeing_twin(root / "twin", stray=stray, **settings)
+        return twin, convert(Request(hf_path=str(twin), mlx_path=root / "out", mtp=True), QUIET)
+
+    return made
+
+
+def drafted(drafter, model):
+    """The drafting row of a pair: how many rounds, and how many drafts were accepted."""
+    report = judge_drafter(drafter.folder, target=model.folder, plan=None)
+    assert report.verdict == "pass"
+    row = next(check for check in report.checks if check.name == "drafted")
+    assert all(case.metrics["tokens"] == case.metrics["equal"] == TOKENS for case in row.cases)
+    return row.metrics
+
+
+def test_text_is_the_same_where_every_draft_is_accepted(agreeing):
+    _, (model, drafter) = agreeing(0.0)
+    found = drafted(drafter, model)
+    assert found["accepted"] == 2 * found["rounds"]  # a block of three: the token known and two
+    assert found["rounds"] < found["prompts"] * TOKENS / 2
+
+
+def test_text_is_the_same_where_some_drafts_are_accepted(agreeing):
+    _, (model, drafter) = agreeing(0.02)
+    found = drafted(drafter, model)
+    assert found["rounds"] / 4 < found["accepted"] < 2 * found["rounds"]
+
+
+def test_text_is_the_same_where_whole_blocks_are_accepted(agreeing, tmp_path):
+    twin, (model, _) = agreeing(0.0, settled=True)
+    source = make_agreeing_dflash(tmp_path / "dflash", twin, stray=0.0)
+    (drafter,) = convert(Request(hf_path=str(source), mlx_path=tmp_path / "out"), QUIET)
+    found = drafted(drafter, model)
+    assert found["accepted"] > found["rounds"]
 
 
 def test_the_judgement_sees_other_text(pair, monkeypatch):

@@ -11,6 +11,8 @@ def to_mlx(inputs: Mapping[str, Any]) -> dict[str, Any]:
     import mlx.core as mx
 
     def array(value: Any) -> Any:
+        if str(getattr(value, "dtype", "")) == "torch.bfloat16":  # which numpy lacks
+            value = value.float()
         return mx.array(np.asarray(value))
 
     return {key: _each(array, value) for key, value in inputs.items() if value is not None}

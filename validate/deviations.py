@@ -20,6 +20,7 @@ from validate import (
     mllama_faults,
     moe_faults,
     norm_faults,
+    phi4mm_faults,
     router_faults,
     text_faults,
 )
@@ -111,6 +112,41 @@ DOCUMENTED: Final = (
             patches=gemma3n_faults.scaled_and_placed,
         )
         for modality in ("text", "audio")
+    ),
+    Deviation(
+        name="pictures",
+        runtime="mlx_vlm",
+        model_types=("gemma3n",),
+        modality="image",
+        what="mlx-vlm 0.7.10 hands a picture's tokens over column by column, where the release "
+        "means them row by row, pads the tower's strided convolutions on both sides, computes "
+        "exact GELU there for its tanh form, leaves out the scale of the embeddings in a prompt, "
+        "and turns the queries of layers that share keys as if they came after the tokens of the "
+        "same step",
+        bound=2.0,
+        patches=gemma3n_faults.pictures,
+    ),
+    Deviation(
+        name="adapter",
+        runtime="mlx_vlm",
+        model_types=("phi4mm",),
+        modality="text",
+        what="a checkpoint has the adapter for pictures in its text weights, as mlx-vlm's loader "
+        "has, where the release adds none to text alone",
+        bound=3.0,
+        patches=phi4mm_faults.no_adapter,
+        released=True,
+    ),
+    Deviation(
+        name="adapter",
+        runtime="mlx_vlm",
+        model_types=("phi4mm",),
+        modality="audio",
+        what="a checkpoint has the adapter for pictures in its text weights, as mlx-vlm's loader "
+        "has, where the release adds that for speech to sounds",
+        bound=3.0,
+        patches=phi4mm_faults.speech_adapter,
+        released=True,
     ),
     Deviation(
         name="activation",

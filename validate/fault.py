@@ -25,6 +25,11 @@ class Deviation:
     released: bool = False
     """Whether ``patches`` also takes the folder of the release, for weights the runtime discards.
     """
+    prepares: bool = False
+    """Whether the runtime's processor prepares something else than the release's, so that without
+    the fault both models get what the reference's processor made."""
+    foreign: bool = False
+    """Whether what it prepares is of another kind, which the reference cannot read at all."""
 
 
 def text_fault(

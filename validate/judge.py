@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from arch_maps.rules import Rule
 from validate.answers import Answer, Answers, Question
+from validate.arrays import to_mlx
 from validate.cases import MEDIA_FILES
 from validate.checks import EXACT, CaseResult, Check, at_most
 from validate.deviations import deviations_for, without
@@ -96,11 +97,15 @@ def judge_runtime(job: Judgement, answers: Answers, *, runtime: str) -> Found:
                 run = partial(_run, model, answers, rows, inputs)
             stock = run()
             known = _needed_deviations(job, found, model, answers, modality, stock)
+            prepared = any(item.prepares for item in known)
+            if prepared:
+                fed = {index: to_mlx(answers.exact[index].question.inputs) for index in rows}
+                run = partial(_run, model, answers, rows, fed)
             with without(known, model.model, model.config, source=job.source):
                 judged = run() if known else stock
                 found.checks += heard
                 _outputs(job, found, answers, modality, judged)
-                found.checks += _modules(job, model, answers, modality)
+                found.checks += _modules(job, model, answers, modality, fed=prepared)
             _loss(job, found, answers, modality, stock)
         except RuntimeRefusal as error:
             found.refused(f"{_prefix(modality)}logits", modality, error)
@@ -244,8 +249,13 @@ def _needed_deviations(
     The stock error is then a row of its own: not gated as the checkpoint's, but failed when it is
     larger than the documented fault explains.
     """
-    known = deviations_for(
-        found.runtime, model_type=str(model.config.get("model_type")), modality=modality
+    borrowed = any(answers.exact[index].question.borrowed for index, _ in stock)
+    known = tuple(
+        item
+        for item in deviations_for(
+            found.runtime, model_type=str(model.config.get("model_type")), modality=modality
+        )
+        if not (borrowed and item.prepares)
     )
     error = max(_error(answers.exact[index], steps) for index, steps in stock)
     if not known or not job.exact or error <= EXACT:
@@ -272,16 +282,19 @@ def _needed_deviations(
     return known
 
 
-def _located(job: Judgement, model: MlxRuntime, answers: Answers, modality: str) -> Where | None:
-    """Where the runtime parts from the reference, as it computes now; None if not traced."""
+def _located(
+    job: Judgement, model: MlxRuntime, answers: Answers, modality: str, *, fed: bool = False
+) -> Where | None:
+    """Where the runtime parts from the reference, as it computes now; None if not traced.
+
+    ``fed``: with the pictures and sounds that the reference's processor prepared.
+    """
     traced = answers.traced.get(modality)
     if traced is None or not job.rules:
         return None
     item = answers.exact[traced.question]
     if item.question.inputs:
-        inputs = medium(model, item)
-        if inputs is None:
-            return None
+        inputs = to_mlx(item.question.inputs) if fed else medium(model, item)
         run = partial(model.run, inputs)
     else:
         ids = item.question.ids[: traced.prompt]
@@ -296,8 +309,10 @@ def _modules(
     model: MlxRuntime,
     answers: Answers,
     modality: str,
+    *,
+    fed: bool,
 ) -> list[Check]:
-    where = _located(job, model, answers, modality)
+    where = _located(job, model, answers, modality, fed=fed)
     if where is None:
         return []
     traced = answers.traced[modality]
@@ -404,8 +419,9 @@ def _noise(job: Judgement, found: Found, answers: Answers) -> None:
             measure = partial(_noise_of, job, found, answers, model, modality, rows)
             check = measure()
             if check.verdict == "fail" and known:
+                fed = any(item.prepares for item in known)
                 with without(known, model.model, model.config, source=job.source):
-                    check = measure()
+                    check = measure(fed=fed)
                 check = replace(check, note=f"{check.note}; the runtime's known faults taken out")
             found.checks.append(check)
     except RuntimeRefusal as error:
@@ -423,12 +439,14 @@ def _noise_of(
     model: MlxRuntime,
     modality: str,
     rows: Sequence[int],
+    *,
+    fed: bool = False,
 ) -> Check:
     media = modality in MEDIA_FILES
     pairs = []
     for index in rows:
         item = answers.exact[index]
-        inputs = medium(model, item) if media else None
+        inputs = (to_mlx(item.question.inputs) if fed else medium(model, item)) if media else None
         other = model.run(inputs).prefill if inputs else model.logits(item.question.ids)
         pairs.append((_label(item), item.logits, answers.noisy[index], other))
     return noise_check(modality=modality, runtime=found.runtime, dtype=job.dtype, rows=pairs)

@@ -1,13 +1,16 @@
 """Sounds as the runtime's processor prepares them, held against the reference's preparation."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from validate.answers import Answers
 from validate.checks import EXACT, CaseResult, Check
 from validate.pixels import compare_pixels
 from validate.prepared import Prepared, differing, prompt_row, row, stock_prompt
 from validate.runtime import MlxRuntime
+
+_ALSO_CALLED: Final = {"audio_input_features": "input_audio_embeds"}
+"""The runtime's name of an input that the reference calls otherwise."""
 
 
 def audio_inputs(
@@ -34,11 +37,12 @@ def audio_inputs(
 
 
 def _compare_features(reference: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, str]:
-    """Relative error of the float inputs that both processors name alike; infinity for none."""
-    shared = [name for name in reference if name in other and _is_float(reference[name])]
+    """Relative error of the float inputs that both processors make; infinity for none."""
+    named = {name: _ALSO_CALLED.get(name, name) for name in reference}
+    shared = [name for name in reference if named[name] in other and _is_float(reference[name])]
     if not shared:
         return float("inf"), f"no float input of {', '.join(sorted(reference))} has its like"
-    errors = [compare_pixels(reference[name], other[name])[0] for name in shared]
+    errors = [compare_pixels(reference[name], other[named[name]])[0] for name in shared]
     return max(errors), ", ".join(shared)
 
 

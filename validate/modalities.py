@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-_SEEING: Final = ("vision_config", "vit_config")
+_SEEING: Final = ("vision_config", "vit_config", "embd_layer")
 _HEARING: Final = ("audio_config", "audio_processor")
 
 

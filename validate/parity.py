@@ -26,15 +26,18 @@ from validate.checks import Check, Report
 from validate.encoder import judge_encoder
 from validate.judge import Judgement, judge_runtime
 from validate.loaded import weight_dtypes
-from validate.looking import borrowed_questions
+from validate.looking import INSTALL, borrowed_questions
 from validate.modalities import hears, sees
 from validate.pictures import judge_pictures, only_looks
 from validate.reference import ReferenceError, TorchReference, lacks_class, read_config
 from validate.runtime import is_generative, prepare_mlx, runtimes_for
 from validate.speculative import drafter_weights
+from validate.torch_faults import unbuilt
 from validate.where.row import rules_of
 
 _COMPUTE: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+TOWER: Final = "image/tower"
+"""Name of the row that says that the reference has no part for pictures here."""
 _IMAGE_FILES: Final = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -194,6 +197,9 @@ def _wants_images(source: Path, images: bool | None, checks: list[Check]) -> boo
     if images is None and not _reads_pictures(config):
         checks.append(_unjudged_pictures())
         return False
+    if unbuilt(str(config.get("model_type"))):
+        checks.append(_no_tower())
+        return False
     if any((source / name).exists() for name in _IMAGE_FILES):
         return True
     if images:
@@ -217,6 +223,17 @@ def _unjudged_pictures() -> Check:
         verdict="info",
         note="not judged: the runtime is known to be wrong about pictures of this type, as the "
         "remarks of its map say",
+    )
+
+
+def _no_tower() -> Check:
+    return Check(
+        name=TOWER,
+        modality="image",
+        verdict="info",
+        note="not judged: transformers takes the tower of pictures from timm, which is not "
+        f"installed here, so the reference was built without it. {INSTALL}",
+        metrics={"missing": "timm"},
     )
 
 

@@ -12,9 +12,24 @@ from validate import (
     mllama_faults,
     molmo_faults,
     moonvit_faults,
+    phi4mm_faults,
 )
 from validate.fault import Deviation, Patch
 from validate.fault import picture_fault as _picture
+
+
+def _prepared(model_types: tuple[str, ...], *, what: str, bound: float) -> Deviation:
+    """Pictures that mlx-vlm's processor prepares otherwise than the release's."""
+    return Deviation(
+        name="preparation",
+        runtime="mlx_vlm",
+        model_types=model_types,
+        modality="image",
+        what=what,
+        bound=bound,
+        patches=lambda model: [],
+        prepares=True,
+    )
 
 
 def _exact_merger_gelu(model: Any) -> list[Patch]:
@@ -160,5 +175,53 @@ PICTURES: Final = (
         "1e-6 for 1e-5",
         bound=1.0,
         patches=moonvit_faults.moonvit,
+    ),
+    Deviation(
+        name="pictures",
+        runtime="mlx_vlm",
+        model_types=("phi4mm",),
+        modality="image",
+        what="mlx-vlm 0.7.10 gives the text every patch of a picture at its own size, where the "
+        "release cuts it into tiles, averages two by two patches and marks line ends",
+        bound=3.0,
+        patches=phi4mm_faults.tiles,
+        released=True,
+        prepares=True,
+        foreign=True,
+    ),
+    *(
+        _prepared(types, what=what, bound=bound)
+        for types, what, bound in (
+            (
+                ("muse_glimmer",),
+                "mlx-vlm 0.7.10 resizes pictures by Pillow's Lanczos, which differs from "
+                "torchvision's by 26 grey levels at most where it was measured",
+                1.0,
+            ),
+            (
+                ("gemma4_unified",),
+                "mlx-vlm 0.7.10 resizes pictures by Pillow, whose grey levels are one off "
+                "torchvision's here and there",
+                0.1,
+            ),
+            (
+                ("molmo2",),
+                "mlx-vlm 0.7.10 leaves out the begin-of-text token before a picture, and smooths "
+                "what it makes smaller, where the release does not",
+                1.0,
+            ),
+            (
+                ("llama4",),
+                "mlx-vlm 0.7.10 stretches pictures where the release pads them, and leaves out the "
+                "small whole picture beside the tiles",
+                2.0,
+            ),
+            (
+                ("lfm2_vl", "lfm2-vl"),
+                "mlx-vlm 0.7.10 cuts large pictures into 2 to 10 tiles, whatever the release's "
+                "processor says",
+                2.0,
+            ),
+        )
     ),
 )

@@ -7,13 +7,16 @@ resampling is the one that needs no further library.
 import json
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any
 
 from validate.cases import Case, draw, media_question
 from validate.libraries import missing_library
 from validate.reference import ReferenceError, borrowed_settings, model_class, read_config
+from validate.runtime import RUNTIMES
 from validate.sounds import SAMPLING_RATE, synthesise
+from validate.stand_ins import StandIn, stand_in
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any | None:
@@ -43,17 +46,33 @@ def processor_class(folder: Path) -> Any:
     """
     import transformers
 
+    other = stand_in(read_config(folder))
+    if other is not None:
+        return other.processor()
     auto: Any = import_module("transformers.models.auto.processing_auto")
 
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         path = folder / file
         name = json.loads(path.read_text("utf-8")).get("processor_class") if path.exists() else None
         if name and hasattr(transformers, name):
-            return getattr(transformers, name)
+            return _untouched(getattr(transformers, name))
     name = auto.PROCESSOR_MAPPING_NAMES.get(read_config(folder).get("model_type", ""))
     if name is None:
         raise ReferenceError(f"{folder}: transformers has no processor for this model_type")
-    return getattr(transformers, name)
+    return _untouched(getattr(transformers, name))
+
+
+def _untouched(cls: Any) -> Any:
+    """The class as transformers has it, where an MLX runtime has put functions of its own in it."""
+    homes = {getattr(value, "__module__", None) or "" for value in vars(cls).values()}
+    if not any(home.partition(".")[0] in RUNTIMES for home in homes):
+        return cls
+    spec = find_spec(cls.__module__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, cls.__name__)
 
 
 def load_processor(
@@ -64,12 +83,17 @@ def load_processor(
     Built from its parts, because ``from_pretrained`` would insist on torchvision for the video
     part, which no check here uses, and for an image part that sounds can do without.
     """
-    cls = processor_class(folder)
+    cls, other = processor_class(folder), stand_in(read_config(folder))
     settings, _ = cls.get_processor_dict(folder, local_files_only=True)
     parts: list[Any] = []
     for attribute in cls.get_attributes():
         if attribute == "tokenizer":
             parts.append(load_tokenizer(folder, trust_remote_code=trust_remote_code))
+            if other is not None:
+                _name_tokens(parts[-1], other)
+        elif other is not None and attribute in other.parts:
+            unused = attribute == "image_processor" and modality != "image"
+            parts.append(NoVideo(()) if unused else _part(folder, other, attribute))
         elif attribute == "image_processor":
             parts.append(_images(folder, modality, trust_remote_code=trust_remote_code))
         elif attribute == "video_processor":
@@ -83,7 +107,22 @@ def load_processor(
             )
         else:
             raise ReferenceError(f"{cls.__name__}: no way to load its {attribute}")
-    return _accepting(cls).from_args_and_dict(parts, settings)
+    processor = _accepting(cls).from_args_and_dict(parts, settings)
+    for part in parts:  # older releases keep the template with the tokenizer
+        if processor.chat_template is None:
+            processor.chat_template = getattr(part, "chat_template", None)
+    return processor
+
+
+def _part(folder: Path, other: StandIn, attribute: str) -> Any:
+    cls: Any = getattr(import_module("transformers"), other.parts[attribute])
+    return cls.from_pretrained(folder, local_files_only=True)
+
+
+def _name_tokens(tokenizer: Any, other: StandIn) -> None:
+    for name, token in other.tokens.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
 
 
 def _images(folder: Path, modality: str, *, trust_remote_code: bool) -> Any:

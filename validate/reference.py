@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from validate.stand_ins import stand_in
 from validate.torch_faults import complete, mend
 
 Logits = NDArray[np.float32]
@@ -61,8 +62,11 @@ class TorchReference:
 
         logs: Any = import_module("transformers.utils.logging")
         logs.disable_progress_bar()
-        auto = model_class(folder)
-        mend(str(read_config(folder).get("model_type")))
+        auto, config = model_class(folder), read_config(folder)
+        other = stand_in(config)
+        mend(str(config.get("model_type")))
+        if other:
+            auto._keys_to_ignore_on_load_unexpected = list(other.beside)
         try:
             model, info = auto.from_pretrained(
                 folder,
@@ -70,8 +74,11 @@ class TorchReference:
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,
-                **borrowed_settings(auto, read_config(folder)),
+                key_mapping=dict(other.names) if other else None,
+                **borrowed_settings(auto, config),
             )
+            if other:
+                other.complete(model, folder)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise ReferenceError(f"{folder}: transformers cannot load it: {error}") from error
         lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -320,12 +327,18 @@ def borrowed_settings(auto: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     import transformers
 
     own = getattr(auto, "config_class", None)
+    other = stand_in(config)
+    if own is not None and other is not None:
+        return {"config": own.from_dict(other.config(config))}
     if own is None or config.get("model_type") in transformers.CONFIG_MAPPING:
         return {}
     return {"config": own.from_dict({**config, "model_type": own.model_type})}
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
+    other = stand_in(config)
+    if other is not None:
+        return other.architecture
     names = config.get("architectures") or [""]
     return str(names[0])
 

@@ -13,6 +13,9 @@ _IDS_IN_CODE: Final = ("DotsVLProcessor",)
 """Processors that have the token ids of one release in their code; a twin has others."""
 
 
+_PHI: Final = "mlx_vlm.models.phi4mm.processing_phi4mm"
+
+
 def load_processor(folder: Path) -> Any:
     """mlx-vlm's processor of a folder, with the image processor that its model package brings."""
     from mlx_vlm.utils import load_image_processor
@@ -26,6 +29,10 @@ def load_processor(folder: Path) -> Any:
     own = load_image_processor(folder)
     if own is not None:
         processor.image_processor = own
+    if type(processor).__module__ == _PHI:
+        # The constant of a module, which both a release's own and a twin's id must replace.
+        package: Any = import_module(_PHI)
+        package.AUDIO_TOKEN_INDEX = read_config(folder)["audio_token_index"]
     return processor
 
 

@@ -80,14 +80,14 @@ MAP = ArchMap(
     layouts=(Layout(_PUBLISHED, {}), Layout("transformers 5", {})),
     runtimes=("mlx-vlm", "mlx-lm"),
     parts=("text.gemma3n", "vision.mobilenetv5", "audio.gemma3n_conformer"),
-    modalities=("text", "audio"),
+    modalities=("text", "image", "audio"),
     pipeline_tag="image-text-to-text",
     remarks=(
-        "Pictures are not judged: mlx-vlm hands a picture's tokens over column by column, where "
-        "the release means them row by row (MobileNetV5MultiScaleFusionAdapter in its vision.py).",
-        "The tower of pictures is of a size that mlx-vlm has in code; its tensors are those of "
-        "mlx-vlm's own converter bit for bit, and nothing was computed with them.",
-        "transformers takes that tower from timm; without the library the reference is built "
-        "without the tower, and text and sounds are judged.",
+        "mlx-vlm 0.7.10 hands a picture's tokens over column by column, where the release means "
+        "them row by row (MobileNetV5MultiScaleFusionAdapter in its vision.py), pads the tower's "
+        "strided convolutions on both sides, and computes exact GELU there for its tanh form.",
+        "The tower of pictures is of a size that mlx-vlm has in code. transformers takes it from "
+        "timm; without that library the reference is built without the tower, text and sounds are "
+        "judged, and the report says that pictures are not.",
     ),
 )

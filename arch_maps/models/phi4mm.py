@@ -25,18 +25,24 @@ _VISION: Final = {
     "layer_norm_eps": 1e-6,
 }
 """Sizes of the tower, which the release's code has and its config leaves out."""
+IMAGE_TOKEN: Final = 200010
+AUDIO_TOKEN: Final = 200011
+"""Ids of <|endoftext10|> and <|endoftext11|>, which stand for pictures and sounds, from the
+release's code; its config leaves them out."""
 _ROPE_FIELDS: Final = ("type", "short_factor", "long_factor")
 _SPEECH: Final = "the runtime's weights hold one adapter, that for pictures"
 _SEPARATOR: Final = "marks between tiles and lines of a picture, which the runtime does not set"
 
 
-def _vision(facts: Facts) -> Facts:
+def seeing(facts: Facts) -> Facts:
+    """What the config says of the tower, with the release's sizes where it says nothing."""
     stated = facts.data.get("vision_config")
     found = facts.section("vision_config") if stated else Facts({}, parent=facts)
     return found.filled(_VISION)
 
 
-def _audio(facts: Facts) -> Facts:
+def hearing(facts: Facts) -> Facts:
+    """What the config says of the speech encoder."""
     return facts.section("audio_processor").section("config")
 
 
@@ -75,12 +81,12 @@ def _pictures(root: Mount, vision: Facts, hidden: int) -> None:
 def _tower(at: Mount, vision: Facts) -> None:
     positions = vision.size("image_size") // vision.size("patch_size")
     siglip.dense_patch_tower(at, vision, positions * positions, conv=True)
-    siglip.drop_pooling_head(at / "head", vision)
+    siglip.drop_pooling_head(at / "head", vision, required=True)
 
 
 def _sounds(root: Mount, facts: Facts, hidden: int) -> None:
     extended = root.at(source=f"{_EXTENDED}.audio_embed", target="")
-    audio = _audio(facts)
+    audio = hearing(facts)
     encoder = extended.at(source="encoder", target="audio_encoder", part="audio")
     cascades_conformer.encoder(encoder, audio)
     width = audio.size("attention_dim", 1024)
@@ -101,13 +107,13 @@ def _tensors(root: Mount, facts: Facts, _: Layout) -> None:
     text = root.at(source="", target="language_model")
     phi3.stack(text / "model", s, dense=_adapted(facts))
     text.head("lm_head", s.vocab, s.hidden, tied_to="model.embed_tokens.weight" if s.tied else None)
-    _pictures(root, _vision(facts), s.hidden)
+    _pictures(root, seeing(facts), s.hidden)
     _sounds(root, facts, s.hidden)
 
 
 def _config(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
     out = spell.start(config)
-    s, vision = llama.sizes(facts), _vision(facts)
+    s, vision = llama.sizes(facts), seeing(facts)
     if int(s.head_dim) * int(s.heads) != int(s.hidden):
         facts.problem("config.json: head_dim must be hidden_size / num_attention_heads here")
     llama.spell_config(
@@ -126,14 +132,14 @@ def _config(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
         for name in _ROPE_FIELDS[1:]:
             if not isinstance(out["rope_scaling"][name], list):
                 facts.problem(f"config.json: rope_scaling.{name} must be a list of numbers")
-    cascades_conformer.spell_config(out["audio_processor"]["config"], _audio(facts))
+    cascades_conformer.spell_config(out["audio_processor"]["config"], hearing(facts))
     out.update(
         rope_traditional=False,
         original_max_position_embeddings=int(facts.size("original_max_position_embeddings", 4096)),
         mm_hidden_size=int(vision.size("hidden_size")),
         mm_projector_type="mlp2x_gelu",
         image_token_index=-200,
-        audio_token_index=200011,
+        audio_token_index=int(facts.size("audio_token_index", AUDIO_TOKEN)),
         min_num_patches=int(facts.size("min_num_patches", 256)),
         max_num_patches=int(facts.size("max_num_patches", 3600)),
     )
@@ -158,14 +164,14 @@ MAP = ArchMap(
     layouts=(Layout("published", {}),),
     runtimes=("mlx-vlm",),
     parts=("text.phi3", "vision.siglip", "audio.cascades_conformer"),
-    modalities=("text", "image"),
+    modalities=("text", "image", "audio"),
     pipeline_tag="image-text-to-text",
     remarks=(
-        "The adapter for pictures is folded into the text weights, as mlx-vlm's loader does; the "
-        "release adds it to prompts with pictures only, so text alone and sounds come out off. "
-        "mlx-vlm's converter adds both adapters, which the release never does.",
+        "A checkpoint holds one set of text weights: with the adapter for pictures folded in, as "
+        "mlx-vlm's loader leaves them. The release adds that adapter to prompts with pictures "
+        "only, the one for speech to sounds, and none to text alone, so text and sounds come out "
+        "off. mlx-vlm's converter adds both adapters at once, which the release never does.",
         "mlx-vlm 0.7.10 gives the text every patch of a picture; the release cuts tiles, averages "
         "two by two patches and marks line ends: pictures are off.",
-        "Sounds are left out of what is tested: the adapter for speech is not in the weights.",
     ),
 )

@@ -50,7 +50,7 @@ def dense_patch_tower(at: Mount, facts: Facts, positions: int, *, conv: bool = F
     at.norm("post_layernorm", hidden, bias=True)
 
 
-def drop_pooling_head(at: Mount, facts: Facts) -> None:
+def drop_pooling_head(at: Mount, facts: Facts, *, required: bool = False) -> None:
     """Leave out the attention pool, which no picture token passes through."""
     hidden, inner = facts.size("hidden_size"), facts.size("intermediate_size")
     reason = "the attention pool makes one vector of a picture; the text reads its patches"
@@ -68,7 +68,7 @@ def drop_pooling_head(at: Mount, facts: Facts) -> None:
         "mlp.fc2.bias": (hidden,),
     }
     for name, shape in shapes.items():
-        at.drop(name, reason, *shape)
+        at.drop(name, reason, *shape, required=required)
 
 
 def encoder_layer(at: Mount, hidden: int, inner: int) -> None:

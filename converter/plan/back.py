@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from arch_maps.config import spell_dtype, start, stored_dtype
@@ -47,7 +47,7 @@ def build_back_plan(
     if problems:
         raise PlanError(problems)
     if options.target == "torch":
-        rules = _inverse_rules(tensors.rules, tensors.drops, set(restore), problems)
+        rules = _inverse_rules(tensors.rules, tensors.drops, set(restore), carried, problems)
         rules += [_as_is(source, name) for name in carried]
         config = dict(torch_config) if torch_config is not None else start(source.config)
         metadata = {"format": "pt"}
@@ -107,17 +107,22 @@ def _disagreements(
 
 
 def _inverse_rules(
-    rules: Iterable[Rule], drops: Iterable[Drop], restore: set[str], problems: list[str]
+    rules: Iterable[Rule],
+    drops: Iterable[Drop],
+    restore: set[str],
+    carried: Container[str],
+    problems: list[str],
 ) -> list[Rule]:
     rules = list(rules)
     origin = {leaf.name: rule for rule in reversed(rules) for leaf in sources(rule.expr)}
     solved: dict[str, Expr] = invert(
-        (Leaf(rule.target, tuple(map(int, rule.expr.shape))), rule.expr) for rule in rules
+        ((Leaf(rule.target, tuple(map(int, rule.expr.shape))), rule.expr) for rule in rules),
+        at_hand=carried,
     )
     problems += [
         f"not invertible: {name} cannot be told from the MLX tensors"
         for name in origin
-        if name not in solved
+        if name not in solved and name not in carried
     ]
     back = [Rule(name, expr, origin[name].kind, origin[name].part) for name, expr in solved.items()]
     for drop in drops:

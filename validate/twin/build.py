@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from arch_maps.registry import map_name
+from validate.stand_ins import stand_in
 from validate.torch_faults import mend
 from validate.twin.errors import TwinError
 from validate.twin.families import family_of
@@ -138,7 +139,9 @@ def _has_class(config: Json) -> bool:
     """Whether transformers itself has the architecture; code of a release's own does not count."""
     import transformers
 
-    model_class: Any = getattr(transformers, str(config["architectures"][0]), None)
+    other = stand_in(config)
+    name = other.architecture if other else str(config["architectures"][0])
+    model_class: Any = getattr(transformers, name, None)
     return isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
 
 

@@ -47,6 +47,9 @@ class Family:
     image_markup: str | None = None
     video_markup: str | None = None
     audio_markup: str | None = None
+    in_code: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    """Token ids that the release's code has and its config leaves out, by the field that a twin,
+    whose ids are others, states them in."""
     pinned: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     gains: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     """Factors by the ends of tensor names, where what is drawn would make attention or routing

@@ -116,6 +116,7 @@ def shrink_config(
     for name in ("model_type", "architectures"):
         if not config.get(name):
             raise TwinError(f"config.json has no {name!r}, so its twin cannot be built; add it")
+    config = {**family.in_code, **config}
     plan = plan_tokens(config, family, vocab_size=sizes.vocab)
     shrunk = _shrink(config, "", sizes, plan)
     _move_mrope(shrunk, config)

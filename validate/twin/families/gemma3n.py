@@ -13,6 +13,8 @@ PERIOD: Final = 3
 MARKS: Final = ("<|eos_1|>", BOI, BOA, EOI, IMAGE, EOA, AUDIO)
 """Last in the vocabulary: a medium's own tokens start with the end of the medium."""
 SOFT_TOKENS: Final = 188
+SIDE: Final = 512
+"""Pixels of a picture's side: fewer than a release's 768, and still pooled after the tower."""
 
 
 def _adjust(config: Json, source: Json) -> Json:
@@ -57,7 +59,7 @@ def _processor(config: Json) -> Files:
         "image_processor_type": "SiglipImageProcessorFast",
         "image_seq_length": 256,
         "processor_class": "Gemma3nProcessor",
-        "size": {"height": 768, "width": 768},
+        "size": {"height": SIDE, "width": SIDE},
     }
     lengths = {"audio_seq_length": SOFT_TOKENS, "image_seq_length": 256}
     return {
@@ -83,6 +85,7 @@ FAMILY: Final = Family(
             **{"boa_token": BOA, "eoa_token": EOA, "audio_token": AUDIO},
         }
     ),
+    image_markup=IMAGE,
     audio_markup=AUDIO,
     adjust=_adjust,
     processor=_processor,

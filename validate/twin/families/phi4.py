@@ -1,8 +1,10 @@
 """Phi-4 with pictures: patches of any grid behind one mark per picture."""
 
+from arch_maps.models.phi4mm import AUDIO_TOKEN, IMAGE_TOKEN
 from validate.twin.family import CHAT_TOKENS, Family, Files, Json
 
 IMAGE = "<image>"
+PICTURE, SOUND = "<|endoftext10|>", "<|endoftext11|>"
 POSITIONS = 16
 """Learned positions of the tower, a square that is stretched to each picture's grid."""
 
@@ -37,8 +39,9 @@ SIGLIP = Family(
     adjust=_adjust,
     processor=_processor,
 )
-SIDE = 4
-"""Patches per side of the multimodal twin's table of positions."""
+SIDE = 32
+"""Patches per side of a tile, which the release's processor has in its code."""
+TILE = 14 * SIDE
 
 
 def _multimodal(config: Json, source: Json) -> Json:
@@ -51,7 +54,7 @@ def _multimodal(config: Json, source: Json) -> Json:
     config["speech_lora"].update(r=4, lora_alpha=8)
     config["vision_config"] = {
         "hidden_size": 64,
-        "image_size": 14 * SIDE,
+        "image_size": TILE,
         "intermediate_size": 128,
         "layer_norm_eps": 1e-6,
         "num_attention_heads": 4,
@@ -60,7 +63,7 @@ def _multimodal(config: Json, source: Json) -> Json:
         "patch_size": 14,
     }
     config["mm_hidden_size"] = config["vision_config"]["hidden_size"]
-    config["min_num_patches"], config["max_num_patches"] = SIDE * SIDE, 64
+    config["min_num_patches"], config["max_num_patches"] = 16, 64
     audio = config["audio_processor"]["config"]
     audio.update(
         attention_dim=64,
@@ -75,8 +78,27 @@ def _multimodal(config: Json, source: Json) -> Json:
     return config
 
 
+def _tiles(config: Json) -> Files:
+    del config
+    return {
+        "preprocessor_config.json": {
+            "audio_compression_rate": 8,
+            "audio_downsample_rate": 1,
+            "audio_feat_stride": 1,
+            "dynamic_hd": 36,
+            "feature_extractor_type": "Phi4MMAudioFeatureExtractor",
+            "image_processor_type": "Phi4MMImageProcessor",
+            "processor_class": "Phi4MMProcessor",
+        }
+    }
+
+
 MULTIMODAL = Family(
-    specials=(*CHAT_TOKENS, "<|endoftext10|>", "<|endoftext11|>"),
+    tokens={"image_token_index": PICTURE, "audio_token_index": SOUND},
+    in_code={"image_token_index": IMAGE_TOKEN, "audio_token_index": AUDIO_TOKEN},
     image_markup="<|image_1|>",
+    audio_markup="<|audio_1|>",
+    by_map=True,  # the class has no adapters
     adjust=_multimodal,
+    processor=_tiles,
 )
