@@ -50,20 +50,22 @@ def statistics_of(
     release: Release,
     *,
     data: Path | None,
+    beside: Path,
     console: Console,
     trust_remote_code: bool = False,
     folder: Path | None = None,
 ) -> Calibrated | None:
     """The statistics that ``plan`` needs, from the cache or a pass over the text at ``data``.
 
-    ``folder`` holds the torch checkpoint to run where it is not the release itself.
-    Raises UsageError where the text is not the planned one, PlanError where the release cannot
-    be calibrated.
+    ``folder`` holds the torch checkpoint to run where it is not the release itself. A quantized
+    release is calibrated as decoded, in a folder next to ``beside`` meanwhile. Raises UsageError
+    where the text is not the planned one, PlanError where the release cannot be calibrated.
     """
     calibration = plan.options.calibration
     tasks = _tasks(plan.outputs)
     if calibration is None or not tasks:
         return None
+    from converter.plain import plain_release  # which executes a plan itself
     from quant.calibrate.run import calibrate
     from quant.calibrate.text import CalibrationError, calibration_of, read_text
 
@@ -71,15 +73,16 @@ def statistics_of(
         now = calibration_of(data, sequences=calibration.sequences, length=calibration.length)
         if now != calibration:
             raise UsageError(f"--calibration-data {data}: changed since it was planned")
-        found = calibrate(
-            folder or release.local(),
-            tasks,
-            text=read_text(data),
-            calibration=calibration,
-            source=identity(plan, release),
-            say=console.say,
-            trust_remote_code=trust_remote_code,
-        )
+        with plain_release(folder or release.local(), beside=beside) as checkpoint:
+            found = calibrate(
+                checkpoint,
+                tasks,
+                text=read_text(data),
+                calibration=calibration,
+                source=identity(plan, release),
+                say=console.say,
+                trust_remote_code=trust_remote_code,
+            )
     except CalibrationError as error:
         raise PlanError([str(error)]) from error
     return Calibrated(found)

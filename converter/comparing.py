@@ -209,7 +209,7 @@ def _size(out: Path) -> int:
 
 def _weights(out: Path) -> int:
     """Parameters of a checkpoint, packed ones counted as what they stand for."""
-    logical, _ = decoded(open_folder(out, allow_mlx=True))
+    logical = decoded(open_folder(out, allow_mlx=True)).source
     return sum(math.prod(info.shape) for info in logical.tensors.values())
 
 

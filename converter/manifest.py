@@ -68,6 +68,7 @@ def write_manifest(
         "command": command,
         "model_type": plan.model_type,
         **({"map": plan.map} if plan.map else {}),
+        **({"decoding": {**plan.decoding, "became": plan.origins()}} if plan.decoding else {}),
         "layout": plan.layout,
         "recipe": plan.options.to_json(),
         "rounding": dict(ROUNDING_RULES),

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from arch_maps.facts import Facts
 from arch_maps.registry import ArchMap, ConfigMap
+from converter.decode import decoded
 from converter.errors import PlanError, UsageError
 from converter.execute.folder import MANIFEST
 from converter.manifest import read_manifest
@@ -75,7 +76,7 @@ def map_of_output(
                 f"{out}: brings its own model code ({own.name}), which runs only with "
                 "--trust-remote-code"
             )
-        return runtime_map(source, model_file=own)
+        return runtime_map(decoded(source).source, model_file=own)
     if file is not None:
         return load_map(file, source.config)
     if told.get("by") == "file":

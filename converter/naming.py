@@ -5,10 +5,15 @@ from __future__ import annotations
 from converter.plan.options import Options
 
 
-def output_name(model: str, options: Options, *, dtype: str | None) -> str:
-    """``<model>-<what it is>``, such as ``Qwen3-0.6B-4bit`` or ``Qwen3-0.6B-bf16``."""
+def output_name(model: str, options: Options, *, dtype: str | None, kept: str = "") -> str:
+    """``<model>-<what it is>``, such as ``Qwen3-0.6B-4bit`` or ``Qwen3-0.6B-bf16``.
+
+    ``kept`` says what the release's own quantization became, where it was kept.
+    """
     if options.target == "torch":
         return f"{model}-torch"
+    if kept:
+        return f"{model}-{kept}"
     if options.quant is None and options.dtype is None:
         short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
         return f"{model}-{short.get(dtype or '', 'mlx')}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from converter.adapter import Fusion, fuse, read_adapter
 from converter.adapter.torch_folder import fused_folder
 from converter.allocating import allocated
 from converter.calibrated import statistics_of
-from converter.decode import DecodingReader, decoded
+from converter.decode import DecodingReader, View, decoded, quantization_settings
 from converter.errors import ConvertError, PlanError, UsageError
 from converter.execute import Job, execute
 from converter.execute.folder import (
@@ -32,7 +31,7 @@ from converter.execute.folder import (
 )
 from converter.execute.journal import NAME as JOURNAL
 from converter.manifest import Manifest, read_manifest, write_manifest
-from converter.maps import WRITTEN, MapChoice, choose_map
+from converter.maps import WRITTEN, MapChoice, choose_map, load_map
 from converter.mtp import drafter_folder, plan_drafter
 from converter.naming import output_name
 from converter.plan import Options, Plan, build_plan
@@ -40,7 +39,7 @@ from converter.plan.back import build_back_plan
 from converter.plan.match import match_release
 from converter.release import Release, fetch, open_release
 from converter.runtime_map import check_reload
-from converter.sidecars import copy_sidecars
+from converter.sidecars import copy_sidecars, write_json
 from converter.source import Source
 from converter.ui import Console, size_text
 
@@ -81,7 +80,8 @@ class Planned:
     source: Source
     """The release's tensors, its own quantization decoded and an adapter fused in."""
     plans: tuple[Plan, ...]
-    decoding: Mapping[str, Any]
+    view: View
+    """How that decoding is done."""
     arch: ArchMap
     fusion: Fusion | None = None
     drafters: tuple[Plan, ...] = ()
@@ -113,16 +113,14 @@ def plan_request(request: Request, console: Console | None = None) -> Planned:
 
     Only a recipe with a target size reads weights, and says so on ``console``.
     """
-    back = request.dequantize or any(r.target == "torch" for r in request.recipes)
+    torch = any(recipe.target == "torch" for recipe in request.recipes)
+    back = request.dequantize or torch
     release = open_release(request.hf_path, revision=request.revision, allow_mlx=back)
-    if back and release.source.mlx is None:
-        raise PlanError(
-            [
-                f"{request.hf_path}: is a torch release already; -d and --to torch start from an "
-                "MLX checkpoint"
-            ]
-        )
-    source, decoding = decoded(release.source) if back else (release.source, {})
+    if release.source.mlx is None and back:
+        _require_quantized(release, torch=torch)
+        back = False
+    view = decoded(release.source, arch=_stated_map(release.source, request.maps))
+    source = view.source
     arch = choose_map(source, request.maps)
     plans: list[Plan] = []
     fusion = None
@@ -132,17 +130,21 @@ def plan_request(request: Request, console: Console | None = None) -> Planned:
         _require_written_map(release, request.maps)
         kept = _kept_facts(release)
         for options in request.recipes:
-            plans.append(build_back_plan(source, arch, options, origin=release.origin, **kept))
+            asked = replace(options, dequantize=False)  # which is what this plan does anyway
+            plans.append(build_back_plan(source, arch, asked, origin=release.origin, **kept))
     else:
         match = match_release(source, arch)
         origin = release.origin
+        _require_plain(request, view)
         if request.adapter_path is not None:
             adapter = read_adapter(request.adapter_path)
             fusion = fuse(source, match, adapter, origin=origin, name=release.name)
             source, origin = fusion.source, {**origin, "adapter": adapter.record()}
             release = replace(release, name=f"{release.name}-{adapter.name}")
         for options in request.recipes:
-            plan = build_plan(source, match, options, origin=origin)
+            given_up = options.dequantize and view.settings is not None
+            options = replace(options, dequantize=given_up)
+            plan = build_plan(source, match, options, origin=origin, view=view)
             if options.targeted:
                 console = console or Console(quiet=True)
                 with console.progress("download", unit="bytes") as tick:
@@ -157,7 +159,7 @@ def plan_request(request: Request, console: Console | None = None) -> Planned:
                     workers=request.thread_count,
                     trust_remote_code=request.trust_remote_code,
                 )
-                plan = build_plan(source, match, found, origin=origin)
+                plan = build_plan(source, match, found, origin=origin, view=view)
             plans.append(plan)
         if not request.maps.written:
             for plan in plans:
@@ -168,7 +170,7 @@ def plan_request(request: Request, console: Console | None = None) -> Planned:
         release=release,
         source=source,
         plans=tuple(plans),
-        decoding=decoding,
+        view=view,
         arch=arch,
         fusion=fusion,
         drafters=tuple(
@@ -181,7 +183,8 @@ def plan_request(request: Request, console: Console | None = None) -> Planned:
 def output_folders(request: Request, planned: Planned) -> list[Path]:
     """Where each plan's output goes; raises UsageError when two would share a folder."""
     dtype = stored_dtype(planned.source.config)
-    names = [output_name(planned.release.name, plan.options, dtype=dtype) for plan in planned.plans]
+    name = planned.release.name
+    names = [output_name(name, p.options, dtype=dtype, kept=p.kept) for p in planned.plans]
     if request.mlx_path is None:
         folders = [Path(name) for name in names]
     elif len(names) == 1:
@@ -276,6 +279,7 @@ def _execute_all(
                     plan,
                     release,
                     data=request.calibration_data,
+                    beside=out,
                     console=console,
                     trust_remote_code=request.trust_remote_code,
                     folder=folder,
@@ -288,8 +292,8 @@ def _execute_all(
             stack.enter_context(locked(job.work))
         reader = stack.enter_context(release.source.open())
         rows: RowReader = reader
-        if planned.decoding:
-            rows = DecodingReader(reader, source, planned.decoding)
+        if planned.view.coded:
+            rows = DecodingReader(reader, planned.view)
         if planned.fusion is not None:
             rows = stack.enter_context(planned.fusion.open(rows))
         try:
@@ -342,11 +346,6 @@ def _finish(
     (work / JOURNAL).unlink()
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write JSON as the hub's tools do: two spaces, sorted nowhere, UTF-8."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _reusable(
     request: Request, release: Release, plans: Sequence[Plan], folders: Sequence[Path]
 ) -> list[Manifest | None]:
@@ -369,6 +368,34 @@ def _relocated(planned: Planned, release: Release) -> Source:
     if release.root is None or planned.release.root is not None:
         return planned.source
     return replace(planned.source, root=release.source.root, files=release.source.files)
+
+
+def _require_plain(request: Request, view: View) -> None:
+    """Refuse what reads the weights of a torch release beside the conversion."""
+    asked = ["--adapter-path"] if request.adapter_path is not None else []
+    asked += (
+        ["--q-target-bpw or --q-target-size"] if any(r.targeted for r in request.recipes) else []
+    )
+    if view.settings is not None and asked:
+        raise UsageError(
+            f"{asked[0]}: the release is quantized ({view.method}); this needs the unquantized one"
+        )
+
+
+def _require_quantized(release: Release, *, torch: bool) -> None:
+    """Refuse -d and --to torch for a torch release that they would do nothing to."""
+    if torch or quantization_settings(release.source.config) is None:
+        raise PlanError(
+            [
+                f"{release.name}: is a torch release already; --to torch starts from an MLX "
+                "checkpoint, -d from one or from a quantized release"
+            ]
+        )
+
+
+def _stated_map(source: Source, maps: MapChoice) -> ArchMap | None:
+    """The user's own map, for schemes that need one to know shapes; None for the registry's."""
+    return load_map(maps.file, source.config) if maps.file is not None else None
 
 
 def _require_written_map(release: Release, maps: MapChoice) -> None:

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from converter.errors import ConvertError, GateError
 from converter.execute import Job, execute
 from converter.execute.folder import explain
 from converter.manifest import note_comparison, read_manifest
+from converter.plain import plain_release
 from converter.plan import Options, Plan
 from converter.plan.back import build_back_plan
 from converter.plan.match import find_map, match_release
@@ -57,11 +58,15 @@ def prove(
     if (out / "conversion.json").is_file():
         manifest = read_manifest(out)
         plan_hash, checkpoint = manifest.plan, manifest.checkpoint
-    alone = bool(lacks_class(source, trust_remote_code=trust_remote_code))
-    written: AbstractContextManager[Path | None] = (
-        nullcontext() if alone else _written_weights(out, source, plan, workers, arch)
-    )
-    with written as dequantized:
+    with ExitStack() as stack:
+        # A quantized release is compared by what its weights mean.
+        source = stack.enter_context(plain_release(source, beside=out, arch=arch, workers=workers))
+        alone = bool(lacks_class(source, trust_remote_code=trust_remote_code))
+        dequantized = (
+            None
+            if alone
+            else stack.enter_context(_written_weights(out, source, plan, workers, arch))
+        )
         try:
             report = run_parity(
                 source=source,
@@ -159,9 +164,9 @@ def _written_weights(
     """A torch checkpoint of the weights as written, where they are not those of the release."""
     if plan is not None and _lossless(plan):
         return nullcontext()
-    logical, specs = decoded(open_folder(out, allow_mlx=True), dtype="F32")
-    arch = arch or find_map(logical.config)
-    if plan is None and not specs and not _arithmetic(arch, logical.config):
+    view = decoded(open_folder(out, allow_mlx=True), dtype="F32")
+    arch = arch or find_map(view.source.config)
+    if plan is None and not view.coded and not _arithmetic(arch, view.source.config):
         return nullcontext()
     return written_weights(out, source, arch=arch, workers=workers)
 
@@ -180,7 +185,8 @@ def written_weights(
     It lies hidden beside ``out``, or in ``scratch``, and goes with the context.
     """
     checkpoint = open_folder(out, allow_mlx=True)
-    logical, specs = decoded(checkpoint, dtype="F32")
+    view = decoded(checkpoint, dtype="F32")
+    logical = view.source
     arch = arch or find_map(logical.config)
     release = open_folder(source)
     match = match_release(release, arch)
@@ -200,7 +206,7 @@ def written_weights(
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.reference-", dir=parent))
     try:
         with checkpoint.open() as mine, release.open() as theirs:
-            reader = _Beside(DecodingReader(mine, logical, specs), theirs, set(carried))
+            reader = _Beside(DecodingReader(mine, view), theirs, set(carried))
             execute([Job(back, folder)], merged, reader=reader, stamp={}, workers=workers)
         _rewrite(folder / "config.json", back.config)
         _rewrite(folder / "model.safetensors.index.json", back.index())
@@ -211,7 +217,7 @@ def written_weights(
 
 
 def _lossless(plan: Plan) -> bool:
-    return plan.options.quant is None and all(exact(out.expr) for out in plan.outputs)
+    return all(out.quant is None and exact(out.expr) for out in plan.outputs)
 
 
 def _arithmetic(arch: ArchMap, config: dict[str, Any]) -> bool:

@@ -20,6 +20,7 @@ from converter.source import (
     parse_index,
     select_weights,
 )
+from converter.source.model import QUANT_CONFIG, with_quant_config
 from converter.source.strict_json import parse_object
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def fetch(release: Release, *, progress: Progress | None = None) -> Release:
 
     snapshot = release.snapshot
     wanted = [*release.source.weight_files, *release.sidecars, "config.json"]
+    if QUANT_CONFIG in snapshot.by_path:
+        wanted.append(QUANT_CONFIG)
     if _CARD in snapshot.by_path:
         wanted.append(_CARD)
     root = download(snapshot, wanted, progress=progress)
@@ -125,9 +128,13 @@ def _open_hub(repo_id: str, revision: str | None, *, allow_mlx: bool) -> Release
         root = download(snapshot, ["config.json", *weights, *sidecars, *cards])
         source = open_folder(root, allow_mlx=allow_mlx)
         return Release(name=name, source=source, sidecars=sidecars, root=root, snapshot=snapshot)
-    small = ["config.json"] + ([selection.index] if selection.index else [])
+    beside = [QUANT_CONFIG] if QUANT_CONFIG in top else []
+    small = ["config.json", *beside] + ([selection.index] if selection.index else [])
     folder = download(snapshot, small)
     config = parse_object((folder / "config.json").read_bytes(), "config.json")
+    if beside:
+        found = parse_object((folder / QUANT_CONFIG).read_bytes(), QUANT_CONFIG)
+        config = with_quant_config(config, found)
     index = None
     files: tuple[str, ...] = selection.files
     problems: list[str] = []

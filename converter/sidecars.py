@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from converter.errors import PlanError
 from converter.source.folder import resolve_inside
@@ -85,3 +87,8 @@ def _walk(root: Path, below: PurePosixPath) -> Iterable[str]:
                 yield from _walk(root, name)
         else:
             yield str(name)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON as the hub's tools do: two spaces, sorted nowhere, UTF-8."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -45,7 +45,8 @@ def convert_command(given: dict[str, Any]) -> None:
         console.say(f"converted: {output.folder}")
         if given["kv_quant_scheme"] is not None and output.target is None:
             _study_kv(output.folder, given, console)
-    if not given["no_validate"] and not _back(given):
+    quantized = all(output.plan.decoding is not None for output in outputs)
+    if not given["no_validate"] and (quantized or not _back(given)):
         _prove_and_publish(outputs, given, console, request.thread_count)
     else:
         for output in outputs:
@@ -236,7 +237,8 @@ def _prove_and_publish(
             from converter.naming import output_name
 
             dtype = str(output.plan.config.get("dtype"))
-            derived = output_name(output.release.name, output.plan.options, dtype=dtype)
+            plan = output.plan
+            derived = output_name(output.release.name, plan.options, dtype=dtype, kept=plan.kept)
             derived += SUFFIX if output.target is not None else ""
             repo = repo_name(requested, derived)
         write_card(
@@ -301,6 +303,7 @@ def _recipes(given: dict[str, Any]) -> list[Options]:
                 quant=quant,
                 predicate=given["quant_predicate"],
                 target=given["target"],
+                dequantize=given["dequantize"],
                 calibration=_calibration(given, quant, target=bool(target)),
                 **target,
             )
@@ -385,7 +388,7 @@ def _variants(given: dict[str, Any]) -> list[Options]:
     for name in given["variants"].split(","):
         name = name.strip()
         if name in _PLAIN:
-            recipes.append(Options(dtype=_PLAIN[name]))
+            recipes.append(Options(dtype=_PLAIN[name], dequantize=True))
         elif name in _MODES:
             quant = QuantSpec.make(name, method=given["q_method"])
             recipes.append(_quantized(given, quant))

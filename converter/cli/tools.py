@@ -114,6 +114,7 @@ def maps_show_command(model_type: str) -> None:
 
 def maps_check_command(source: str, revision: str | None, file: Path | None) -> None:
     """convert maps check: totality of a map on a release's headers, both sides."""
+    from converter.decode import decoded
     from converter.maps import MapChoice, choose_map
     from converter.plan import Options, build_plan
     from converter.plan.match import match_release
@@ -122,29 +123,31 @@ def maps_check_command(source: str, revision: str | None, file: Path | None) -> 
     from quant.recipe import QuantSpec
 
     release = open_release(source, revision=revision)
-    arch = choose_map(release.source, MapChoice(file=file))
-    match = match_release(release.source, arch)
+    view = decoded(release.source)
+    arch = choose_map(view.source, MapChoice(file=file))
+    match = match_release(view.source, arch)
     click.echo(
         f"{release.name}: {match.arch.model_type}, {match.layout.name} layout: "
-        f"{len(release.source.tensors)} tensors make {len(match.rules)} parameters, "
+        f"{len(view.source.tensors)} tensors make {len(match.rules)} parameters, "
         f"{len(match.drops)} are dropped with a reason"
     )
     recipes = {"plain": Options()}
     if any(rule.quantizable and int(rule.expr.shape[-1]) % 64 == 0 for rule in match.rules):
         recipes["4-bit"] = Options(quant=QuantSpec.make("affine", 4, 64))
     for name, options in recipes.items():
-        plan = build_plan(release.source, match, options)
+        plan = build_plan(view.source, match, options, view=view)
         titles = check_reload(plan, arch.runtimes)
         click.echo(f"{name}: every parameter is loaded as it is written by {', '.join(titles)}")
 
 
 def maps_draft_command(source: str, revision: str | None, out: Path | None) -> None:
     """convert maps draft: a first map from what a runtime's loader does."""
+    from converter.decode import decoded
     from converter.draft import draft
     from converter.release import open_release
 
     release = open_release(source, revision=revision)
-    drafted = draft(release.source)
+    drafted = draft(decoded(release.source).source)
     if out is None:
         click.echo(drafted.text, nl=False)
     else:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from arch_maps.dtypes import CODES, FLOAT_CODES
-from arch_maps.ops import row_count
+from arch_maps.ops import RowReader, evaluate, row_count
 from converter.calibrated import Calibrated
 from converter.errors import ConvertError
 from converter.plan.model import Output, StoredTensor
@@ -55,6 +55,18 @@ def encode(
     for role, array in parts.items():
         tensor = out.stored[role]
         row_bytes = tensor.nbytes // row_count(tensor.shape)
+        yield tensor, tensor.start + start * row_bytes, array
+
+
+def repack(
+    out: Output, reader: RowReader, start: int, stop: int
+) -> Iterator[tuple[StoredTensor, int, np.ndarray]]:
+    """Yield the same for rows ``[start, stop)`` that keep the codes of their source."""
+    assert out.repacked is not None
+    for role, expr in out.repacked.items():
+        tensor = out.stored[role]
+        row_bytes = tensor.nbytes // row_count(tensor.shape)
+        array = np.ascontiguousarray(evaluate(expr, reader, start, stop))
         yield tensor, tensor.start + start * row_bytes, array
 
 

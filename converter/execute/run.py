@@ -16,10 +16,11 @@ import numpy as np
 
 from arch_maps.ops import RowReader, evaluate, row_count
 from converter.calibrated import Calibrated
+from converter.decode import BadCodesError
 from converter.errors import PlanError
 from converter.execute import units
 from converter.execute.digest import Digests
-from converter.execute.encode import BadValueError, encode
+from converter.execute.encode import BadValueError, encode, repack
 from converter.execute.folder import explain, sync_folder
 from converter.execute.journal import Journal
 from converter.plan.model import Plan, Shard
@@ -160,7 +161,7 @@ def _run(
 
     def convert(unit: units.Unit) -> None:
         expr = outputs[unit.output].expr
-        rows = evaluate(expr, reader, unit.start, unit.stop)
+        rows: np.ndarray | None = None
         checked = False
         for job in jobs:
             if unit.number in job.journal.done:
@@ -168,17 +169,23 @@ def _run(
             size = 0
             try:
                 out = job.plan.outputs[unit.output]
-                for tensor, offset, array in encode(
-                    out, rows, unit.start, checked=checked, calibrated=job.calibrated
-                ):
+                if out.repacked is not None:
+                    arrays = repack(out, reader, unit.start, unit.stop)
+                else:
+                    if rows is None:
+                        rows = evaluate(expr, reader, unit.start, unit.stop)
+                    arrays = encode(
+                        out, rows, unit.start, checked=checked, calibrated=job.calibrated
+                    )
+                for tensor, offset, array in arrays:
                     job.write(tensor.file, offset, array)
                     size += array.nbytes
-            except BadValueError as error:
+            except (BadCodesError, BadValueError) as error:
                 with lock:  # the first place in each tensor, whichever thread comes first
                     found = (unit.start, str(error))
                     bad[unit.output] = min(found, bad.get(unit.output, found))
                 return
-            checked = True
+            checked = rows is not None
             with lock:
                 job.pending.append(unit.number)
                 job.written += size

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,12 +16,14 @@ from arch_maps.facts import Facts
 from arch_maps.ops import Affine, Expr, children, describe, sources
 from arch_maps.ops import Source as Leaf
 from arch_maps.rules import Kind, Rule
+from converter.decode import View, quantization_settings
 from converter.errors import PlanError, UsageError
 from converter.plan.calibrated import calibrated_spec
 from converter.plan.layout import Pending, lay_out
 from converter.plan.match import Match
 from converter.plan.model import Output, Plan, Shard, StoredTensor
 from converter.plan.options import Options
+from converter.plan.repack import Repack, repack
 from converter.source import Source
 from converter.source.header import paused_gc
 from converter.version import program_version
@@ -38,10 +41,12 @@ def build_plan(
     *,
     origin: Mapping[str, Any] | None = None,
     shard_bytes: int | None = None,
+    view: View | None = None,
 ) -> Plan:
     """The plan of converting a matched release; raises PlanError with every problem.
 
-    ``origin`` is what is known of the release's identity beyond its headers (repo, commit).
+    ``origin`` is what is known of the release's identity beyond its headers (repo, commit);
+    ``view`` is the decoded release that ``source`` is, where it had a quantization of its own.
     """
     facts = Facts(source.config)
     config = match.arch.config(dict(source.config), facts)
@@ -52,22 +57,24 @@ def build_plan(
     if problems:
         raise PlanError(problems)
     spec_for = _quantization(source, match, options)
-    outputs, notes = _outputs(source, match.rules, dtype, spec_for, problems)
+    view = View(source=source) if view is None else replace(view, source=source)
+    outputs, notes = _outputs(view, match.rules, dtype, spec_for, problems, options)
     if problems:
         raise PlanError(problems)
     if options.quant is not None and all(out.quant is None for out, _ in outputs):
         raise PlanError(["-q: no tensor of this release can be quantized with this recipe"])
     used = main_dtype(outputs)
     spell_dtype(config, used)
-    if options.quant is not None:
-        config["quantization"] = _quantization_config(options.quant, [o for o, _ in outputs])
+    base = options.quant or _usual_spec(outputs)
+    if base is not None:
+        config["quantization"] = _quantization_config(base, [o for o, _ in outputs])
         config["quantization_config"] = config["quantization"]
     return assemble(
         source,
         outputs,
         model_type=match.arch.model_type,
         layout=match.layout.name,
-        drops=match.drops,
+        drops=(*match.drops, *view.drops),
         options=options,
         config=config,
         notes=(*source.notes, *match.notes, *facts.notes, *notes),
@@ -75,6 +82,7 @@ def build_plan(
         metadata={"format": "mlx"},
         shard_bytes=shard_bytes,
         map=match.arch.record(),
+        decoding=_decoding(view),
     )
 
 
@@ -92,6 +100,7 @@ def assemble(
     metadata: Mapping[str, str],
     shard_bytes: int | None = None,
     map: dict[str, Any] | None = None,
+    decoding: dict[str, Any] | None = None,
 ) -> Plan:
     """Give every pending tensor its place and freeze the plan."""
     pending = [tensor for _, roles in outputs for tensor in roles.values()]
@@ -111,6 +120,7 @@ def assemble(
         shards=shards,
         notes=tuple(dict.fromkeys(notes)),
         map=map,
+        decoding=decoding,
         parameters=sum(out.elements for out in located),
         source_bytes=sum(
             source.tensors[name].nbytes
@@ -147,15 +157,16 @@ def _located(
     out: Output, roles: Mapping[str, Pending], placed: Mapping[str, StoredTensor]
 ) -> Output:
     stored = {role: placed[tensor.name] for role, tensor in roles.items()}
-    return Output(out.rule, out.dtype, out.quant, stored, out.kept)
+    return replace(out, stored=stored)
 
 
 def _outputs(
-    source: Source,
+    view: View,
     rules: Sequence[Rule],
     dtype: str | None,
     spec_for: Callable[[Rule], QuantSpec | None],
     problems: list[str],
+    options: Options,
 ) -> tuple[list[tuple[Output, dict[str, Pending]]], list[str]]:
     outputs = []
     notes: list[str] = []
@@ -163,7 +174,7 @@ def _outputs(
     headless = all(rule.kind is not Kind.HEAD for rule in rules)
     uncalibrated: Counter[str] = Counter()
     for rule in rules:
-        code, problem = _storage_dtype(source, rule, dtype)
+        code, problem = _storage_dtype(view.source, rule, dtype)
         if problem:
             problems.append(problem)
             continue
@@ -171,14 +182,18 @@ def _outputs(
         if spec is not None and int(rule.expr.shape[-1]) % spec.group_size:
             kept = f"rows of {int(rule.expr.shape[-1])} do not divide into {spec.group_size}"
             spec = None
-        if spec is not None:
+        own = _own_codes(view, rule, spec, code, options)
+        if isinstance(own, Repack):
+            spec, kept = own.spec, ""
+        if spec is not None and not isinstance(own, Repack):
             spec, why = calibrated_spec(rule, spec, headless=headless)
             uncalibrated.update([why] if why else [])
         if code in ("BF16", "F16") and not isinstance(rule.expr, Leaf):
             folds = list(_folds(rule.expr))
             rounded += any(fold.offset for fold in folds)
             scaled += any(fold.scale != 1.0 for fold in folds)
-        out = Output(rule, code, spec, {}, kept)
+        parts = own.parts if isinstance(own, Repack) else None
+        out = Output(rule, code, spec, {}, kept, parts, _origin(view, rule, own, spec))
         outputs.append((out, pending_tensors(rule.target, rule.expr.shape, code, spec)))
     if rounded:
         notes.append(
@@ -190,10 +205,58 @@ def _outputs(
             f"{scaled} weights hold multipliers of the release and round to the storage dtype once "
             "more; the parity report runs the reference on the stored values"
         )
+    origins = Counter(out.origin for out, _ in outputs if out.origin)
+    notes += [f"{count} weights {origin}" for origin, count in sorted(origins.items())]
     notes += [
         f"{count} {why}: method search, without activations" for why, count in uncalibrated.items()
     ]
     return outputs, notes
+
+
+def _own_codes(
+    view: View, rule: Rule, wanted: QuantSpec | None, dtype: str, options: Options
+) -> Repack | str:
+    """The rule in its source's own codes where they are wanted and MLX holds them, or why not.
+
+    Without -q the source's quantization is kept; with -q only what equals the recipe is.
+    """
+    if not view.coded or not rule.quantizable or options.dequantize:
+        return "plain weights are asked for" if options.dequantize else ""
+    own = repack(rule.expr, view.coded, dtype)
+    if options.quant is None or not isinstance(own, Repack):
+        return own
+    return own if wanted and own.spec.to_config() == wanted.to_config() else ""
+
+
+def _origin(view: View, rule: Rule, own: Repack | str, spec: QuantSpec | None) -> str:
+    """What became of the source's own quantization of a parameter, in words."""
+    forms = {view.coded[leaf.name].form for leaf in sources(rule.expr) if leaf.name in view.coded}
+    if not forms:
+        return ""
+    form = " and ".join(sorted(forms))
+    if isinstance(own, Repack):
+        how = f"repacked, codes unchanged, {own.rounding}" if own.rounding else "repacked exactly"
+        return f"{how}: {form}"
+    if spec is not None:
+        return f"decoded and quantized anew: {form}"
+    return f"decoded: {form}{f' ({own})' if own else ''}"
+
+
+def _usual_spec(outputs: Sequence[tuple[Output, dict[str, Pending]]]) -> QuantSpec | None:
+    """The format of most quantized elements, None where nothing is quantized."""
+    counts: Counter[QuantSpec] = Counter()
+    for out, _ in outputs:
+        if out.quant is not None:
+            counts[out.quant] += out.elements
+    return max(counts, key=lambda spec: (counts[spec], str(spec))) if counts else None
+
+
+def _decoding(view: View) -> dict[str, Any] | None:
+    """What the plan records of the source's own quantization."""
+    if view.settings is None:
+        return None
+    forms = Counter(coded.form for coded in view.coded.values())
+    return {"settings": view.settings, "tensors": dict(sorted(forms.items()))}
 
 
 def _storage_dtype(source: Source, rule: Rule, dtype: str | None) -> tuple[str, str | None]:
@@ -287,12 +350,10 @@ def main_dtype(outputs: Sequence[tuple[Output, dict[str, Pending]]]) -> str:
 
 def prequantized(source: Source) -> list[str]:
     """The problem of a release whose weights are quantized already."""
-    for config in (source.config, source.config.get("text_config")):
-        found = config.get("quantization_config") if isinstance(config, dict) else None
-        if isinstance(found, dict):
-            method = found.get("quant_method", "an unnamed method")
-            return [
-                f"config.json: the release is already quantized ({method}); convert the "
-                "unquantized release"
-            ]
-    return []
+    found = quantization_settings(source.config)
+    if found is None:
+        return []
+    method = found.get("quant_method", "an unnamed method")
+    return [
+        f"config.json: the release is already quantized ({method}); convert the unquantized release"
+    ]

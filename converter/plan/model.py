@@ -51,6 +51,10 @@ class Output:
     stored: dict[str, StoredTensor]
     kept: str = ""
     """Why a quantizable tensor was left alone."""
+    repacked: dict[str, Expr] | None = None
+    """By role, how each stored tensor is made of the source's own codes and scales."""
+    origin: str = ""
+    """What became of the source's own quantization, in words; empty where it had none."""
 
     @property
     def expr(self) -> Expr:
@@ -92,6 +96,8 @@ class Plan:
     source_bytes: int
     map: dict[str, Any] | None = None
     """How the map was come by, where it is none of the registry's."""
+    decoding: dict[str, Any] | None = None
+    """The source's own quantization: its settings, and how many tensors were in which form."""
 
     @property
     def output_bytes(self) -> int:
@@ -103,6 +109,18 @@ class Plan:
         """Stored bits per parameter, scales and everything else included."""
         tensors = sum(stored.nbytes for out in self.outputs for stored in out.stored.values())
         return 8 * tensors / max(1, self.parameters)
+
+    def origins(self) -> dict[str, str]:
+        """By parameter, what became of the source's own quantization of it."""
+        return {out.rule.target: out.origin for out in self.outputs if out.origin}
+
+    @property
+    def kept(self) -> str:
+        """What the source's own quantization is called where it was kept: ``4bit``, ``mxfp4``."""
+        spec = self.config.get("quantization")
+        if self.options.quant is not None or not isinstance(spec, dict):
+            return ""
+        return f"{spec['bits']}bit" if spec["mode"] == "affine" else str(spec["mode"])
 
     @cached_property
     @paused_gc()
@@ -130,6 +148,7 @@ class Plan:
             "version": self.version,
             "model_type": self.model_type,
             **({"map": self.map} if self.map else {}),
+            **({"decoding": self.decoding} if self.decoding else {}),
             "layout": self.layout,
             "recipe": self.options.to_json(),
             "source": self.source,
@@ -161,4 +180,6 @@ def _output(out: Output) -> dict[str, Any]:
             entry["method"] = out.quant.method
     if out.kept:
         entry["kept"] = out.kept
+    if out.origin:
+        entry["origin"] = out.origin
     return entry

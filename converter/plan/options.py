@@ -23,6 +23,8 @@ class Options:
     predicate: str | None = None
     """Name of a stock mixed recipe, for ``--quant-predicate``."""
     target: Target = "mlx"
+    dequantize: bool = False
+    """Whether the release's own quantization is given up, where MLX could keep it."""
     calibration: Calibration | None = None
     """Which text calibrates; needed by the methods that weigh or propagate activations."""
     target_bits: float | None = None
@@ -98,6 +100,8 @@ class Options:
             "predicate": self.predicate,
             "target": self.target,
         }
+        if self.dequantize:
+            recipe["dequantize"] = True
         if self.calibration is not None:
             recipe["calibration"] = self.calibration.to_json()
         if self.targeted:

@@ -16,7 +16,7 @@ from converter.source.index import (
     select_weights,
     unlisted_problems,
 )
-from converter.source.model import Source, build_source
+from converter.source.model import QUANT_CONFIG, Source, build_source, with_quant_config
 from converter.source.strict_json import MAX_JSON_BYTES, parse_object
 
 _CACHE_REPO = re.compile(r"(models|datasets|spaces)--.+")
@@ -34,6 +34,8 @@ def open_folder(path: Path, *, allow_mlx: bool = False, scratch: Path | None = N
     config: dict[str, Any] = {}
     try:
         config = read_json(path, "config.json")
+        if QUANT_CONFIG in names:
+            config = with_quant_config(config, read_json(path, QUANT_CONFIG))
     except PlanError as error:
         problems += error.problems
     selection = select_weights(names, str(path))

@@ -173,4 +173,6 @@ def _nothing(names: list[str], where: str) -> str:
     other = [n for n in names if fnmatch.fnmatchcase(n, "consolidated*")]
     found = foreign or other
     hint = f"; {found[0]} is not a layout this can read" if found else ""
+    if any(name.endswith(".gguf") for name in names):
+        hint += "; give the release that the GGUF file was made from"
     return f"{where}: no weights found (looked for *.safetensors, *.bin, *.pt, *.pth){hint}"

@@ -115,6 +115,17 @@ def build_source(
     )
 
 
+QUANT_CONFIG = "hf_quant_config.json"
+"""Where NVIDIA ModelOpt keeps the quantization settings of a release."""
+
+
+def with_quant_config(config: dict[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the settings ``found`` in ``hf_quant_config.json``, if it has none itself."""
+    if "quantization_config" in config:
+        return config
+    return {**config, "quantization_config": {**found, "quant_method": "modelopt"}}
+
+
 def mlx_reason(config: Mapping[str, Any], headers: Mapping[str, Header]) -> str | None:
     """What shows that a checkpoint is in MLX format, or None."""
     for file, header in sorted(headers.items()):

@@ -1,0 +1,124 @@
+"""Which scheme a release is quantized with, from its config alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from arch_maps.config import stored_dtype
+from arch_maps.dtypes import TORCH_NAMES
+from arch_maps.facts import Facts
+from arch_maps.ops import Shape, sources
+from arch_maps.registry import ArchMap
+from converter.decode import (
+    awq,
+    bitnet,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gpt_oss,
+    gptq,
+    mlx,
+    modelopt,
+)
+from converter.decode.build import Builder, Shapes
+from converter.decode.model import View
+from converter.errors import PlanError
+from converter.source import Source
+
+Scheme = Callable[[Mapping[str, Any], Builder], None]
+
+SCHEMES: Final[dict[str, Scheme]] = {
+    "awq": awq.read,
+    "bitnet": bitnet.read,
+    "bitsandbytes": bitsandbytes.read,
+    "compressed-tensors": compressed_tensors.read,
+    "fbgemm_fp8": fp8.read_fbgemm,
+    "fp8": fp8.read,
+    "gptq": gptq.read,
+    "modelopt": modelopt.read,
+    "modelopt_fp4": modelopt.read,
+    "mxfp4": gpt_oss.read,
+}
+"""What reads each ``quant_method``."""
+
+
+def quantization_settings(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The release's own quantization settings, from wherever its config has them."""
+    for section in (config, config.get("text_config")):
+        found = section.get("quantization_config") if isinstance(section, Mapping) else None
+        if isinstance(found, dict):
+            return found
+    return None
+
+
+def decoded(source: Source, *, arch: ArchMap | None = None, dtype: str | None = None) -> View:
+    """The release without its own quantization; raises PlanError with every problem.
+
+    A source without one comes back as it is. Tensors of a quantized torch release get the dtype
+    that it declares, those of an MLX checkpoint that of their scales; ``dtype`` computes in another
+    (F32: the kernels' own precision, without a last rounding). ``arch`` is the map for
+    schemes that do not store logical shapes in headers, None for the registry's.
+    """
+    declared = TORCH_NAMES.get(stored_dtype(source.config) or "bfloat16", "BF16")
+    build = Builder(dict(source.tensors), dtype or declared, _shapes(source, arch))
+    settings = source.config.get("quantization")
+    if source.mlx is not None or isinstance(settings, dict):
+        if not isinstance(settings, dict):
+            return View(source=source)
+        mlx.read(settings, build, dtype=dtype)
+    else:
+        settings = quantization_settings(source.config)
+        if settings is None:
+            return View(source=source)
+        method = settings.get("quant_method")
+        scheme = SCHEMES.get(method) if isinstance(method, str) else None
+        if scheme is None:
+            known = ", ".join(sorted(SCHEMES))
+            raise PlanError(
+                [
+                    f"config.json: the release is quantized with {method!r}, which is not decoded "
+                    f"(only {known} are); convert the unquantized release"
+                ]
+            )
+        scheme(settings, build)
+        if not build.coded and not build.problems:
+            build.problem(f"config.json: says {method}, but no tensor is quantized so")
+    if build.problems:
+        raise PlanError(build.problems)
+    plain = source if source.mlx is not None else replace(source, config=_plain(source.config))
+    return View(
+        source=replace(plain, tensors=build.tensors),
+        coded=build.coded,
+        drops=tuple(build.drops),
+        settings=None if source.mlx is not None else settings,
+    )
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without quantization settings, at the top and below."""
+    out = copy.deepcopy(dict(config))
+    for section in (out, *(value for value in out.values() if isinstance(value, dict))):
+        section.pop("quantization_config", None)
+    return out
+
+
+def _shapes(source: Source, arch: ArchMap | None) -> Shapes:
+    """What the release's map makes of each tensor, in every layout."""
+
+    def shapes() -> dict[str, tuple[Shape, ...]]:
+        from converter.plan.match import find_map  # plans read decoded views themselves
+
+        chosen = arch or find_map(source.config)
+        found: dict[str, tuple[Shape, ...]] = {}
+        for layout in chosen.layouts:
+            tensors = chosen.expand(Facts(source.config), layout)
+            for rule in tensors.rules:
+                for leaf in sources(rule.expr):
+                    shape = tuple(map(int, leaf.shape))
+                    found[leaf.name] = (*found.get(leaf.name, ()), shape)
+        return found
+
+    return shapes

@@ -1,0 +1,43 @@
+"""NVIDIA ModelOpt: FP8 with one scale, NVFP4 with a block scale and one of the tensor.
+
+Settings lie in hf_quant_config.json (``quantization``) or, in newer exports, in config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from converter.decode.build import Builder, name_matcher
+from converter.decode.fp4 import add_nvfp4
+from converter.decode.fp8 import ACTIVATIONS, KV_SCALES, add_fp8
+
+_ALGORITHMS: Final = ("FP8", "NVFP4", "MIXED_PRECISION")
+
+
+def read(settings: Mapping[str, Any], build: Builder) -> None:
+    """Every module with a ``weight_scale``; the dtype of its weight tells FP8 from NVFP4."""
+    nested = settings.get("quantization")
+    inner = nested if isinstance(nested, dict) else settings
+    algorithm = str(inner.get("quant_algo") or "").upper()
+    if algorithm not in _ALGORITHMS:
+        build.problem(
+            f"quant_algo is {inner.get('quant_algo')!r}; of ModelOpt only "
+            f"{', '.join(_ALGORITHMS)} are decoded"
+        )
+        return
+    left = inner.get("exclude_modules", inner.get("ignore"))
+    ignored = name_matcher(left, build, where="exclude_modules")
+    expected = {"FP8": ("F8_E4M3",), "NVFP4": ("U8",)}.get(algorithm, ("F8_E4M3", "U8"))
+    for module in build.with_ending(".weight_scale"):
+        if build.stays_plain(module, ignored):
+            continue
+        name = f"{module}.weight"
+        weight = build.expect(name, expected, needed_by=f"{module}.weight_scale")
+        if weight is None:
+            continue
+        if weight.dtype == "U8":
+            add_nvfp4(build, module, name, f"{name}_scale_2", divide=False)
+        else:
+            add_fp8(build, name, f"{name}_scale", tile=None, powers=False)
+    build.drop_ending({**ACTIVATIONS, **KV_SCALES})
