@@ -40,7 +40,7 @@ def test_steps_of_the_reference_are_those_of_generation(reference, twin_of):
     folder = twin_of("florence2")
     text = text_questions(folder, vocab_size=reference.vocab_size, trust_remote_code=False)[0]
     image = media_questions(folder, "image", trust_remote_code=False)[0]
-    for inputs in (reference._text_inputs(text.ids), image.inputs):
+    for inputs in (reference.text_inputs(text.ids), image.inputs):
         steps = reference.greedy_from(inputs, 5)
         expected = generated(reference.model, inputs, 5)
         assert np.abs(steps.logits - expected).max() < 1e-5 * np.abs(expected).max()
