@@ -256,6 +256,17 @@ def test_experts_and_state_follow_the_map(twin_of, cache):
         assert min(bits for bits in ranges if bits) == (4 if model_type == "mamba2" else 2)
 
 
+@pytest.mark.parametrize(("model_type", "method"), [("gpt_oss", "imatrix"), ("gemma3_text", "rtn")])
+def test_biases_copied_heads_and_stacks_count(twin_of, cache, model_type, method):
+    """Biases of chosen modules count, and text serves stacked experts and copied heads as well."""
+    source = twin_of(model_type, "bfloat16")
+    text = calibration_of(None, sequences=2, length=16)
+    recipe = target(8.0, method, calibration=text)
+    plan = plan_request(Request(hf_path=str(source), recipes=(recipe,))).plans[0]
+    assert 0.99 * 8 < plan.bits_per_weight <= 8
+    assert plan.options.allocation.expected > 0
+
+
 def test_sizes_in_bytes_bound_the_files(tinylm, cache, tmp_path):
     recipe = Options(quant=QuantSpec.make("affine"), target_bytes=3_000_000)
     out = make(tinylm, tmp_path / "out", recipe)[0]
