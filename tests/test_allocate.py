@@ -257,8 +257,9 @@ def test_experts_and_state_follow_the_map(twin_of, cache):
 
 
 @pytest.mark.parametrize(("model_type", "method"), [("gpt_oss", "imatrix"), ("gemma3_text", "rtn")])
-def test_biases_copied_heads_and_stacks_count(twin_of, cache, model_type, method):
+def test_biases_copied_heads_and_stacks_count(twin_of, cache, model_type, method, monkeypatch):
     """Biases of chosen modules count, and text serves stacked experts and copied heads as well."""
+    monkeypatch.setattr("converter.allocate.SAMPLE", 1 << 14)
     source = twin_of(model_type, "bfloat16")
     text = calibration_of(None, sequences=2, length=16)
     recipe = target(8.0, method, calibration=text)
