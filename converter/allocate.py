@@ -67,11 +67,11 @@ def allocate(draft: Plan, measured: Measured) -> Options:
     """
     options = draft.options
     choices = _choices(draft, measured)
-    chosen = {choice.name for choice in choices}
+    chosen = {out.rule.target for out in measured.outputs}  # a module may also have a bias
     fixed = sum(
         tensor.nbytes
         for out in draft.outputs
-        if out.rule.module not in chosen
+        if out.rule.target not in chosen
         for tensor in out.stored.values()
     )
     if options.target_bytes is None:
@@ -131,9 +131,9 @@ def measure(
     def one(out: Output) -> np.ndarray:
         try:
             rows, numbers = _sampled(out, reader)
-            return _errors(
-                out, rows, numbers, [replace(s, method=method) for s in specs], statistics
-            )
+            pairs = _weights(out, statistics, headless=headless)
+            own = "search" if method == "imatrix" and not pairs else method
+            return _errors(rows, numbers, [replace(s, method=own) for s in specs], pairs)
         except ElementError as error:
             raise PlanError([f"not finite: {out.rule.target}: {error}"]) from error
 
@@ -174,10 +174,14 @@ def measurable(draft: Plan) -> tuple[Output, ...]:
 
 
 def tasks_of(draft: Plan) -> list[Any]:
-    """What ``quant.calibrate.fisher`` is to watch: dense layers, head and embedding."""
+    """What ``quant.calibrate.fisher`` is to watch: dense layers, head and embedding.
+
+    A head that is a copy of the table is the table's own, in torch.
+    """
     from quant.calibrate.gather import Task
 
     assert draft.options.quant is not None
+    tables = {out.expr for out in draft.outputs if out.rule.kind is Kind.EMBEDDING}
     return [
         Task(
             source=out.expr.name,
@@ -187,7 +191,9 @@ def tasks_of(draft: Plan) -> list[Any]:
             table=out.rule.kind is Kind.EMBEDDING,
         )
         for out in measurable(draft)
-        if isinstance(out.expr, Leaf) and len(out.expr.shape) == 2
+        if isinstance(out.expr, Leaf)
+        and len(out.expr.shape) == 2
+        and not (out.rule.kind is Kind.HEAD and out.expr in tables)
     ]
 
 
@@ -264,16 +270,14 @@ def _sampled(out: Output, reader: RowReader) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _errors(
-    out: Output,
     rows: np.ndarray,
     numbers: np.ndarray,
     specs: Sequence[QuantSpec],
-    statistics: Statistics | None,
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> np.ndarray:
     """(2, specs): squared error over energy, and loss by the statistics; NaN for none."""
     from quant.weights import dequantize_rows, quantize_rows
 
-    pairs = _weights(out, statistics)
     columns = None if not pairs else pairs[0][1]
     wide = rows.astype(np.float64)
     energy = float(np.square(wide).sum()) or 1.0
@@ -298,16 +302,21 @@ def _errors(
     return result
 
 
-def _weights(out: Output, statistics: Statistics | None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The (row, column) weights of a matrix, the head's before the table's."""
+def _weights(
+    out: Output, statistics: Statistics | None, *, headless: bool
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The (row, column) weights of a matrix, for each of its uses: the head's, then the table's."""
     from quant.calibrate.fisher import COLUMNS, LOOKED_UP, ROWS
 
     if statistics is None or not isinstance(out.expr, Leaf):
         return []
+    uses = [""]
+    if out.rule.kind is Kind.EMBEDDING:
+        uses = ["", LOOKED_UP] if headless else [LOOKED_UP]
     name = out.expr.name
     return [
         (statistics[f"{use}{ROWS}{name}"], statistics[f"{use}{COLUMNS}{name}"])
-        for use in ("", LOOKED_UP)
+        for use in uses
         if f"{use}{ROWS}{name}" in statistics
     ]
 

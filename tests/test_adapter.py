@@ -190,6 +190,12 @@ def test_tied_tables_change_together(tmp_path):
     lora = write_adapter(tmp_path / "saved", peft_config(), saved)
     out = make(base, tmp_path / "out", WIDE, adapter_path=lora)[0]
     assert np.array_equal(stored(out)["model.embed_tokens.weight"], table)
+    a, b = factors((64, 96), 4, 11)
+    name = "base_model.model.model.embed_tokens.lora_embedding"
+    pair = write_adapter(tmp_path / "pair", peft_config(), {f"{name}_A": a, f"{name}_B": b})
+    out = make(base, tmp_path / "both", WIDE, adapter_path=pair)[0]
+    expected = wide("model.embed_tokens") + 2 * (b @ a).T
+    assert close(stored(out)["model.embed_tokens.weight"], expected)
     head = write_adapter(
         tmp_path / "head", peft_config(), {"base_model.model.lm_head.weight": table}
     )

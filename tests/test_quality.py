@@ -214,6 +214,10 @@ def test_rows_hold_what_the_stock_runtime_computes(report, outputs, tinylm, runt
     row = next(row for row in report["rows"] if row["name"] == "mixed")
     assert row["tokens"] == kl.numel() == 4 * 63
     assert row["kl_mean"] == pytest.approx(float(kl.mean()), rel=1e-4)
+    targets = torch.tensor(windows)[:, 65:, None]
+    for key, logs in (("perplexity_base", p), ("perplexity", q)):
+        expected = float(-logs.gather(-1, targets).mean())
+        assert math.log(row[key]) == pytest.approx(expected, rel=1e-5)
     name = "model.layers.2.mlp.down_proj"
     signal = load_file(tinylm / "model.safetensors")[f"{name}.weight"].double()
     written = torch.from_numpy(np.array(packed.parameters()[f"{name}.weight"])).double()

@@ -98,8 +98,10 @@ class Blocks:
     def logits(self, row: Tensor, state: Tensor) -> Tensor:
         """What the model makes of the last block's output ``state``; gradients pass."""
         self.model.requires_grad_(False)
-        if self.head is not None:
-            self.head.float()
+        waiting = {id(p) for p in self.blocks.parameters()}
+        for part in (self.root, self.head):  # the norm behind the blocks, and the head
+            for p in [] if part is None else part.parameters():
+                p.data = p.data if id(p) in waiting else p.data.float()
         with ExitStack() as stack:
             for block in self.blocks:
                 stack.enter_context(_replaced(block, lambda hidden, *a, **k: state))
