@@ -175,7 +175,7 @@ def measurable(draft: Plan) -> tuple[Output, ...]:
 
 def tasks_of(draft: Plan) -> list[Any]:
     """What ``quant.calibrate.fisher`` is to watch: dense layers, head and embedding."""
-    from quant.calibrate.gather import Task
+    from quant.calibrate.assigned import Task
 
     assert draft.options.quant is not None
     return [
@@ -271,6 +271,7 @@ def _errors(
     statistics: Statistics | None,
 ) -> np.ndarray:
     """(2, specs): squared error over energy, and loss by the statistics; NaN for none."""
+    from quant.moments import of_columns
     from quant.weights import dequantize_rows, quantize_rows
 
     pairs = _weights(out, statistics)
@@ -281,8 +282,10 @@ def _errors(
     for index, spec in enumerate(specs):
         if rows.shape[1] % spec.group_size:
             continue
-        weights = columns if spec.method == "imatrix" else None
-        parts = quantize_rows(rows, spec, weights=weights)
+        moments = None
+        if spec.method == "imatrix" and columns is not None:
+            moments = of_columns(columns, spec.group_size)
+        parts = quantize_rows(rows, spec, moments=moments)
         if spec.mode == "affine":
             parts |= {role: parts[role].astype(np.float32) for role in ("scales", "biases")}
         squared = np.square(dequantize_rows(parts, spec, "F32") - wide)
@@ -343,7 +346,7 @@ def cached(
     say: Callable[[str], None],
 ) -> Measured:
     """The losses from the cache, or by ``make``; ``content`` tells the weights from any others."""
-    from quant.calibrate.store import cache_file, load, save
+    from quant.calibrate.files import cache_file, load, save
 
     options = draft.options
     assert options.quant is not None
