@@ -321,7 +321,8 @@ def _write(given: argparse.Namespace, recipes: Sequence[Recipe], rows: dict[str,
         "take all of it by default; awq, which runs every block dozens of times, got 16 x 512 "
         "tokens of it, for want of hours. Affine groups have 64 columns. Rows of equal bytes are "
         "comparable; `of rtn` divides the KL by that of `rtn` at the same bits. Seconds are of a "
-        f"shared machine and say little. {used}.\n\n{_table(recipes, rows)}\n"
+        f"shared machine and say little; outputs that were there already took none. "
+        f"{len(rows)} of {len(RECIPES)} recipes were run. {used}.\n\n{_table(recipes, rows)}\n"
     )
 
 
