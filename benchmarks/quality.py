@@ -1,4 +1,9 @@
-"""Quality of the quantization methods on a small trained model, at equal bytes, side by side."""
+"""Quality of the quantization methods on a small trained model, at equal bytes, side by side.
+
+``python -m benchmarks.quality`` converts the model with every recipe, runs the calibrated
+quantizers of mlx-lm on the same model and calibration text, and compares everybody's logits with
+those of the release on the whole evaluation text. More recipes are more entries of ``RECIPES``.
+"""
 
 from __future__ import annotations
 
@@ -8,73 +13,169 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 _TINYLM = Path(__file__).parent.parent / "tests" / "fixtures" / "tinylm"
-METHODS = ("rtn", "mlx", "search", "imatrix", "gptq")
-BARS = {("imatrix", 4): 0.7, ("imatrix", 3): 0.6, ("gptq", 4): 0.5, ("gptq", 3): 0.5}
-"""The most that a method's mean KL may be of the same bits' rtn."""
+_LENGTH: Final = 256
+"""Tokens of one evaluation window."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A way to quantize, the row it is compared with, and the most that their KL ratio may be."""
+
+    name: str
+    mode: str = "affine"
+    bits: int | None = None
+    method: str = "rtn"
+    stock: tuple[str, ...] = ()
+    """A tool of mlx-lm with its flags, in place of our own conversion."""
+    beside: str = ""
+    """The row that the KL is divided by."""
+    bar: float | None = None
+    beats: tuple[str, ...] = ()
+    """Rows of others whose KL this one must stay under."""
+
+
+def _own() -> Iterator[Recipe]:
+    bars = {("imatrix", 4): 0.7, ("imatrix", 3): 0.6, ("gptq", 4): 0.5, ("gptq", 3): 0.5}
+    beats = {
+        4: ("mlx_lm awq 4", "mlx_lm gptq 4", "mlx_lm dynamic_quant 4.5"),
+        3: ("mlx_lm awq 3", "mlx_lm dynamic_quant 3.5"),
+    }
+    for bits in (4, 3, 2):
+        for method in ("rtn", "search", "imatrix", "gptq"):
+            yield Recipe(
+                name=f"affine {bits} {method}",
+                bits=bits,
+                method=method,
+                beside=f"affine {bits} rtn",
+                bar=bars.get((method, bits)),
+                beats=beats.get(bits, ()) if method == "gptq" else (),
+            )
+    for mode in ("mxfp4", "nvfp4"):
+        for method in ("rtn", "search", "imatrix", "gptq"):
+            yield Recipe(name=f"{mode} {method}", mode=mode, method=method, beside=f"{mode} rtn")
+
+
+def _stock() -> Iterator[Recipe]:
+    for bits in (4, 3):
+        table = ("--embed-bits", str(bits), "--embed-group-size", "64")
+        yield Recipe(
+            name=f"mlx_lm awq {bits}",
+            stock=("awq", "--num-samples", "16", "--bits", str(bits), *table),
+            beside=f"affine {bits} rtn",
+        )
+    yield Recipe(
+        name="mlx_lm gptq 4",
+        stock=("gptq", "--bits", "4", "--fallback-bits", "4"),
+        beside="affine 4 rtn",
+    )
+    for bits, target in ((4, "4.5"), (3, "3.5")):
+        ends = ("--low-bits", str(bits - 1), "--high-bits", str(bits + 1))
+        yield Recipe(
+            name=f"mlx_lm dynamic_quant {target}",
+            stock=("dynamic_quant", "--target-bpw", target, *ends),
+            beside=f"affine {bits} rtn",
+        )
+
+
+RECIPES: Final = (*_own(), *_stock())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One recipe: its size from the bytes on disk, and its distance from the release."""
+    """One recipe's size from the bytes on disk, and its distance from the release."""
 
-    mode: str
-    bits: int
-    method: str
-    bytes: int
-    bits_per_weight: float
-    kl: float
-    p99: float
-    top1: float
-    perplexity: float
-    seconds: float
+    name: str
+    bytes: int = 0
+    bits_per_weight: float = 0.0
+    kl: float = 0.0
+    p99: float = 0.0
+    top1: float = 0.0
+    perplexity: float = 0.0
+    seconds: float = 0.0
+    failed: str = ""
+    """Why there are no figures."""
 
 
-def measure(source: Path, given: argparse.Namespace) -> list[Row]:
-    """Convert ``source`` with every recipe and compare the logits on the evaluation text."""
+def measure(source: Path, recipes: Sequence[Recipe], given: argparse.Namespace) -> Iterator[Row]:
+    """Quantize ``source`` by every recipe and compare the logits on the evaluation text."""
+    judge = Judge(source)
+    given.work.mkdir(parents=True, exist_ok=True)
+    os.environ["XDG_CACHE_HOME"] = str(given.work / "cache")
+    for recipe in recipes:
+        out = given.work / recipe.name.replace(" ", "-")
+        start = time.perf_counter()
+        failed = ""
+        if recipe.stock:
+            failed = _run_stock(source, recipe, out, given)
+        else:
+            _convert(source, recipe, out, given)
+        spent = time.perf_counter() - start
+        if failed:
+            yield Row(name=recipe.name, seconds=spent, failed=failed)
+        else:
+            yield judge.row(recipe.name, out, spent)
+
+
+def _convert(source: Path, recipe: Recipe, out: Path, given: argparse.Namespace) -> None:
     from converter.pipeline import Request, convert
     from converter.plan import Options
     from converter.ui import Console
     from quant.calibrate.text import calibration_of
     from quant.recipe import CALIBRATED, QuantSpec
 
-    recipes = [("affine", bits) for bits in given.bits]
-    recipes += [(mode, None) for mode in given.modes]
-    judge = Judge(source, given)
-    rows = []
     data = source / "calibration.txt"
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ.setdefault("XDG_CACHE_HOME", folder)
-        for mode, bits in recipes:
-            for method in given.methods:
-                spec = QuantSpec.make(mode, bits, None, method)
-                calibration = None
-                if method in CALIBRATED:
-                    calibration = calibration_of(
-                        data, sequences=given.sequences, length=given.length
-                    )
-                options = Options(quant=spec, calibration=calibration)
-                out = Path(folder) / f"{mode}-{bits}-{method}"
-                start = time.perf_counter()
-                request = Request(
-                    hf_path=str(source), mlx_path=out, recipes=(options,), calibration_data=data
-                )
-                done = convert(request, Console(quiet=True))[0]
-                spent = time.perf_counter() - start
-                rows.append(judge.row(done, spec, spent))
-                print(_line(rows[-1], rows), flush=True)
-    return rows
+    calibration = None
+    if recipe.method in CALIBRATED:
+        calibration = calibration_of(data, sequences=given.sequences, length=given.length)
+    spec = QuantSpec.make(recipe.mode, recipe.bits, None, recipe.method)
+    options = Options(quant=spec, calibration=calibration)
+    request = Request(
+        hf_path=str(source),
+        mlx_path=out,
+        recipes=(options,),
+        calibration_data=data,
+        overwrite=True,
+    )
+    convert(request, Console(quiet=True))
+
+
+def _run_stock(source: Path, recipe: Recipe, out: Path, given: argparse.Namespace) -> str:
+    from benchmarks.stock_quantizers import run
+    from converter.pipeline import Request, convert
+    from converter.plan import Options
+    from converter.ui import Console
+
+    plain = given.work / "bf16"
+    if not plain.exists():
+        request = Request(hf_path=str(source), mlx_path=plain, recipes=(Options(),))
+        convert(request, Console(quiet=True))
+    if (out / "config.json").exists() and given.reuse:
+        return ""
+    tool, *flags = recipe.stock
+    return run(
+        tool,
+        plain,
+        out,
+        text=source / "calibration.txt",
+        home=given.work / "home",
+        flags=flags,
+        limit=given.limit,
+    )
 
 
 class Judge:
-    """The release's own log-probabilities on the evaluation text."""
+    """The release's own log-probabilities on the whole evaluation text."""
 
-    def __init__(self, source: Path, given: argparse.Namespace) -> None:
+    def __init__(self, source: Path) -> None:
+        """Run the release."""
         import torch
         import transformers
 
@@ -84,15 +185,15 @@ class Judge:
         tokenizer = auto.AutoTokenizer.from_pretrained(source)
         text = (source / "eval.txt").read_text(encoding="utf-8")
         ids = tokenizer(text, verbose=False)["input_ids"]
-        count = min(len(ids) // given.length, given.eval_sequences)
-        step = len(ids) // given.length / count
-        rows = [int(i * step) * given.length for i in range(count)]
-        self._ids = torch.tensor([ids[at : at + given.length] for at in rows])
+        count = len(ids) // _LENGTH
+        self._ids = torch.tensor(ids[: count * _LENGTH]).view(count, _LENGTH)
         self._auto = auto.AutoModelForCausalLM
-        self._reference = self._logs(source)
+        self._reference = list(self._logs(source))
 
-    def row(self, done: Any, spec: Any, seconds: float) -> Row:
+    def row(self, name: str, out: Path, seconds: float) -> Row:
         """Figures of a finished output, computed by torch on its dequantized weights."""
+        import torch
+
         from converter.pipeline import Request, convert
         from converter.plan import Options
         from converter.ui import Console
@@ -100,66 +201,129 @@ class Judge:
         with tempfile.TemporaryDirectory() as folder:
             back = Path(folder) / "torch"
             options = Options(target="torch", dtype="float32")
-            request = Request(hf_path=str(done.folder), mlx_path=back, recipes=(options,))
-            convert(request, Console(quiet=True))
-            logs = self._logs(back)
-        kl = (self._reference.exp() * (self._reference - logs)).sum(-1).flatten()
-        targets = self._ids[:, 1:, None]
-        nats = -logs[:, :-1].gather(-1, targets).mean()
-        size = sum(f.stat().st_size for f in done.folder.glob("*.safetensors"))
+            request = Request(hf_path=str(out), mlx_path=back, recipes=(options,))
+            done = convert(request, Console(quiet=True))[0]
+            found, same, nats = [], 0, 0.0
+            for ids, p, q in zip(self._batches(), self._reference, self._logs(back), strict=True):
+                found.append((p.exp() * (p - q)).sum(-1).flatten())
+                same += int((p.argmax(-1) == q.argmax(-1)).sum())
+                nats -= float(q[:, :-1].gather(-1, ids[:, 1:, None]).double().sum())
+        kl = torch.cat(found).double()
+        size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
         return Row(
-            mode=spec.mode,
-            bits=spec.bits,
-            method=spec.method,
+            name=name,
             bytes=size,
             bits_per_weight=8 * size / done.plan.parameters,
             kl=float(kl.mean()),
             p99=float(kl.quantile(0.99)),
-            top1=float((logs.argmax(-1) == self._reference.argmax(-1)).float().mean()),
-            perplexity=float(nats.exp()),
+            top1=same / len(kl),
+            perplexity=float(torch.tensor(nats / (self._ids.numel() - len(self._ids))).exp()),
             seconds=seconds,
         )
 
-    def _logs(self, folder: Path) -> Any:
+    def _batches(self) -> Sequence[Any]:
+        found: Sequence[Any] = self._ids.split(4)
+        return found
+
+    def _logs(self, folder: Path) -> Iterator[Any]:
+        """Log-probabilities, (windows, tokens, vocabulary), of a few windows at a time."""
         import torch
 
         model = self._auto.from_pretrained(folder, dtype=torch.float32).eval()
         with torch.inference_mode():
-            found = [model(row[None]).logits.log_softmax(-1) for row in self._ids]
-        return torch.cat(found)
+            for ids in self._batches():
+                yield model(ids).logits.log_softmax(-1)
 
 
-def _line(row: Row, rows: list[Row]) -> str:
-    name = f"{row.mode} {row.bits}"
-    rtn = next((r.kl for r in rows if (r.mode, r.bits, r.method) == (row.mode, row.bits, "rtn")), 0)
-    ratio = row.kl / rtn if rtn else float("nan")
-    bar = BARS.get((row.method, row.bits)) if row.mode == "affine" else None
-    verdict = "" if bar is None else f"<= {bar}: {'met' if ratio <= bar else 'NOT met'}"
+HEAD: Final = (
+    "| recipe | bytes | bits/weight | KL | p99 | top-1 | ppl | of rtn | verdict | s |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def line(recipe: Recipe, rows: dict[str, Row]) -> str:
+    """The row of a table, with its verdict where the recipe has a bar."""
+    row = rows[recipe.name]
+    if row.failed:
+        return f"| {row.name} | | | | | | | | {row.failed} | {row.seconds:.0f} |"
+    beside = rows.get(recipe.beside)
+    ratio = row.kl / beside.kl if beside and beside.kl else None
     return (
-        f"| {name} | {row.method} | {row.bytes} | {row.bits_per_weight:.3f} | {row.kl:.5f} | "
-        f"{row.p99:.4f} | {row.top1:.3f} | {row.perplexity:.2f} | {ratio:.3f} | {verdict} | "
-        f"{row.seconds:.1f} |"
+        f"| {row.name} | {row.bytes} | {row.bits_per_weight:.3f} | {row.kl:.5f} | "
+        f"{row.p99:.4f} | {row.top1:.3f} | {row.perplexity:.2f} | "
+        f"{'' if ratio is None else f'{ratio:.3f}'} | {verdict(recipe, rows)} | "
+        f"{row.seconds:.0f} |"
     )
+
+
+def verdict(recipe: Recipe, rows: dict[str, Row]) -> str:
+    """What became of the recipe's bars; "NOT MET" is in it where one is missed."""
+    row, said = rows[recipe.name], []
+    beside = rows.get(recipe.beside)
+    if recipe.bar is not None and beside is not None:
+        met = row.kl <= recipe.bar * beside.kl
+        said.append(f"<= {recipe.bar}: {'met' if met else 'NOT MET'}")
+    for other in recipe.beats:
+        if (theirs := rows.get(other)) is None:
+            continue
+        met = bool(theirs.failed) or row.kl < theirs.kl
+        word = "no figure" if theirs.failed else "met" if met else "NOT MET"
+        said.append(f"< {other}: {word}")
+    return "; ".join(said)
 
 
 def main() -> int:
     """Print the table; exit status 1 where a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", type=Path, default=_TINYLM)
-    parser.add_argument("--bits", type=int, nargs="*", default=[2, 3, 4])
-    parser.add_argument("--modes", nargs="*", default=["mxfp4", "nvfp4"])
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--only", nargs="*", help="recipes by name; all by default")
     parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--eval-sequences", type=int, default=48)
-    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--limit", type=float, default=3600, help="seconds for a stock tool")
+    parser.add_argument("--work", type=Path, help="keep the outputs here")
+    parser.add_argument("--reuse", action="store_true", help="of stock tools, from --work")
+    parser.add_argument("--out", type=Path, help="write FILE.md and FILE.json as well")
     given = parser.parse_args()
-    print("| recipe | method | bytes | bits/weight | KL | p99 | top-1 | ppl | of rtn | bar | s |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
-    rows = measure(given.source, given)
-    if given.json:
-        given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    return 1 if any("NOT met" in _line(row, rows) for row in rows) else 0
+    recipes = [r for r in RECIPES if given.only is None or r.name in given.only]
+    rows: dict[str, Row] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        given.work = given.work or Path(folder)
+        for row in measure(given.source, recipes, given):
+            rows[row.name] = row
+            print(f"{row.name}: KL {row.kl:.5f} {row.failed}", file=sys.stderr, flush=True)
+            if given.out:  # a run that is broken off leaves what it has
+                _write(given, [r for r in recipes if r.name in rows], rows)
+    print(_table(recipes, rows))
+    return 1 if any("NOT MET" in verdict(recipe, rows) for recipe in recipes) else 0
+
+
+def _table(recipes: Sequence[Recipe], rows: dict[str, Row]) -> str:
+    return "\n".join([HEAD, *(line(recipe, rows) for recipe in recipes)])
+
+
+def _write(given: argparse.Namespace, recipes: Sequence[Recipe], rows: dict[str, Row]) -> None:
+    packages = ("mlx", "mlx-lm", "torch", "transformers", "numba")
+    versions = {name: version(name) for name in packages}
+    data = {
+        "model": given.source.name,
+        "calibration": {"sequences": given.sequences, "length": given.length},
+        "versions": versions,
+        "rows": [asdict(row) for row in rows.values()],
+    }
+    given.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    used = ", ".join(f"{name} {number}" for name, number in versions.items())
+    given.out.with_suffix(".md").write_text(
+        "# Quality of quantized weights\n\n"
+        "Written by `python -m benchmarks.quality --out benchmarks/quality`. Mean KL divergence "
+        f"(nats per token) of `{given.source.name}` from the bf16 release on its whole evaluation "
+        "text, computed by torch from the dequantized weights. Our calibrated methods used "
+        f"{given.sequences} x {given.length} tokens of the calibration text. The tools of mlx-lm "
+        "take all of it by default; awq, which runs every block dozens of times, got 16 x 512 "
+        "tokens of it, for want of hours. Affine groups have 64 columns. Rows of equal bytes are "
+        "comparable; `of rtn` divides the KL by that of `rtn` at the same bits. Seconds are of a "
+        f"shared machine and say little; outputs that were there already took none. "
+        f"{len(rows)} of {len(RECIPES)} recipes were run. {used}.\n\n{_table(recipes, rows)}\n"
+    )
 
 
 if __name__ == "__main__":

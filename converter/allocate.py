@@ -178,7 +178,7 @@ def tasks_of(draft: Plan) -> list[Any]:
 
     A head that is a copy of the table is the table's own, in torch.
     """
-    from quant.calibrate.gather import Task
+    from quant.calibrate.assigned import Task
 
     assert draft.options.quant is not None
     tables = {out.expr for out in draft.outputs if out.rule.kind is Kind.EMBEDDING}
@@ -276,6 +276,7 @@ def _errors(
     pairs: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> np.ndarray:
     """(2, specs): squared error over energy, and loss by the statistics; NaN for none."""
+    from quant.moments import of_columns
     from quant.weights import dequantize_rows, quantize_rows
 
     columns = None if not pairs else pairs[0][1]
@@ -285,8 +286,10 @@ def _errors(
     for index, spec in enumerate(specs):
         if rows.shape[1] % spec.group_size:
             continue
-        weights = columns if spec.method == "imatrix" else None
-        parts = quantize_rows(rows, spec, weights=weights)
+        moments = None
+        if spec.method == "imatrix" and columns is not None:
+            moments = of_columns(columns, spec.group_size)
+        parts = quantize_rows(rows, spec, moments=moments)
         if spec.mode == "affine":
             parts |= {role: parts[role].astype(np.float32) for role in ("scales", "biases")}
         squared = np.square(dequantize_rows(parts, spec, "F32") - wide)
@@ -352,7 +355,7 @@ def cached(
     say: Callable[[str], None],
 ) -> Measured:
     """The losses from the cache, or by ``make``; ``content`` tells the weights from any others."""
-    from quant.calibrate.store import cache_file, load, save
+    from quant.calibrate.files import cache_file, load, save
 
     options = draft.options
     assert options.quant is not None

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from arch_maps.ops import Source as Leaf
 from arch_maps.rules import Kind
 from converter.errors import PlanError, UsageError
 from converter.plan.model import Output, Plan
 from converter.release import Release
+from converter.source import open_folder
 from converter.ui import Console
 from quant.calibrate.store import Statistics
 from quant.recipe import CALIBRATED
@@ -30,19 +31,33 @@ class Calibrated:
         """sha256 of the statistics: with the plan, it decides every byte."""
         return self.statistics.digest
 
-    def weights(self, out: Output) -> np.ndarray | None:
-        """Column weights of an output of method "imatrix", None for other methods."""
+    def moments(self, out: Output, start: int, stop: int) -> np.ndarray | None:
+        """Moments for rows of an output of method "imatrix", in blocks of its group size.
+
+        None for other methods, and for a matrix that the statistics leave out.
+        """
+        from quant.moments import narrowed
+
         if out.quant is None or out.quant.method != "imatrix":
             return None
-        assert isinstance(out.expr, Leaf)
-        return self.statistics[out.expr.name]
+        name = out.rule.module
+        if name not in self.statistics:
+            return None
+        stacked = len(out.expr.shape) == 3
+        found = self.statistics.rows(name, start, stop) if stacked else self.statistics[name]
+        return narrowed(found, out.quant.group_size)
 
     def parts(self, out: Output, start: int, stop: int) -> dict[str, np.ndarray] | None:
-        """Rows of the stored tensors of an output of method "gptq", None for other methods."""
+        """Rows of the stored tensors of an output of method "gptq", None for other methods.
+
+        Also None for a matrix that the statistics leave out.
+        """
         if out.quant is None or out.quant.method != "gptq":
             return None
         names = {role: f"{out.rule.module}.{role}" for role in out.stored}
-        return {role: self.statistics[name][start:stop] for role, name in names.items()}
+        if not all(name in self.statistics for name in names.values()):
+            return None
+        return {role: self.statistics.rows(name, start, stop) for role, name in names.items()}
 
 
 def statistics_of(
@@ -73,10 +88,14 @@ def statistics_of(
         now = calibration_of(data, sequences=calibration.sequences, length=calibration.length)
         if now != calibration:
             raise UsageError(f"--calibration-data {data}: changed since it was planned")
-        with plain_release(folder or release.local(), beside=beside) as checkpoint:
+        with ExitStack() as stack:
+            plain = stack.enter_context(plain_release(folder or release.local(), beside=beside))
+            checkpoint = open_folder(plain)
             found = calibrate(
-                checkpoint,
+                plain,
                 tasks,
+                reader=stack.enter_context(checkpoint.open()),
+                shapes={name: info.shape for name, info in checkpoint.tensors.items()},
                 text=read_text(data),
                 calibration=calibration,
                 source=identity(plan, release),
@@ -89,18 +108,18 @@ def statistics_of(
 
 
 def _tasks(outputs: Sequence[Output]) -> list[Any]:
-    from quant.calibrate.gather import Task
+    from quant.calibrate.links import Task
 
     return [
         Task(
-            source=out.expr.name,
             module=out.rule.module,
+            expr=out.expr,
             dtype=out.dtype,
             spec=out.quant,
             table=out.rule.kind is Kind.EMBEDDING,
         )
         for out in outputs
-        if out.quant is not None and out.quant.method in CALIBRATED and isinstance(out.expr, Leaf)
+        if out.quant is not None and out.quant.method in CALIBRATED
     ]
 
 

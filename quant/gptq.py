@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arch_maps.dtypes import CODES, NUMPY_DTYPES
+from quant.moments import diagonal_blocks
 from quant.recipe import QuantSpec
 from quant.search import pack_codes, search_codes
 
@@ -31,8 +32,7 @@ def quantize_gptq(
     code = CODES[w.dtype]
     tensors = spec.output_tensors(w.shape, code)
     parts = {r: np.empty(shape, NUMPY_DTYPES[c]) for r, (c, shape) in tensors.items()}
-    diagonal = np.ascontiguousarray(np.diagonal(hessian)).astype(np.float32)
-    search_codes(w, spec, weights=diagonal, out=parts)
+    search_codes(w, spec, moments=diagonal_blocks(hessian, spec.group_size), out=parts)
     order, factor = inverse_factor(hessian)
     scale, bias = _expanded(parts, spec)
     codes = _rounded(w.astype(np.float32)[:, order], scale[:, order], bias[:, order], factor, spec)
@@ -67,6 +67,16 @@ def inverse_factor(
             damping *= 10
     inverse = np.linalg.solve(lower, np.eye(len(h)))
     return order, np.ascontiguousarray(inverse[::-1, ::-1], np.float32)
+
+
+def values_of(parts: dict[str, npt.NDArray[Any]], spec: QuantSpec) -> npt.NDArray[np.float32]:
+    """The (rows, cols) values that stored tensors stand for, in float32."""
+    from quant.weights import dequantize_rows
+
+    wide = dict(parts)
+    if spec.mode == "affine":
+        wide |= {role: parts[role].astype(np.float32) for role in ("scales", "biases")}
+    return np.ascontiguousarray(dequantize_rows(wide, spec, "F32"), np.float32)
 
 
 def _expanded(

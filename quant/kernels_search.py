@@ -53,12 +53,13 @@ def _fold_sum(t: Array, start: int, size: int) -> np.float32:
 
 @cache
 def affine_search(kind: int, group: int) -> Kernel:
-    """``(w, weights, levels, clips, codes, scales, biases) -> int`` over (rows, cols) bits.
+    """``(w, weights, levels, clips, neighbours, codes, scales, biases) -> int`` over bits.
 
     ``weights`` (cols,) float32 weigh the columns. Starts from the scale and bias of "rtn" and
     from grids that leave out ``clips`` steps of the group's range; each is refined by the least
     squares fit to its codes (make_qkx2_quants of ggml) and rounded to ``kind`` before its error
-    counts, and the best is kept: never worse than "rtn".
+    counts, and the best is kept: never worse than "rtn". ``neighbours`` tries the two stored scales
+    next to the best as well.
     """
     magnitude = 0x7FFFFFFF if kind == F32 else 0x7FFF
     infinity = {0: 0x7F800000, 1: 0x7F80, 2: 0x7C00}[kind]
@@ -109,6 +110,7 @@ def affine_search(kind: int, group: int) -> Kernel:
         weights: Array,
         levels: np.float32,
         clips: Array,
+        neighbours: bool,
         codes: Array,
         scales: Array,
         biases: Array,
@@ -155,7 +157,8 @@ def affine_search(kind: int, group: int) -> Kernel:
                 least = error(xs, vs, best_s, best_b, levels, t)
                 clipped = clips.shape[0]
                 fresh = True
-                for k in range(clipped + 3 if least > _ZERO else 0):
+                tries = clipped + (3 if neighbours else 1)
+                for k in range(tries if least > _ZERO else 0):
                     if k < clipped:
                         s = np.float32(high - low) / (levels + clips[k])
                         s = s if negative else -s

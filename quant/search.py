@@ -1,4 +1,9 @@
-"""Searched quantization: scales and biases with the least weighted squared error."""
+"""Searched quantization: scales, biases and codes with the least squared error.
+
+Without data ("search") all columns of a group count alike. With the second moments of the inputs
+that a group multiplies ("imatrix") the error counts as it reaches the output, correlations between
+the columns of the group included.
+"""
 
 from typing import Any, Final
 
@@ -12,29 +17,34 @@ from quant.packing import pack_rows
 from quant.recipe import QuantSpec
 
 FORMATS: Final = {"mxfp4": 0, "mxfp8": 1, "nvfp4": 2}
+DAMPING: Final = 0.01
+"""Share of the mean diagonal that is added to the diagonal of moments."""
 _CLIPS: Final = np.array([0.0, 1.0], np.float32)
 """Steps of the range that the starting grids leave out; more of them gain under 1 % of error."""
 _SLICE: Final = 1 << 17
+
+Moments = npt.NDArray[np.float32]
 
 
 def quantize_searched(
     w: npt.NDArray[Any],
     spec: QuantSpec,
     *,
-    weights: npt.NDArray[np.float32] | None,
+    moments: Moments | None,
     out: dict[str, npt.NDArray[Any]],
 ) -> None:
-    """Fill ``out`` from (rows, cols) ``w``; ``weights`` (cols,) weigh the squared errors.
+    """Fill ``out`` from (rows, cols) ``w``; rows are independent.
 
-    Without weights all columns count alike. The weighted error of no group exceeds that of
-    method "rtn"; rows are independent.
+    ``moments`` (cols / group, group, group) are second moments of the inputs, up to a factor.
+    Without them no group's error exceeds that of method "rtn".
     """
     rows, columns = w.shape
     step = max(1, _SLICE // columns)
+    moments = None if moments is None else damped(moments)
     for row in range(0, rows, step):
         block = slice(row, min(row + step, rows))
         parts = {role: part[block] for role, part in out.items()}
-        codes = search_codes(w[block], spec, weights=weights, out=parts, first_row=row)
+        codes = _search_codes(w[block], spec, moments, out=parts, first_row=row)
         pack_codes(codes, spec, out=parts["weight"])
 
 
@@ -42,35 +52,54 @@ def search_codes(
     w: npt.NDArray[Any],
     spec: QuantSpec,
     *,
-    weights: npt.NDArray[np.float32] | None,
+    moments: Moments | None,
+    out: dict[str, npt.NDArray[Any]],
+) -> npt.NDArray[np.uint8]:
+    """Codes (rows, cols), a byte each; fills only the scales and biases of ``out``."""
+    return _search_codes(w, spec, None if moments is None else damped(moments), out=out)
+
+
+def _search_codes(
+    w: npt.NDArray[Any],
+    spec: QuantSpec,
+    moments: Moments | None,
+    *,
     out: dict[str, npt.NDArray[Any]],
     first_row: int = 0,
 ) -> npt.NDArray[np.uint8]:
-    """Codes (rows, cols), a byte each; fills only the scales and biases of ``out``."""
     from quant import kernels_search
 
     kind = KINDS[CODES[w.dtype]]
-    columns = w.shape[1]
-    importance = np.ones(columns, np.float32) if weights is None else normalized(weights)
+    size = spec.group_size
+    importance = np.ones(w.shape[1], np.float32)
+    if moments is not None:
+        importance = np.ascontiguousarray(moments.diagonal(axis1=1, axis2=2)).reshape(-1)
     codes = np.empty(w.shape, np.uint8)
+    bits, scales = as_bits(w), out["scales"]
+    levels = np.float32(2**spec.bits - 1)
     if spec.mode == "affine":
-        index = kernels_search.affine_search(kind, spec.group_size)(
-            as_bits(w),
-            importance,
-            np.float32(2**spec.bits - 1),
-            _CLIPS,
-            codes,
-            as_bits(out["scales"]),
-            as_bits(out["biases"]),
+        scales, biases = as_bits(scales), as_bits(out["biases"])
+        index = kernels_search.affine_search(kind, size)(
+            bits, importance, levels, _CLIPS, moments is None, codes, scales, biases
         )
     else:
         kernel = kernels_search.microscaled_search(kind, FORMATS[spec.mode])
-        index = kernel(as_bits(w), importance, codes, out["scales"])
+        index = kernel(bits, importance, codes, scales)
     if index >= 0:
-        found = reject_group(w, index, spec.group_size)
+        found = reject_group(w, index, size)
         raise NonFiniteError(
             row=found.row + first_row, column=found.column, what=str(found).partition(" at row ")[0]
         )
+    if moments is None:
+        return codes
+    from quant import kernels_moments
+
+    if spec.mode == "affine":
+        descent = kernels_moments.affine_descent(kind, size)
+        descent(bits, moments, levels, codes, scales, biases)
+    else:
+        descent = kernels_moments.microscaled_descent(kind, FORMATS[spec.mode])
+        descent(bits, moments, codes, scales)
     return codes
 
 
@@ -86,11 +115,15 @@ def pack_codes(
     out[:] = pack_rows(padded, spec.bits)[:, : out.shape[1]]
 
 
-def normalized(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Weights with mean 1, none below a millionth: dead columns still decide between equals."""
-    assert np.isfinite(weights).all(), "column weights must be finite"
-    mean = float(weights.mean(dtype=np.float64))
+def damped(moments: Moments) -> Moments | None:
+    """Moments with a mean diagonal of 1 and ``DAMPING`` on it; None where nothing was seen.
+
+    What is added keeps columns apart that never saw an input.
+    """
+    assert np.isfinite(moments).all(), "moments must be finite"
+    mean = float(moments.diagonal(axis1=1, axis2=2).mean(dtype=np.float64))
     if mean <= 0:
-        return np.ones(weights.shape, np.float32)
-    floor: npt.NDArray[np.float32] = np.maximum(weights / mean, 1e-6).astype(np.float32)
-    return floor
+        return None
+    size = moments.shape[-1]
+    scaled = moments / np.float32(mean) + np.float32(DAMPING) * np.eye(size, dtype=np.float32)
+    return np.ascontiguousarray(scaled, np.float32)

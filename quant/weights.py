@@ -19,15 +19,16 @@ def quantize_rows(
     spec: QuantSpec,
     *,
     out: Mapping[str, npt.NDArray[Any]] | None = None,
-    weights: npt.NDArray[np.float32] | None = None,
+    moments: npt.NDArray[np.float32] | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
     """Quantize (..., cols) float32, float16 or bfloat16 along the last axis.
 
     Returns ``weight`` (uint32 codes), ``scales`` and, for affine, ``biases`` with the types and
     shapes of ``spec.output_tensors``; fills the C-contiguous arrays of ``out`` where given.
-    ``weights`` (cols,) weigh the squared errors of method "imatrix"; "gptq" quantizes whole
-    matrices (``quant.gptq``). Runs in the calling thread without the GIL. Raises NonFiniteError
-    at the first NaN or infinity, its row counted over all leading axes.
+    ``moments`` (cols / group, group, group) are the second moments of the inputs that method
+    "imatrix" minimises output errors with; of stacked matrices one for each. "gptq" quantizes
+    whole matrices (``quant.gptq``). Runs in the calling thread without the GIL. Raises
+    NonFiniteError at the first NaN or infinity, its row counted over all leading axes.
     """
     code = CODES[w.dtype]
     assert code in KINDS, f"{code} weights are not quantized directly"
@@ -43,9 +44,15 @@ def quantize_rows(
         return parts
     flat = {suffix: part.reshape(-1, part.shape[-1]) for suffix, part in parts.items()}
     assert spec.method != "gptq", "GPTQ is not row-local; its codes come from the calibration"
-    assert (weights is not None) == (spec.method == "imatrix"), "imatrix alone takes weights"
+    assert moments is None or spec.method == "imatrix", "imatrix alone takes moments"
     if spec.method in ("search", "imatrix"):
-        quantize_searched(w.reshape(-1, w.shape[-1]), spec, weights=weights, out=flat)
+        if moments is None or moments.ndim == 3:
+            quantize_searched(w.reshape(-1, w.shape[-1]), spec, moments=moments, out=flat)
+            return parts
+        assert w.ndim == 3, f"moments of {len(moments)} matrices for one"
+        for index, own in enumerate(moments):
+            each = {suffix: part[index] for suffix, part in parts.items()}
+            quantize_rows(w[index], spec, out=each, moments=own)
         return parts
     quantize = quantize_affine if spec.mode == "affine" else quantize_microscaled
     quantize(w.reshape(-1, w.shape[-1]), spec, out=flat)

@@ -33,7 +33,7 @@ _INDEX = re.compile(r"\.(\d+)\.")
 LARGEST = 2100
 """Tensors of a release with golden plans; per-expert lists of more would fill megabytes."""
 
-BULKY = {"gemma3n", "phimoe"}
+BULKY = {"florence2", "gemma3n", "phimoe"}
 """Types whose plans would, because hardly two of their layers or blocks are alike."""
 
 

@@ -108,8 +108,8 @@ def test_sensitivities_predict_the_loss_of_a_whole_recipe(tinylm, cache):
     import torch
     from transformers import AutoModelForCausalLM
 
+    from quant.calibrate.assigned import Task
     from quant.calibrate.fisher import sensitivities
-    from quant.calibrate.gather import Task
     from quant.calibrate.text import read_text, tokenized
 
     data = tinylm / "calibration.txt"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from converter.calibrated import Calibrated
 from converter.errors import ConvertError
 from converter.plan.model import Output, StoredTensor
 from quant.errors import CastOverflowError, ElementError, NonFiniteError
+from quant.recipe import CALIBRATED
 
 
 class BadValueError(ConvertError):
@@ -47,9 +49,14 @@ def encode(
             rows = _integers(out, rows)
         parts = {"": rows}
         if out.quant is not None:
-            made = calibrated.parts(out, start, start + len(rows)) if calibrated else None
-            weights = calibrated.weights(out) if calibrated else None
-            parts = made or quantize_rows(rows, out.quant, weights=weights)
+            made = moments = None
+            spec = out.quant
+            if calibrated is not None:
+                made = calibrated.parts(out, start, start + len(rows))
+                moments = calibrated.moments(out, start, start + len(rows))
+            if moments is None and spec.method in CALIBRATED:  # what no statistics cover
+                spec = replace(spec, method="search")
+            parts = made or quantize_rows(rows, spec, moments=moments)
     except ElementError as error:
         raise BadValueError(_explain(out, error, rows, start)) from error
     for role, array in parts.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from arch_maps.ops import Source as Leaf
+from arch_maps.ops import exact
 from arch_maps.rules import Kind, Rule
 from quant.recipe import CALIBRATED, QuantSpec
 
@@ -18,8 +18,8 @@ def calibrated_spec(rule: Rule, spec: QuantSpec, *, headless: bool) -> tuple[Qua
         return spec, ""
     if rule.kind is Kind.EMBEDDING and not headless:
         reason = "embeddings that are only looked up, where all columns count alike"
-    elif not isinstance(rule.expr, Leaf) or len(rule.expr.shape) != 2:
-        reason = "matrices that the release stores fused or stacked"
+    elif not exact(rule.expr) or len(rule.expr.shape) not in (2, 3):
+        reason = "matrices that are computed from the release's tensors, not only moved"
     else:
         return spec, ""
     return replace(spec, method="search"), reason

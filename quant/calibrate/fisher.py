@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from quant.calibrate.assigned import Task, assigned
 from quant.calibrate.blocks import Blocks, load_model
-from quant.calibrate.gather import Task, assigned
-from quant.calibrate.store import Statistics, cache_file, load, save
+from quant.calibrate.files import Statistics, cache_file, load, save
 from quant.calibrate.text import Calibration, tokenized
 
 if TYPE_CHECKING:

@@ -1,227 +1,309 @@
-"""What linear layers see on calibration text: mean squares, mean outer products, GPTQ's codes."""
+"""Statistics of a release on calibration rows: second moments, and GPTQ's codes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from quant.calibrate.blocks import Blocks
-from quant.calibrate.store import Statistics
+from arch_maps.ops import Source, sources
+from quant.calibrate.links import Links, Numbers, Task, matrix_rows
+from quant.calibrate.loading import Shapes
+from quant.calibrate.products import Key, Moments, watching
+from quant.calibrate.store import Statistics, Store
+from quant.calibrate.stream import Pass, StreamedModel
 from quant.calibrate.text import CalibrationError
-from quant.recipe import QuantSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Array = npt.NDArray[Any]
+Rows = Sequence[Mapping[str, "Tensor"]]
 LOOKED_UP: Final = 0.3
 """Share of equal column weights for a tied table: as an embedding, all its columns count alike."""
+FEW_TOKENS: Final = 32
+"""An expert that saw fewer is judged by what all experts of its layer saw together."""
+HESSIAN_BYTES: Final = 1 << 30
+"""Whole moment matrices are collected in batches of this size, with a pass for each."""
 HESSIAN: Final = "hessian:"
+TOKENS: Final = "tokens:"
+_HEAD: Final[Key] = ("head", None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """A matrix to calibrate: the release's tensor, the runtime's module, and its storage."""
+class Gathering:
+    """A streamed release, the matrices to calibrate and the rows to do it on."""
 
-    source: str
-    module: str
-    dtype: str
-    spec: QuantSpec
-    table: bool = False
-    """An embedding that the head multiplies by."""
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        tasks: Sequence[Task],
+        rows: Rows,
+        reader: Any,
+        shapes: Shapes,
+    ) -> None:
+        """``reader`` and ``shapes`` give the release's tensors, as in ``streamed``."""
+        self.streamed = streamed
+        self.rows = rows
+        self.reader = reader
+        self.shapes = shapes
+        self._head = self._head_task(tasks)
+        self._of_block = self._sorted(tasks)
 
+    def moments(self, store: Store, *, width: int) -> Statistics:
+        """Mean x x^T in blocks of up to ``width`` columns, by module; no weight is changed.
 
-class Moments:
-    """The mean over tokens of x^2, or of x x^T, for each module by path; sums are in float64."""
+        Stacks have one for each matrix, and ``tokens:<module>`` says how many tokens each saw. A
+        matrix that no product stands for is left out. The table that the head multiplies by has
+        its whole matrix as ``hessian:<module>``. Goes on where an earlier call was interrupted.
+        """
+        streamed = self.streamed
+        with self._pass(store) as (run, first):
+            for index in range(first, len(streamed.blocks)):
+                found = Moments(width=width)
+                with streamed.loaded(index):
+                    with watching(self._parameters(index), found.add):
+                        run.forward(index, keep=True, after=found.forget)
+                    arrays = self._block_moments(index, found)
+                self._put(store, run, index, arrays)
+            store.put(len(streamed.blocks), self._head_moments(run, width))
+        return store.finish(len(streamed.blocks) + 1)
 
-    def __init__(self, *, outer: bool) -> None:
-        """``outer`` collects whole matrices."""
-        self.outer = outer
-        self._sums: dict[str, Tensor] = {}
-        self._same: dict[str, str] = {}
-        self._tokens: dict[str, int] = {}
-        self._recent: list[tuple[Tensor, str]] = []
+    def gptq(self, store: Store, moments: Statistics | None) -> Statistics:
+        """The stored tensors of every task by name, ``<module>.weight`` and so on.
 
-    def add(self, path: str, x: Tensor) -> None:
-        """Count the inputs ``x`` (..., cols) of the module ``path``."""
-        import torch
-
-        for other, leader in self._recent:  # query, key and value share one input
-            if other is x:
-                self._same[path] = leader
-                return
-        self._recent = [*self._recent[-7:], (x, path)]
-        flat = x.reshape(-1, x.shape[-1]).float()
-        found = flat.T @ flat if self.outer else flat.square().sum(0, dtype=torch.float64)
-        total = self._sums.setdefault(path, torch.zeros(found.shape, dtype=torch.float64))
-        total += found
-        self._tokens[path] = self._tokens.get(path, 0) + flat.shape[0]
-
-    def mean(self, path: str) -> Array:
-        """The mean in float64; raises CalibrationError where no input came or none is finite."""
-        leader = self._same.get(path, path)
-        if leader not in self._sums:
-            raise CalibrationError(f"{path}: saw no calibration token; use --q-method search")
-        value: Array = (self._sums[leader] / self._tokens[leader]).numpy()
-        if not np.isfinite(value).all():
-            raise CalibrationError(f"{path}: its activations on the calibration text overflow")
-        return value
+        Each block sees the outputs of the quantized blocks before it, and of the quantized table,
+        for which ``moments`` of the same rows are needed. Goes on where an earlier call was
+        interrupted.
+        """
+        streamed = self.streamed
+        table: dict[str, Array] = {}
+        if self._head is not None and self._head.table:
+            assert moments is not None, "a tied table is quantized by its moments"
+            matrix = moments[HESSIAN + self._head.module].astype(np.float64)
+            (found,), changed = self._quantized(self._head, [matrix])
+            table = {f"{self._head.module}.{role}": part for role, part in found.items()}
+            streamed.weights.replaced = changed
+            streamed.release_rest()  # the table may be there from an earlier pass
+        with self._pass(store) as (run, first):
+            for index in range(first, len(streamed.blocks)):
+                with streamed.loaded(index):
+                    arrays, changed = self._block_codes(run, index)
+                    names = streamed.parameters(index)
+                    streamed.weights.load(names, changed)
+                    run.forward(index, keep=True)
+                self._put(store, run, index, arrays)
+            last = dict(table)
+            if self._head is not None and not self._head.table:
+                seen = self._head_inputs(run, None).mean(_HEAD)
+                (found,), _ = self._quantized(self._head, [seen])
+                last = {f"{self._head.module}.{role}": part for role, part in found.items()}
+            store.put(len(streamed.blocks), last)
+        return store.finish(len(streamed.blocks) + 1)
 
     @contextmanager
-    def watching(self, modules: Mapping[str, Any]) -> Iterator[None]:
-        """Count what goes into ``modules`` while the context is open."""
+    def _pass(self, store: Store) -> Iterator[tuple[Pass, int]]:
+        first, hidden = store.begun()
+        with self.streamed.run(self.rows, until_head=self.streamed.head is not None) as run:
+            if first:
+                run.resume(first, hidden)
+            yield run, first
 
-        def hook(path: str) -> Callable[..., None]:
-            return lambda module, given: self.add(path, given[0])
+    def _put(self, store: Store, run: Pass, index: int, arrays: Mapping[str, Array]) -> None:
+        more = index + 1 < len(self.streamed.blocks)
+        store.put(index, arrays, run.inputs(index + 1) if more and run.plain else None)
 
-        hooks = [m.register_forward_pre_hook(hook(path)) for path, m in modules.items()]
-        try:
-            yield
-        finally:
-            for handle in hooks:
-                handle.remove()
+    def _parameters(self, index: int) -> dict[str, Any]:
+        model = self.streamed.model
+        return {n: model.get_parameter_or_buffer(n) for n in self.streamed.parameters(index)}
 
+    def _links(self, index: int, found: Moments) -> Links:
+        """Links of a block; what holds for one expert's matrix holds for all of its stack."""
+        axes = dict(found.axes)
+        parameters = self._parameters(index)
+        for (name, expert), axis in found.axes.items():
+            if expert is not None:
+                axes |= {(name, other): axis for other in range(len(parameters[name]))}
+        return Links(self.streamed.weights, self.shapes, axes)
 
-def column_weights(blocks: Blocks, tasks: Sequence[Task]) -> dict[str, Array]:
-    """Mean squares of the inputs in float32, by source tensor; no weight is changed.
+    def _block_moments(self, index: int, found: Moments) -> dict[str, Array]:
+        links = self._links(index, found)
+        arrays: dict[str, Array] = {}
+        for task in self._of_block.get(index, ()):
+            feeds = links.feeds(task)
+            if feeds is None:
+                continue
+            tokens = [found.tokens.get(key, 0) for key in feeds]
+            means = []
+            for key, count in zip(feeds, tokens, strict=True):
+                few = key[1] is not None and count < FEW_TOKENS
+                mean = found.pooled(key[0]) if few else found.mean(key)
+                assert mean is not None, f"{key}: no products"
+                means.append(mean.astype(np.float32))
+            arrays[task.module] = np.stack(means) if task.stacked else means[0]
+            if task.stacked:
+                arrays[TOKENS + task.module] = np.array(tokens, np.int64)
+        return arrays
 
-    For a tied table also the head's matrix, as ``hessian:<tensor>``. A table that no head reads
-    gets ones.
-    """
-    owners, head = assigned(blocks, tasks)
-    weights: dict[str, Array] = {}
-    blocks.start()
-    for index in range(len(blocks.blocks)):
-        modules = {p: m for p, m in blocks.linears(index).items() if p in owners}
-        moments = Moments(outer=False)
-        with moments.watching(modules):
-            blocks.run(index, keep=True)
-        for path in modules:
-            weights[owners[path].source] = moments.mean(path).astype(np.float32)
-        blocks.release(index)
-    if head is not None and blocks.head is None:
-        size = blocks.model.get_input_embeddings().weight.shape[1]
-        weights[head.source] = np.ones(size, np.float32)
-        weights[HESSIAN + head.source] = np.eye(size, dtype=np.float32)
-    elif head is not None:
-        matrix = _head_matrix(blocks)
-        weights[head.source] = np.diagonal(matrix).astype(np.float32)
-        if head.table:
-            weights[HESSIAN + head.source] = matrix.astype(np.float32)
-    return weights
+    def _block_codes(self, run: Pass, index: int) -> tuple[dict[str, Array], dict[str, Tensor]]:
+        """The stored tensors of a block's tasks, and the release's tensors as they stand for."""
+        seen = Moments(width=16)
+        parameters = self._parameters(index)
+        alone = all(p.ndim < 3 for p in parameters.values())
+        with watching(parameters, seen.add):
+            run.forward(index, keep=False, rows=1 if alone else None, after=seen.forget)
+        links = self._links(index, seen)
+        served = [(t, f) for t in self._of_block.get(index, ()) if (f := links.feeds(t))]
+        wanted: dict[Key, None] = {}
+        used: dict[str, list[Key]] = {}
+        for task, feeds in served:
+            used[task.module] = [
+                (n, -1) if e is not None and seen.tokens.get((n, e), 0) < FEW_TOKENS else (n, e)
+                for n, e in feeds
+            ]
+            wanted |= dict.fromkeys(used[task.module])
+        columns = {key[0]: size for key, size in seen.columns.items()}
+        parts: dict[str, list[dict[str, Array]]] = {t.module: [{}] * t.count for t, _ in served}
+        changed: dict[str, Tensor] = {}
+        for batch in _batches(list(wanted), columns):
+            found = Moments(width=None, wanted=batch)
+            with watching(parameters, found.add):
+                run.forward(index, keep=False, after=found.forget)
+            for task, _ in served:
+                mine = [i for i, key in enumerate(used[task.module]) if key in batch]
+                if not mine:
+                    continue
+                means = [found.mean(used[task.module][i]) for i in mine]
+                made, now = self._quantized(task, means, mine, changed)
+                changed |= now
+                for i, one in zip(mine, made, strict=True):
+                    parts[task.module][i] = one
+        arrays: dict[str, Array] = {}
+        for task, feeds in served:
+            for role in parts[task.module][0]:
+                each = [one[role] for one in parts[task.module]]
+                arrays[f"{task.module}.{role}"] = np.stack(each) if task.stacked else each[0]
+            if task.stacked:
+                tokens = [seen.tokens.get(key, 0) for key in feeds]
+                arrays[TOKENS + task.module] = np.array(tokens, np.int64)
+        return arrays, changed
 
+    def _quantized(
+        self,
+        task: Task,
+        matrices: Sequence[Array | None],
+        indices: Sequence[int] = (0,),
+        changed: Mapping[str, Tensor] | None = None,
+    ) -> tuple[list[dict[str, Array]], dict[str, Tensor]]:
+        """Stored tensors of some matrices of a task, and the release's tensors with them put in.
 
-def gptq_parts(blocks: Blocks, tasks: Sequence[Task], statistics: Statistics) -> dict[str, Array]:
-    """The stored tensors of every task by name, ``<module>.weight`` and so on.
+        ``changed`` are tensors that other matrices were put into already.
+        """
+        import torch
 
-    Each block sees the outputs of the quantized blocks before it, and of the quantized table.
-    ``statistics`` are the ``column_weights`` of the same text.
-    """
-    from quant.gptq import quantize_gptq
-    from quant.weights import dequantize_rows
+        from quant.floats import cast
+        from quant.gptq import quantize_gptq, values_of
 
-    owners, head = assigned(blocks, tasks)
-    parts: dict[str, Array] = {}
+        names = tuple(dict.fromkeys(leaf.name for leaf in sources(task.expr)))
+        numbers = Numbers(names, self.shapes)
+        now = {n: value for n, value in (changed or {}).items() if n in names}
+        made = []
+        for index, matrix in zip(indices, matrices, strict=True):
+            rows = matrix_rows(task, self.reader, index)
+            w = np.ascontiguousarray(cast(np.ascontiguousarray(rows), task.dtype))
+            assert matrix is not None, f"{task.module}: no products"
+            found = quantize_gptq(w, task.spec, matrix)
+            values = torch.from_numpy(values_of(found, task.spec))
+            made.append(found)
+            if isinstance(task.expr, Source) and not task.stacked:
+                now[names[0]] = values
+                continue
+            which, element = numbers.split(matrix_rows(task, numbers, index))
+            for number in np.unique(which):
+                name = numbers.name(int(number))
+                if name not in now:
+                    now[name] = self.streamed.weights.read(name)
+                here = torch.from_numpy(which == number)
+                now[name].view(-1)[torch.from_numpy(element)[here]] = values[here]
+        return made, now
 
-    def quantize(task: Task, module: Any, matrix: Array) -> None:
-        w = _stored(module.weight, task.dtype)
-        found = quantize_gptq(w, task.spec, matrix)
-        parts.update({f"{task.module}.{role}": part for role, part in found.items()})
-        wide = {r: p.astype(np.float32) if r == "biases" else p for r, p in found.items()}
-        if task.spec.mode == "affine":
-            wide["scales"] = found["scales"].astype(np.float32)
-        _assign(module.weight, dequantize_rows(wide, task.spec, "F32"))
+    def _head_inputs(self, run: Pass, width: int | None) -> Moments:
+        found = Moments(width=width)
+        for x in run.results():
+            found.add(_HEAD, 1, x)
+            found.forget()
+        return found
 
-    if head is not None and head.table:
-        matrix = np.array(statistics[HESSIAN + head.source], np.float64)
-        matrix /= np.diagonal(matrix).mean() or 1.0
-        matrix += LOOKED_UP * np.eye(len(matrix))
-        quantize(head, blocks.model.get_input_embeddings(), matrix)
-    blocks.start()
-    for index in range(len(blocks.blocks)):
-        modules = {p: m for p, m in blocks.linears(index).items() if p in owners}
-        moments = Moments(outer=True)
-        with moments.watching(modules):
-            blocks.run(index, keep=False)
-        for path, module in modules.items():
-            quantize(owners[path], module, moments.mean(path))
-        del moments
-        blocks.run(index, keep=True)
-        blocks.release(index)
-    if head is not None and not head.table:
-        quantize(head, blocks.head, _head_matrix(blocks))
-    return parts
+    def _head_moments(self, run: Pass, width: int) -> dict[str, Array]:
+        from quant.calibrate.products import block_width
+        from quant.moments import diagonal_blocks
 
-
-def assigned(blocks: Blocks, tasks: Sequence[Task]) -> tuple[dict[str, Task], Task | None]:
-    """Which task each dense layer of the blocks answers for, and the head's or table's task.
-
-    A layer is the one whose path shares the longest end with the tensor's name. Raises
-    CalibrationError for a tensor that no layer, or more than one, answers for.
-    """
-    linears = {
-        path: module
-        for index in range(len(blocks.blocks))
-        for path, module in blocks.linears(index).items()
-    }
-    by_leaf: dict[str, list[str]] = {}
-    for path in linears:
-        by_leaf.setdefault(path.rpartition(".")[2], []).append(path)
-    owners: dict[str, Task] = {}
-    head: Task | None = None
-    lost: list[str] = []
-    for task in tasks:
-        name = task.source.removesuffix(".weight")
-        if task.table or name.endswith(blocks.head_name):
-            head = task
-            continue
-        ranked = sorted(
-            ((_shared(name, path), path) for path in by_leaf.get(name.rpartition(".")[2], ())),
-            reverse=True,
-        )
-        clear = ranked and (len(ranked) == 1 or ranked[0][0] > ranked[1][0])
-        if not clear or ranked[0][1] in owners:
-            lost.append(task.source)
+        task = self._head
+        if task is None:
+            return {}
+        if self.streamed.head is None:
+            matrix: Array = np.eye(int(task.expr.shape[-1]))
         else:
-            owners[ranked[0][1]] = task
-    if lost:
-        raise CalibrationError(
-            f"{len(lost)} tensors have no dense layer of their own in "
-            f"{type(blocks.model).__name__}, such as {lost[0]}; use --q-method search"
-        )
-    return owners, head
+            seen = self._head_inputs(run, None).mean(_HEAD)
+            assert seen is not None, "there are rows"
+            matrix = seen
+        if task.table:
+            matrix = matrix / (np.diagonal(matrix).mean() or 1.0)
+            matrix = matrix + LOOKED_UP * np.eye(len(matrix))
+        size = block_width(len(matrix), width)
+        assert size is not None, "a width was given"
+        found = {task.module: diagonal_blocks(matrix, size)}
+        if task.table:
+            found[HESSIAN + task.module] = matrix.astype(np.float32)
+        return found
+
+    def _head_task(self, tasks: Sequence[Task]) -> Task | None:
+        """The task of the output projection, or of the table that it shares."""
+        tables = [task for task in tasks if task.table]
+        if tables:
+            return tables[0]
+        names = {id(module): path for path, module in self.streamed.model.named_modules()}
+        path = names.get(id(self.streamed.head))
+        group = self.streamed.weights.group_of.get(f"{path}.weight") if path else None
+        for task in tasks:
+            if group is not None and {leaf.name for leaf in sources(task.expr)} & set(group.names):
+                return task
+        return None
+
+    def _sorted(self, tasks: Sequence[Task]) -> dict[int, list[Task]]:
+        """Tasks by the block that their tensors belong to; raises CalibrationError for none."""
+        block_of = {
+            name: index
+            for index in range(len(self.streamed.blocks))
+            for parameter in self.streamed.parameters(index)
+            if (group := self.streamed.weights.group_of.get(parameter)) is not None
+            for name in group.names
+        }
+        found: dict[int, list[Task]] = {}
+        for task in tasks:
+            blocks = {block_of.get(leaf.name) for leaf in sources(task.expr)}
+            if task is not self._head and len(blocks) == 1 and (only := blocks.pop()) is not None:
+                found.setdefault(only, []).append(task)
+        if tasks and not found:
+            raise CalibrationError(
+                f"none of the {len(tasks)} matrices belongs to a block of "
+                f"{type(self.streamed.model).__name__}; use --q-method search"
+            )
+        return found
 
 
-def _shared(a: str, b: str) -> int:
-    """How many dotted words two names share at their ends."""
-    count = 0
-    for x, y in zip(reversed(a.split(".")), reversed(b.split(".")), strict=False):
-        if x != y:
-            break
-        count += 1
-    return count
-
-
-def _head_matrix(blocks: Blocks) -> Array:
-    moments = Moments(outer=True)
-    for x in blocks.head_inputs():
-        moments.add("head", x)
-    return moments.mean("head")
-
-
-def _stored(weight: Tensor, dtype: str) -> Array:
-    from quant.floats import cast
-
-    wide: Array = weight.detach().float().numpy()
-    return np.ascontiguousarray(cast(wide, dtype))
-
-
-def _assign(weight: Any, values: Array) -> None:
-    import torch
-
-    weight.data = torch.from_numpy(np.ascontiguousarray(values, np.float32))
+def _batches(keys: Sequence[Key], columns: Mapping[str, int]) -> Iterator[frozenset[Key]]:
+    """Keys in lots whose whole matrices stay within ``HESSIAN_BYTES``, or one each."""
+    batch: list[Key] = []
+    size = 0
+    for key in keys:
+        own = 8 * columns[key[0]] ** 2
+        if batch and size + own > HESSIAN_BYTES:
+            yield frozenset(batch)
+            batch, size = [], 0
+        batch.append(key)
+        size += own
+    if batch:
+        yield frozenset(batch)

@@ -87,3 +87,11 @@ def tokenized(text: str, folder: Path, calibration: Calibration) -> list[list[in
     count = min(windows, calibration.sequences)
     starts = [(i * windows // count) * length for i in range(count)]
     return [ids[start : start + length] for start in starts]
+
+
+def model_rows(sequences: list[list[int]]) -> list[dict[str, Any]]:
+    """Keyword arguments of a forward call for each token sequence."""
+    import torch
+
+    rows = [torch.tensor([ids], dtype=torch.long) for ids in sequences]
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]

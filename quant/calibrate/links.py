@@ -1,0 +1,178 @@
+"""Which product a stored matrix stands for: from the map's expression to torch's parameters.
+
+Both sides move elements: the map's expression makes the stored matrix of the release's tensors,
+and transformers' conversion makes parameters of them. Numbering the elements of the tensors and
+sending the numbers through shows where each column comes from; nothing is inferred from names or
+shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from arch_maps.ops import Expr, evaluate, sources
+from quant.calibrate.loading import Shapes, Weights
+from quant.calibrate.products import Key
+from quant.recipe import QuantSpec
+
+Array = npt.NDArray[Any]
+_SHIFT: Final = 44
+"""Bits of an element's number within its tensor; the tensor's own number is above."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A matrix to calibrate, or a stack of them: the runtime's module and how it is made."""
+
+    module: str
+    expr: Expr
+    dtype: str
+    spec: QuantSpec
+    table: bool = False
+    """An embedding that the head multiplies by."""
+
+    @property
+    def stacked(self) -> bool:
+        """Whether there is a matrix for each expert."""
+        return len(self.expr.shape) == 3
+
+    @property
+    def count(self) -> int:
+        """Matrices in the stack."""
+        return int(self.expr.shape[0]) if self.stacked else 1
+
+
+class Numbers:
+    """A reader that gives the numbers of elements in place of their values."""
+
+    def __init__(self, names: tuple[str, ...], shapes: Shapes) -> None:
+        """Number the tensors ``names`` one after another."""
+        self._index = {name: index for index, name in enumerate(names)}
+        self._names = names
+        self._shapes = shapes
+
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
+        """Numbers of rows ``[start, stop)``, int64."""
+        shape = self._shapes[name]
+        each = int(np.prod(shape[1:], dtype=np.int64))
+        base = self._index[name] << _SHIFT
+        flat = np.arange(base + start * each, base + stop * each, dtype=np.int64)
+        return flat.reshape(stop - start, *shape[1:])
+
+    def split(self, numbers: Array) -> tuple[Array, Array]:
+        """Which of the names, and which element of it."""
+        return numbers >> _SHIFT, numbers & ((1 << _SHIFT) - 1)
+
+    def name(self, index: int) -> str:
+        """The name with a number."""
+        return self._names[index]
+
+
+def matrix_rows(task: Task, reader: Any, index: int) -> Array:
+    """Matrix ``index`` of a task, (rows, cols)."""
+    if task.stacked:
+        found: Array = evaluate(task.expr, reader, index, index + 1)[0]
+        return found
+    return evaluate(task.expr, reader)
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """One of the release's matrices: what it becomes, and which of its axes is summed over."""
+
+    key: Key
+    axis: int
+
+
+class Links:
+    """The products that the release's tensors take part in, for some parameters."""
+
+    def __init__(self, weights: Weights, shapes: Shapes, axes: Mapping[Key, int]) -> None:
+        """``axes`` are the summed axes of the products seen."""
+        self._shapes = shapes
+        self._uses: dict[tuple[str, int | None], _Use] = {}
+        groups = {id(g): g for name, _ in axes if (g := weights.group_of.get(name)) is not None}
+        for group in groups.values():
+            mine = {key: axis for key, axis in axes.items() if key[0] in group.parameters}
+            if group.converter is None:
+                (name,) = group.names
+                for key, axis in mine.items():
+                    self._uses[name, key[1]] = _Use(key, axis + len(shapes[name]) - 2)
+            else:
+                self._follow(weights, group, mine)
+
+    def _follow(self, weights: Weights, group: Any, mine: Mapping[Key, int]) -> None:
+        """Send numbers of tensors, then of places along each axis, through the conversion."""
+        import torch
+
+        names = group.names
+        shapes = {name: self._shapes[name] for name in names}
+
+        def converted(values: Mapping[str, Any]) -> dict[str, Any]:
+            return weights.convert(group, values)
+
+        def along(axis: int) -> dict[str, Any]:
+            found = {}
+            for name, shape in shapes.items():
+                at = min(axis, len(shape) - 1)
+                view = [1] * len(shape)
+                view[at] = shape[at]
+                places = torch.arange(shape[at], dtype=torch.int32).view(view)
+                found[name] = places.expand(shape)
+            return converted(found)
+
+        ids = converted(
+            {n: torch.tensor(i, dtype=torch.int32).expand(shapes[n]) for i, n in enumerate(names)}
+        )
+        firsts: dict[tuple[Key, str], int] = {}
+        for key, axis in mine.items():
+            matrix = _slice(ids[key[0]], key)
+            column = matrix.select(axis, 0)
+            if not bool((matrix == column.unsqueeze(axis)).all()):
+                continue  # joined along the summed axis: no matrix of its own
+            for index in column.unique().tolist():
+                firsts[key, names[index]] = int((column == index).nonzero()[0])
+        del ids
+        for axis in range(max(len(shape) for shape in shapes.values())):
+            places = along(axis)
+            for (key, name), row in firsts.items():
+                shape = shapes[name]
+                if axis >= len(shape):
+                    continue
+                line = _slice(places[key[0]], key).select(1 - mine[key], row).numpy()
+                if len(line) == shape[axis] and (line == np.arange(len(line))).all():
+                    expert = key[1] if len(shape) == 3 else None
+                    self._uses[name, expert] = _Use(key, axis)
+
+    def feeds(self, task: Task) -> list[Key] | None:
+        """For each matrix of ``task`` the product it stands for; None where one has none.
+
+        The columns of each must be those of the product, in order.
+        """
+        names = tuple(dict.fromkeys(leaf.name for leaf in sources(task.expr)))
+        numbers = Numbers(names, self._shapes)
+        found = []
+        for index in range(task.count):
+            row = matrix_rows(task, numbers, index)[0]
+            which, element = numbers.split(row)
+            name = names[int(which[0])]
+            shape = self._shapes[name]
+            places = np.unravel_index(element, shape)
+            expert = int(places[0][0]) if len(shape) == 3 else None
+            use = self._uses.get((name, expert))
+            if use is None or (which != which[0]).any():
+                return None
+            line = places[use.axis]
+            if len(line) != shape[use.axis] or (line != np.arange(len(line))).any():
+                return None
+            found.append(use.key)
+        return found
+
+
+def _slice(parameter: Any, key: Key) -> Any:
+    return parameter if key[1] is None else parameter[key[1]]

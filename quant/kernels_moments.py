@@ -1,0 +1,209 @@
+"""Compiled descent on codes, scale and bias of each group; import lazily, numba comes with it.
+
+It minimises ``e^T M e`` over the errors ``e`` of a group, ``M`` (group, group) the second moments
+of the inputs that the group multiplies: what the group's errors add to the output, squared. Starts
+from codes that a search has found (``quant.kernels_search``). Sums run in a fixed order, so the
+same input gives the same bytes on every machine. Helpers come from other files: numba's cache does
+not watch those, so touch this one after changing them.
+"""
+
+from functools import cache
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from quant.compiled import Kernel, jit
+from quant.kernels import (
+    MXFP8,
+    NVFP4,
+    _load,
+    _load_e2m1,
+    _load_e4m3,
+    _power_of_two,
+    _round_to,
+    _store,
+    _store_e2m1,
+    _store_e4m3,
+)
+from quant.kernels_search import _fold_sum
+
+Array = npt.NDArray[Any]
+
+PASSES: Final = 2
+"""Most visits of each code in one descent."""
+_ZERO: Final = np.float32(0)
+_ONE_AND_HALF_ULP: Final = np.float32(1.5 * 2.0**23)
+_LEAST_SCALE: Final = np.float32(1e-7)
+
+
+@cache
+def affine_descent(kind: int, group: int) -> Kernel:
+    """``(w, moments, levels, codes, scales, biases)`` over (rows, cols) bits.
+
+    ``moments`` is (cols / group, group, group) float32, symmetric with a positive diagonal. Codes,
+    scales and biases are read and improved; no group's error grows.
+    """
+
+    @jit
+    def descend(m: Array, s: np.float32, n: np.float32, q: Array, r: Array, share: Array) -> None:
+        """Change one code at a time to the best for all others, until none changes."""
+        for i in range(group):
+            share[i] = np.float32(1) / (s * m[i, i])
+        for _ in range(PASSES):
+            changed = False
+            for i in range(group):
+                step = (r[i] * share[i] + _ONE_AND_HALF_ULP) - _ONE_AND_HALF_ULP
+                d = min(max(q[i] + step, _ZERO), n) - q[i]
+                if d != _ZERO:
+                    changed = True
+                    q[i] += d
+                    ds = s * d
+                    for j in range(group):
+                        r[j] -= ds * m[i, j]
+            if not changed:
+                break
+
+    @jit
+    def multiply(m: Array, v: Array, out: Array) -> None:
+        """``m @ v`` by columns, four at a time."""
+        for i in range(group):
+            out[i] = _ZERO
+        for j in range(0, group, 4):
+            for i in range(group):
+                two = v[j] * m[j, i] + v[j + 1] * m[j + 1, i]
+                out[i] += two + (v[j + 2] * m[j + 2, i] + v[j + 3] * m[j + 3, i])
+
+    @jit
+    def error(x: Array, s: np.float32, b: np.float32, q: Array, r: Array, t: Array) -> np.float32:
+        for i in range(group):
+            t[i] = (x[i] - (s * q[i] + b)) * r[i]
+        return _fold_sum(t, 0, group)
+
+    @jit
+    def kernel(
+        w: Array, moments: Array, levels: np.float32, codes: Array, scales: Array, biases: Array
+    ) -> None:
+        rows, columns = w.shape
+        x = np.empty(group, np.float32)
+        e = np.empty(group, np.float32)
+        q = np.empty(group, np.float32)
+        best = np.empty(group, np.float32)
+        r = np.empty(group, np.float32)
+        mq = np.empty(group, np.float32)
+        m1 = np.empty(group, np.float32)
+        t = np.empty(4 * group, np.float32)
+        for g in range(columns // group):
+            m = moments[g]
+            for i in range(group):
+                e[i] = np.float32(1)
+            multiply(m, e, m1)
+            for i in range(group):
+                t[i] = m1[i]
+            total = _fold_sum(t, 0, group)
+            for row in range(rows):
+                s = _load(np.uint32(scales[row, g]), kind)
+                b = _load(np.uint32(biases[row, g]), kind)
+                own = codes[row, g * group : (g + 1) * group]
+                bits = w[row, g * group : (g + 1) * group]
+                for i in range(group):
+                    x[i] = _load(np.uint32(bits[i]), kind)
+                    q[i] = np.float32(own[i])
+                    e[i] = x[i] - (s * q[i] + b)
+                multiply(m, e, r)
+                least = error(x, s, b, q, r, t)
+                if not least > _ZERO:
+                    continue
+                for i in range(group):
+                    best[i] = q[i]
+                best_s = s
+                best_b = b
+                descend(m, s, levels, q, r, e)
+                found = error(x, s, b, q, r, t)
+                if found < least:
+                    least = found
+                    for i in range(group):
+                        best[i] = q[i]
+                multiply(m, q, mq)
+                for i in range(group):
+                    t[i] = q[i] * mq[i]
+                    t[group + i] = mq[i]
+                    t[2 * group + i] = q[i] * r[i]
+                    t[3 * group + i] = r[i]
+                qq = _fold_sum(t, 0, group)
+                q1 = _fold_sum(t, group, group)
+                towards_s = _fold_sum(t, 2 * group, group)
+                towards_b = _fold_sum(t, 3 * group, group)
+                spread = qq * total - q1 * q1
+                if spread > np.float32(1e-6) * qq * total:
+                    s = _round_to(s + (towards_s * total - towards_b * q1) / spread, kind)
+                    b = _round_to(b + (towards_b - (s - best_s) * q1) / total, kind)
+                    if abs(s) >= _LEAST_SCALE and (s != best_s or b != best_b):
+                        for i in range(group):
+                            r[i] -= (s - best_s) * mq[i] + (b - best_b) * m1[i]
+                        descend(m, s, levels, q, r, e)
+                        found = error(x, s, b, q, r, t)
+                        if found < least:
+                            best_s = s
+                            best_b = b
+                            for i in range(group):
+                                best[i] = q[i]
+                scales[row, g] = _store(best_s, kind)
+                biases[row, g] = _store(best_b, kind)
+                for i in range(group):
+                    own[i] = np.uint8(best[i])
+
+    return kernel
+
+
+@cache
+def microscaled_descent(kind: int, format: int) -> Kernel:
+    """``(w, moments, codes, scales)`` over (rows, cols) bits; improves the codes alone."""
+    group = 16 if format == NVFP4 else 32
+    fp8 = format == MXFP8
+
+    @jit
+    def value(code: np.uint32) -> np.float32:
+        return _load_e4m3(code) if fp8 else _load_e2m1(code)
+
+    @jit
+    def kernel(w: Array, moments: Array, codes: Array, scales: Array) -> None:
+        rows, columns = w.shape
+        v = np.empty(group, np.float32)
+        r = np.empty(group, np.float32)
+        for g in range(columns // group):
+            m = moments[g]
+            for row in range(rows):
+                code = np.uint32(scales[row, g])
+                if format == NVFP4:
+                    s = _load_e4m3(code)
+                else:
+                    s = _power_of_two(np.int32(code) - np.int32(127))
+                if not s > _ZERO:
+                    continue
+                own = codes[row, g * group : (g + 1) * group]
+                bits = w[row, g * group : (g + 1) * group]
+                for i in range(group):
+                    v[i] = value(np.uint32(own[i]))
+                    r[i] = _ZERO
+                for j in range(group):
+                    e = _load(np.uint32(bits[j]), kind) / s - v[j]
+                    for i in range(group):
+                        r[i] += e * m[j, i]
+                for _ in range(PASSES):
+                    changed = False
+                    for i in range(group):
+                        y = v[i] + r[i] / m[i, i]
+                        c = _store_e4m3(y) if fp8 else _store_e2m1(y)
+                        d = value(c) - v[i]
+                        # A change must pay: y is nearer to the new value than to the old.
+                        if d != _ZERO and abs(y - value(c)) < abs(y - v[i]):
+                            changed = True
+                            v[i] = value(c)
+                            own[i] = np.uint8(c)
+                            for j in range(group):
+                                r[j] -= d * m[i, j]
+                    if not changed:
+                        break
+
+    return kernel
