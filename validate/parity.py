@@ -98,7 +98,7 @@ def run_parity(
     elif missing:
         reference = {"class": "none", "folder": source.name}
         for runtime in runtimes:
-            found = judge_alone(judgement, source=source, runtime=runtime, images=wants_images)
+            found = judge_alone(judgement, source=source, runtime=runtime, media=media)
             checks += found.checks
             described["runtimes"].append(found.description)
     elif assists(config):
