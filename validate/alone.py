@@ -37,7 +37,7 @@ def no_reference(why: str) -> Check:
 
 
 def judge_alone(job: Judgement, *, source: Path, runtime: str, media: Sequence[str]) -> Found:
-    """Every check of ``runtime`` that needs no reference; ``media``: what is asked about besides."""
+    """Every check of ``runtime`` that needs no reference, of text and of the kinds of ``media``."""
     found = Found(runtime, description={"name": runtime})
     try:
         model = load_checked(job, found)
@@ -72,6 +72,25 @@ def judge_alone(job: Judgement, *, source: Path, runtime: str, media: Sequence[s
                 Check(f"{kind}/finite", kind, "fail", runtime=runtime, note=str(error))
             )
     return found
+
+
+def look_alone(job: Judgement, source: Path) -> list[Check]:
+    """Pictures that are not judged: whether mlx-vlm runs them, whole and in pieces alike.
+
+    Where it does not, the row says so and fails nothing: nothing was promised of these pictures.
+    """
+    found = Found("mlx_vlm")
+    try:
+        model = MlxRuntime.load(
+            job.mlx_path, runtime="mlx_vlm", trust_remote_code=job.trust_remote_code
+        )
+        model.to_float32(dense=model.quantized())
+        untold = not _has_template(source, job.trust_remote_code)
+        _medium(found, model, "image", stock_prompt=untold)
+    except (RuntimeRefusal, ReferenceError) as error:
+        note = f"not run: {error}"
+        return [Check("image/finite", "image", "info", runtime="mlx_vlm", note=note)]
+    return found.checks
 
 
 def _has_template(source: Path, trust_remote_code: bool) -> bool:
