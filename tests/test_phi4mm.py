@@ -19,6 +19,8 @@ from validate.runtime import MlxRuntime, prepare_mlx
 
 prepare_mlx()
 QUIET = Console(quiet=True)
+# transformers, reading the config of a type that it does not know to find the tokenizer's class.
+pytestmark = pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated:FutureWarning")
 
 
 @pytest.fixture(scope="module")
