@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ DECODE = "decode"
 ALONE = {"prefill = decode": DECODE}
 _CELL = 90
 LIMIT_S = 600  # some towers have their size in the runtime's code
+COMPARED = ("mlx", "mlx-vlm", "mlx-lm", "torch", "transformers")
+VISION = ("torchvision", "timm")
+NEEDS_VISION = (
+    *("gemma3n", "gemma4_unified", "kimi_k25", "lfm2_vl", "llama4", "mistral3", "molmo2"),
+    *("muse_glimmer", "phi4mm", "pixtral"),
+)
+"""Types whose release's processor or tower needs one of these libraries."""
 
 
 def main() -> None:
@@ -44,10 +52,21 @@ def main() -> None:
     parser.add_argument("types", nargs="*", help="model types or type:variant; default: all")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument(
+        "--torchvision",
+        action="store_true",
+        help="the types whose pictures need torchvision or timm, in files of their own",
+    )
     given = parser.parse_args()
+    if given.torchvision and (missing := [name for name in VISION if find_spec(name) is None]):
+        parser.error(f"{', '.join(missing)}: not installed; see the extra 'vision'")
     started = time.perf_counter()
-    rows = measure(given.types or [*model_types(), *list_variants()], jobs=given.jobs)
-    kept = given.docs / "parity-matrix.json"
+    every = NEEDS_VISION if given.torchvision else (*model_types(), *list_variants())
+    limit = 3 * LIMIT_S if given.torchvision else LIMIT_S
+    rows = measure(given.types or list(every), jobs=given.jobs, limit_s=limit)
+    compared = versions(COMPARED + VISION) if given.torchvision else versions()
+    stem = "parity-matrix-torchvision" if given.torchvision else "parity-matrix"
+    kept = given.docs / f"{stem}.json"
     if given.types and kept.exists():  # a partial run renews its own rows only
         renewed = {row["model_type"] for row in rows}
         old = json.loads(kept.read_text())["rows"]
@@ -55,16 +74,17 @@ def main() -> None:
             [row for row in old if row["model_type"] not in renewed] + rows,
             key=lambda row: str(row["model_type"]),
         )
-    if given.docs == ROOT / "docs":
+    if given.docs == ROOT / "docs" and not given.torchvision:
         from benchmarks import evidence
 
-        evidence.write(rows, versions())
-    kept.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
-    (given.docs / "parity-matrix.md").write_text(table(rows))
+        evidence.write(rows, compared)
+    kept.write_text(json.dumps({"versions": compared, "rows": rows}, indent=1) + "\n")
+    body = vision_table(rows, compared) if given.torchvision else table(rows)
+    kept.with_suffix(".md").write_text(body)
     print(f"{len(rows)} types and variants, {time.perf_counter() - started:.0f} s")
 
 
-def measure(types: list[str], *, jobs: int) -> list[dict[str, Any]]:
+def measure(types: list[str], *, jobs: int, limit_s: int = LIMIT_S) -> list[dict[str, Any]]:
     """One row for each type, each in a fork of a process that has the heavy imports loaded."""
     # As many processes as cores run beside each other: threads of their own would only wait for
     # each other (measured: three times the time). Read when the fork server loads its libraries.
@@ -89,9 +109,9 @@ def measure(types: list[str], *, jobs: int) -> list[dict[str, Any]]:
                     row = receive.recv()
                 except EOFError:
                     row = {"model_type": name, "error": f"the process died ({process.exitcode})"}
-            elif time.monotonic() - since > LIMIT_S:
+            elif time.monotonic() - since > limit_s:
                 process.kill()
-                row = {"model_type": name, "error": f"no answer in {LIMIT_S} s"}
+                row = {"model_type": name, "error": f"no answer in {limit_s} s"}
             if row is not None:
                 process.join()
                 running.remove(entry)
@@ -312,6 +332,40 @@ def table(rows: list[dict[str, Any]]) -> str:
         "*unproven*: their twins are made from the map and run in the runtime, where `decode` is",
         "against its own prefill, and their tensors are compared with the stock converter's.",
         "",
+        *_cells(rows),
+        *_remarks(rows),
+    ]
+    from arch_maps.unmapped import RUNTIME_ONLY, UNMAPPED
+
+    lines += ["", "## Without a map", "", "Known to transformers and to a runtime:", ""]
+    lines += [f"- **{name}**: {reason}." for name, reason in sorted(UNMAPPED.items())]
+    lines += ["", "Known to a runtime alone:", ""]
+    lines += [f"- **{name}**: {reason}." for name, reason in sorted(RUNTIME_ONLY.items())]
+    return "\n".join(lines) + "\n"
+
+
+def vision_table(rows: list[dict[str, Any]], compared: dict[str, str]) -> str:
+    """The rows of types whose pictures need torchvision or timm, as Markdown."""
+    lines = [
+        "# Parity matrix with torchvision",
+        "",
+        "The types of the [parity matrix](parity-matrix.md) whose release prepares pictures with",
+        "torchvision, or has a tower from timm, measured where both are installed: the reference",
+        "is fed what the release's own processor makes. Where the runtime's processor makes",
+        "something else, that is a documented deviation, and the gated row is judged with the",
+        "reference's pictures in both models.",
+        "Made by `python -m benchmarks.matrix --torchvision`.",
+        "",
+        ", ".join(f"{name} {version}" for name, version in compared.items()) + ".",
+        "",
+        *_cells(rows),
+        *_remarks(rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
         "| type | published | text | decode | image | audio | transformers 5 | stock | to torch |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -329,6 +383,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             str(row.get("restored", "-")),
         ]
         lines.append("| " + " | ".join(str(c).replace("|", "/") for c in cells) + " |")
+    return lines
+
+
+def _remarks(rows: list[dict[str, Any]]) -> list[str]:
     remarks = [
         f"- **{row['model_type']}**: {text}"
         for row in rows
@@ -345,15 +403,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
         )
     ]
-    if remarks:
-        lines += ["", "## Remarks", "", *remarks]
-    from arch_maps.unmapped import RUNTIME_ONLY, UNMAPPED
-
-    lines += ["", "## Without a map", "", "Known to transformers and to a runtime:", ""]
-    lines += [f"- **{name}**: {reason}." for name, reason in sorted(UNMAPPED.items())]
-    lines += ["", "Known to a runtime alone:", ""]
-    lines += [f"- **{name}**: {reason}." for name, reason in sorted(RUNTIME_ONLY.items())]
-    return "\n".join(lines) + "\n"
+    return ["", "## Remarks", "", *remarks] if remarks else []
 
 
 def one_line(row: dict[str, Any]) -> str:
@@ -364,11 +414,11 @@ def one_line(row: dict[str, Any]) -> str:
     return f"{row['model_type']:22} {' '.join(f'{w:6}' for w in words)} {row.get('error', '')}"
 
 
-def versions() -> dict[str, str]:
+def versions(names: tuple[str, ...] = COMPARED) -> dict[str, str]:
     """What was compared."""
     from converter.manifest import installed_versions
 
-    return installed_versions(("mlx", "mlx-vlm", "mlx-lm", "torch", "transformers"))
+    return installed_versions(names)
 
 
 def _passing(rows: list[dict[str, Any]], key: str) -> int:

@@ -110,3 +110,17 @@ def test_a_picture_cut_into_padded_patches_is_the_same_picture() -> None:
     assert compare_pixels(padded, picture[None]) == (0.0, "cut into patches")
     assert compare_pixels(padded[:, ::-1], picture[None])[0] > 0.1
     assert compare_pixels(padded[:, :5], picture[None])[0] == float("inf")
+
+
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated:FutureWarning")
+def test_sounds_of_a_release_without_a_class_run_in_the_runtime(twin_of, tmp_path):
+    """They are heard: finite numbers, and the same whole and token by token."""
+    from converter.pipeline import Request, convert
+    from converter.ui import Console
+
+    twin, out = twin_of("minicpmo"), tmp_path / "out"
+    convert(Request(hf_path=str(twin), mlx_path=out), Console(quiet=True))
+    report = run_parity(source=twin, mlx_path=out, plan=None)
+    assert report.verdict == "unproven"
+    rows = {check.name: check.verdict for check in report.checks if check.modality == "audio"}
+    assert rows == {"audio/finite": "pass", "audio/prefill = decode": "pass"}

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from validate.answers import Question, text_questions
-from validate.cases import load_cases
+from validate.cases import MEDIA_FILES, load_cases
 from validate.checks import NOT_COMPARED, REFERENCE, CaseResult, Check, at_most
 from validate.gates import logits_check
 from validate.judge import Found, Judgement, compare_tokens, load_checked
@@ -36,8 +36,8 @@ def no_reference(why: str) -> Check:
     )
 
 
-def judge_alone(job: Judgement, *, source: Path, runtime: str, images: bool) -> Found:
-    """Every check of ``runtime`` that needs no reference; ``images``: ask about pictures too."""
+def judge_alone(job: Judgement, *, source: Path, runtime: str, media: Sequence[str]) -> Found:
+    """Every check of ``runtime`` that needs no reference, of text and of the kinds of ``media``."""
     found = Found(runtime, description={"name": runtime})
     try:
         model = load_checked(job, found)
@@ -62,15 +62,35 @@ def judge_alone(job: Judgement, *, source: Path, runtime: str, images: bool) -> 
         found.checks.append(Check("tokens", "tokens", "fail", runtime=runtime, note=str(error)))
     except RuntimeRefusal as error:
         found.refused("finite", "text", error)
-    if images and runtime == "mlx_vlm":
-        job.progress(f"{runtime}: image")
+    for kind in media if runtime == "mlx_vlm" else ():
+        job.progress(f"{runtime}: {kind}")
         try:
-            _pictures(found, model, stock_prompt=not _has_template(source, job.trust_remote_code))
+            untold = not _has_template(source, job.trust_remote_code)
+            _medium(found, model, kind, stock_prompt=untold)
         except (RuntimeRefusal, ReferenceError) as error:
             found.checks.append(
-                Check("image/finite", "image", "fail", runtime=runtime, note=str(error))
+                Check(f"{kind}/finite", kind, "fail", runtime=runtime, note=str(error))
             )
     return found
+
+
+def look_alone(job: Judgement, source: Path) -> list[Check]:
+    """Pictures that are not judged: whether mlx-vlm runs them, whole and in pieces alike.
+
+    Where it does not, the row says so and fails nothing: nothing was promised of these pictures.
+    """
+    found = Found("mlx_vlm")
+    try:
+        model = MlxRuntime.load(
+            job.mlx_path, runtime="mlx_vlm", trust_remote_code=job.trust_remote_code
+        )
+        model.to_float32(dense=model.quantized())
+        untold = not _has_template(source, job.trust_remote_code)
+        _medium(found, model, "image", stock_prompt=untold)
+    except (RuntimeRefusal, ReferenceError) as error:
+        note = f"not run: {error}"
+        return [Check("image/finite", "image", "info", runtime="mlx_vlm", note=note)]
+    return found.checks
 
 
 def _has_template(source: Path, trust_remote_code: bool) -> bool:
@@ -95,21 +115,21 @@ def _piecewise(model: MlxRuntime, ids: Sequence[int], steps: int) -> Logits:
     return np.concatenate([run.prefill, run.steps[1:]])
 
 
-def _pictures(found: Found, model: MlxRuntime, *, stock_prompt: bool) -> None:
-    """Ask about one picture: some towers take half a minute for each on a CPU.
+def _medium(found: Found, model: MlxRuntime, kind: str, *, stock_prompt: bool) -> None:
+    """Ask about one picture or sound: some towers take half a minute for each on a CPU.
 
     ``stock_prompt`` for releases without a chat template, whose prompts are the runtime's.
     """
     pairs = []
-    for case in load_cases("images.json")[:1]:
+    for case in load_cases(MEDIA_FILES[kind])[:1]:
         inputs = model.media_inputs(case, stock_prompt=stock_prompt)
         ids = [int(token) for token in np.array(inputs["input_ids"]).ravel()]
-        start = len(ids) - _words_after_picture(ids)
+        start = len(ids) - _words_after_medium(ids)
         with _seen_once(model.model):
             whole = model.run(inputs).prefill
             run = model.run(_first(inputs, start, len(ids)), [*ids[start:], 0])
         pairs.append((case.name, *_allowed(whole, np.concatenate([run.prefill, run.steps[1:]]))))
-    _record(found, "image", pairs)
+    _record(found, kind, pairs)
 
 
 def _allowed(whole: Logits, pieces: Logits) -> tuple[Logits, Logits]:
@@ -147,8 +167,8 @@ def _seen_once(model: Any) -> Iterator[None]:
         del model.get_input_embeddings
 
 
-def _words_after_picture(ids: Sequence[int]) -> int:
-    """How many of the last tokens are certainly text: a picture is a run of one repeated id."""
+def _words_after_medium(ids: Sequence[int]) -> int:
+    """How many of the last tokens are certainly text: a medium is a run of one repeated id."""
     last = max((i for i in range(1, len(ids)) if ids[i] == ids[i - 1]), default=0)
     return max(1, min(STEPS // 3, len(ids) - 1 - last))
 
@@ -162,7 +182,7 @@ def _first(inputs: Mapping[str, Any], count: int, length: int) -> dict[str, Any]
 
 
 def _record(found: Found, modality: str, pairs: Sequence[tuple[str, Logits, Logits]]) -> None:
-    prefix = "image/" if modality == "image" else ""
+    prefix = f"{modality}/" if modality in MEDIA_FILES else ""
     rows = [(name, whole) for name, whole, _ in pairs]
     found.checks += [
         _finite(f"{prefix}finite", modality, found.runtime, rows),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from arch_maps.registry import ArchMap, find, map_name
-from validate.alone import judge_alone, no_reference
+from validate.alone import judge_alone, look_alone, no_reference
 from validate.answers import (
     Answers,
     answer,
@@ -98,7 +98,7 @@ def run_parity(
     elif missing:
         reference = {"class": "none", "folder": source.name}
         for runtime in runtimes:
-            found = judge_alone(judgement, source=source, runtime=runtime, images=wants_images)
+            found = judge_alone(judgement, source=source, runtime=runtime, media=media)
             checks += found.checks
             described["runtimes"].append(found.description)
     elif assists(config):
@@ -113,6 +113,13 @@ def run_parity(
             found = judge_runtime(judgement, answers, runtime=runtime)
             checks += found.checks
             described["runtimes"].append(found.description)
+        if (
+            "mlx_vlm" in runtimes
+            and images is None
+            and sees(config)
+            and not _reads_pictures(config)
+        ):
+            checks += look_alone(judgement, source)
     elif only_looks(config):
         reference, found = judge_pictures(judgement, source=source, dequantized=dequantized)
         checks += found.checks

@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -304,14 +305,10 @@ class MlxRuntime:
     def tokenize(self, case: Case) -> list[int]:
         """Token ids of a text or a conversation, as this runtime's own loader makes them."""
         with _refusals(self.name, self.folder), _quiet():
+            processor = self._processor
+            tokenizer = getattr(processor, "tokenizer", processor)
             if self.name == "mlx_lm":
-                utils: Any = import_module("mlx_lm.utils")
-                tokenizer = utils.load_tokenizer(self.folder)
-            else:
-                from validate.runtime_inputs import load_processor
-
-                processor = load_processor(self.folder)
-                tokenizer = getattr(processor, "tokenizer", processor)
+                tokenizer = processor
             if not case.messages:
                 return list(tokenizer.encode(case.text))
             if self.name == "mlx_lm":
@@ -323,6 +320,16 @@ class MlxRuntime:
 
                 text = apply_chat_template(processor, dict(self.config), case.conversation())
             return list(tokenizer.encode(text, add_special_tokens=False))
+
+    @cached_property
+    def _processor(self) -> Any:
+        """What makes tokens of texts, loaded once: that takes longer than a twin's forward."""
+        if self.name == "mlx_lm":
+            utils: Any = import_module("mlx_lm.utils")
+            return utils.load_tokenizer(self.folder)
+        from validate.runtime_inputs import load_processor
+
+        return load_processor(self.folder)
 
     def _row(self, ids: Sequence[int]) -> Any:
         import mlx.core as mx
