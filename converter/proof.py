@@ -17,6 +17,7 @@ from arch_maps.config import start
 from arch_maps.facts import Facts
 from arch_maps.ops import RowReader, exact, factors
 from arch_maps.registry import ArchMap
+from converter.acceptance import acceptance_report
 from converter.decode import DecodingReader, decoded
 from converter.errors import ConvertError, GateError
 from converter.execute import Job, execute
@@ -80,7 +81,7 @@ def prove(
             )
         except ReferenceError as error:
             raise ConvertError(f"{source}: cannot be run as the reference: {error}") from error
-    write_report(report, out, kv_cache=kv_report(out))
+    write_report(report, out, kv_cache=kv_report(out), acceptance=acceptance_report(out))
     data: dict[str, Any] = json.loads((out / "parity.json").read_text(encoding="utf-8"))
     data["checkpoint"] = checkpoint
     _rewrite(out / "parity.json", data)
