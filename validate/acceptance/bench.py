@@ -34,7 +34,8 @@ class Bench:
         self._stack = ExitStack()
         self._servers: dict[tuple[str, str], Server] = {}
         self._made: dict[str, Any] = {}
-        self._device: str | None = None
+        self.device: str | None = None
+        """What MLX computed on, once a Python session has told."""
 
     def __enter__(self) -> "Bench":
         return self
@@ -94,11 +95,6 @@ class Bench:
         """Answers that should be the same, held against the rule for this checkpoint's dtype."""
         return require_same(pairs, computing=self.facts.computing, noise=noise)
 
-    @property
-    def device(self) -> str | None:
-        """What MLX computed on, where a Python session has told."""
-        return self._device
-
     def stop_server(self, runtime: str, name: str) -> None:
         """End a server that was started; the next use starts another."""
         server = self._servers.pop((runtime, name), None)
@@ -128,22 +124,28 @@ class Bench:
             for name, job in jobs.items()
             if self._takes(name)
         }
-        request = {
-            "runtime": runtime,
-            "folder": str(self.facts.folder),
-            "adapter": str(adapter) if adapter else None,
-            "jobs": {
-                name: {"prompt": QUESTION, "max_tokens": TOKENS, **job}
-                for name, job in asked.items()
-            },
-        }
+        answer = self.ask(
+            {
+                "runtime": runtime,
+                "folder": str(self.facts.folder),
+                "adapter": str(adapter) if adapter else None,
+                "jobs": {
+                    name: {"prompt": QUESTION, "max_tokens": TOKENS, **job}
+                    for name, job in asked.items()
+                },
+            }
+        )
+        self.device = str(answer["device"])
+        return answer
+
+    def ask(self, request: Json) -> Json:
+        """The answer of a Python session in a process of its own."""
         paths = (self.work / "request.json", self.work / "answer.json")
         paths[0].write_text(json.dumps(request), encoding="utf-8")
         words = tuple(str(path) for path in paths)
         command = Command(module="validate.acceptance.child", arguments=words)
         command.run(cwd=self.work, limit_s=self.limit_s)
         answer: Json = json.loads(paths[1].read_text(encoding="utf-8"))
-        self._device = str(answer["device"])
         return answer
 
     def _takes(self, job: str) -> bool:

@@ -21,11 +21,16 @@ Json = dict[str, Any]
 def main() -> None:
     """Answer the request file named first into the file named second."""
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    Path(sys.argv[2]).write_text(json.dumps(answer_all(request)), encoding="utf-8")
+
+
+def answer_all(request: Json) -> Json:
+    """The answer to a whole request: load once, then every job."""
     talk = Vlm(request) if request["runtime"] == "mlx_vlm" else Lm(request)
     answer: Json = {"replies": {}, "prompt": _attempt(talk.prompt_facts), "device": _device()}
     for name, job in request["jobs"].items():
         answer["replies"][name] = _attempt(partial(talk.answer, job))
-    Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")
+    return answer
 
 
 def _attempt(call: Callable[[], Json]) -> Json:

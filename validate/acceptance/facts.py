@@ -11,6 +11,8 @@ from validate.modalities import hears, sees
 from validate.reference import read_config
 from validate.runtime import is_generative, runtimes_for
 
+PROCESSOR_FILES: Final = ("preprocessor_config.json", "processor_config.json")
+"""Where a release says how pictures and sounds are prepared."""
 _NARROW: Final = frozenset({"BF16", "F16", "U32"})
 """Dtype codes of weights with which a runtime computes in 16 bits; U32 holds packed codes."""
 
@@ -31,6 +33,8 @@ class Facts:
     """Ids at which generation has to stop, by generation_config.json, else by config.json."""
     computing: str
     """``float32`` where no weight is stored narrower, else ``16 bits``."""
+    lacks_processor: bool = False
+    """No file says how media are prepared, though the release brought one, or may have."""
     drafter: Path | None = None
     image: Path | None = None
     """A picture of the user's, in place of the generated one."""
@@ -49,6 +53,7 @@ class Facts:
             tokens=_added_tokens(folder),
             stop_ids=_stop_ids(config, _read(folder / "generation_config.json")),
             computing="16 bits" if set(weight_dtypes(folder)) & _NARROW else "float32",
+            lacks_processor=_lacks_processor(folder),
             drafter=drafter,
             image=image,
         )
@@ -89,6 +94,14 @@ class Facts:
         if text.get("hidden_size") and text.get("num_attention_heads"):
             return int(text["hidden_size"]) // int(text["num_attention_heads"])
         return None
+
+
+def _lacks_processor(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in PROCESSOR_FILES):
+        return False
+    # A few releases bring none: the manifest of a conversion lists what there was.
+    listed = _read(folder / "conversion.json").get("files")
+    return listed is None or any(name in listed for name in PROCESSOR_FILES)
 
 
 def _template(folder: Path) -> str:

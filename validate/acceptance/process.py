@@ -68,10 +68,13 @@ class Command:
         )
         try:
             out, err = process.communicate(timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            raise RowFailure(f"no answer within {limit_s:.0f} s") from None
-        finally:
+        except BaseException as error:
             end(process)
+            process.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise RowFailure(f"no answer within {limit_s:.0f} s") from None
+            raise
+        end(process)
         if process.returncode:
             text = (err + out).decode(errors="replace")
             raise RowFailure(f"exit status {process.returncode}: {last_error(text)}")

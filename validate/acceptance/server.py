@@ -1,14 +1,16 @@
 """A stock server as a child process on a free loopback port, and a client of its HTTP interface."""
 
 import base64
+import http.client
 import json
 import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final
@@ -155,14 +157,19 @@ class Server:
             data: Json = json.loads(answer.read())
         return data
 
-    def _open(self, request: urllib.request.Request) -> Any:
+    @contextmanager
+    def _open(self, request: urllib.request.Request) -> Iterator[Any]:
+        """The open answer; RowFailure with the server's own error, also where it breaks off."""
         try:
-            return urllib.request.urlopen(request, timeout=self.limit_s)
+            with urllib.request.urlopen(request, timeout=self.limit_s) as answer:
+                yield answer
         except urllib.error.HTTPError as error:
             told = error.read().decode(errors="replace")
             raise RowFailure(f"HTTP {error.code}: {told or last_error(self.log())}") from error
         except TimeoutError as error:
             raise RowFailure(f"no answer within {self.limit_s:.0f} s") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise RowFailure(f"the server broke off: {last_error(self.log())}") from error
 
 
 def picture_content(path: Path, text: str) -> list[Json]:

@@ -5,6 +5,7 @@ from typing import Final
 
 from validate.acceptance import needs
 from validate.acceptance.bench import QUESTION, TOKENS, Bench, reply_of
+from validate.acceptance.facts import PROCESSOR_FILES
 from validate.acceptance.model import Found, Row, RowFailure
 from validate.acceptance.process import arguments
 
@@ -45,6 +46,11 @@ def _media(job: str, **flags: str) -> Callable[[Bench], Found]:
     """A row of ``generate`` with files; ``flags`` are its arguments and the files' names."""
 
     def run(bench: Bench) -> Found:
+        if bench.facts.lacks_processor:
+            raise RowFailure(
+                f"none of {', '.join(PROCESSOR_FILES)} is there: the runtime would prepare media "
+                "by defaults of its own"
+            )
         wanted = bench.python("mlx_vlm", job)
         other = bench.python("mlx_vlm", f"{job}, other")
         files = {kind: getattr(bench.media, name) for kind, name in flags.items()}
