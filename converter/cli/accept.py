@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,6 +14,7 @@ import click
 
 from converter.errors import GateError
 
+_TERMINATED: Final = 128 + signal.SIGTERM
 _STYLES: Final = {"pass": "green", "fail": "bold red", "not applicable": "dim"}
 
 
@@ -22,13 +26,16 @@ def accept_command(
     from converter.ui import Console
 
     console = Console()
-    report = accept_output(
-        out,
-        only=only,
-        drafter=draft_model,
-        image=image,
-        progress=lambda one: console.say(f"  {one.verdict}: {one.row.title} ({one.seconds:.0f} s)"),
-    )
+    with _ended_by_terminate():
+        report = accept_output(
+            out,
+            only=only,
+            drafter=draft_model,
+            image=image,
+            progress=lambda one: console.say(
+                f"  {one.verdict}: {one.row.title} ({one.seconds:.0f} s)"
+            ),
+        )
     if as_json:
         click.echo(json.dumps(report, indent=1, ensure_ascii=False))
     else:
@@ -37,6 +44,16 @@ def accept_command(
         failed = [f"{r['runtime']}: {r['name']}" for r in report["rows"] if r["verdict"] == "fail"]
         what = ", ".join(failed) or "no row applies to it"
         raise GateError(f"{out}: not accepted ({what}); see {out / 'acceptance.json'}")
+
+
+@contextmanager
+def _ended_by_terminate() -> Iterator[None]:
+    """Unwind when asked to terminate, so that no server outlives the command."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _print(report: Mapping[str, Any]) -> None:

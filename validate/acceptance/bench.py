@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -13,6 +14,7 @@ from validate.acceptance.model import RowFailure
 from validate.acceptance.process import Command
 from validate.acceptance.replies import Reply, Sameness, Step, require_same
 from validate.acceptance.server import Server
+from validate.cases import bounded
 
 QUESTION: Final = "What is in the picture, and what can be heard?"
 """Asked in every row that does not need several."""
@@ -34,14 +36,18 @@ class Bench:
         self._stack = ExitStack()
         self._servers: dict[tuple[str, str], Server] = {}
         self._made: dict[str, Any] = {}
-        self.device: str | None = None
-        """What MLX computed on, once a Python session has told."""
 
     def __enter__(self) -> "Bench":
         return self
 
     def __exit__(self, *raised: object) -> None:
         self._stack.close()
+
+    @cached_property
+    def device(self) -> str:
+        """What MLX computes on here, as it names it."""
+        core: Any = import_module("mlx.core")
+        return str(core.default_device())
 
     @cached_property
     def media(self) -> Media:
@@ -124,7 +130,9 @@ class Bench:
             for name, job in jobs.items()
             if self._takes(name)
         }
-        answer = self.ask(
+        if adapter is None:
+            asked |= self._torch_jobs()
+        return self.ask(
             {
                 "runtime": runtime,
                 "folder": str(self.facts.folder),
@@ -135,8 +143,14 @@ class Bench:
                 },
             }
         )
-        self.device = str(answer["device"])
-        return answer
+
+    def _torch_jobs(self) -> dict[str, Json]:
+        """The plain prompts of a parity report, to be continued as torch continued them."""
+        limit = len(bounded(range(1 << 16), vocab_size=self.facts.vocab_size))
+        return {
+            f"torch {name}": {"prompt": one.prompt, "limit": limit, "max_tokens": len(one.tokens)}
+            for name, one in self.facts.torch.items()
+        }
 
     def ask(self, request: Json) -> Json:
         """The answer of a Python session in a process of its own."""

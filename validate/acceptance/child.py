@@ -27,7 +27,7 @@ def main() -> None:
 def answer_all(request: Json) -> Json:
     """The answer to a whole request: load once, then every job."""
     talk = Vlm(request) if request["runtime"] == "mlx_vlm" else Lm(request)
-    answer: Json = {"replies": {}, "prompt": _attempt(talk.prompt_facts), "device": _device()}
+    answer: Json = {"replies": {}, "prompt": _attempt(talk.prompt_facts)}
     for name, job in request["jobs"].items():
         answer["replies"][name] = _attempt(partial(talk.answer, job))
     return answer
@@ -41,10 +41,6 @@ def _attempt(call: Callable[[], Json]) -> Json:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def _device() -> str:
-    return str(import_module("mlx.core").default_device())
-
-
 class Vlm:
     """mlx-vlm: ``load``, ``apply_chat_template``, ``generate``, ``stream_generate``."""
 
@@ -55,9 +51,16 @@ class Vlm:
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
 
     def answer(self, job: Json) -> Json:
-        """Streamed, or ``whole`` in one call, or twice through a feature cache (``cached``)."""
+        """Streamed, or ``whole`` in one call, or twice through a feature cache (``cached``).
+
+        With a ``limit`` the prompt is plain text, cut to so many tokens, without a template.
+        """
         media, extra = self._media(job)
         options = {"max_tokens": job["max_tokens"], "temperature": 0.0, **media}
+        if job.get("limit"):
+            ids = self.tokenizer.encode(job["prompt"])[: job["limit"]]
+            array: Any = import_module("mlx.core").array
+            return self._stream("", {**options, "input_ids": array([ids])})
         prompt = self.prompts.apply_chat_template(
             self.processor,
             self.model.config,
@@ -126,8 +129,10 @@ class Lm:
         return self.tokenizer.apply_chat_template([message], add_generation_prompt=True)
 
     def answer(self, job: Json) -> Json:
-        """Streamed, or with ``whole`` in one call."""
+        """Streamed, or ``whole`` in one call; ``limit`` as for mlx-vlm."""
         prompt = self._prompt(job["prompt"])
+        if job.get("limit"):
+            prompt = self.tokenizer.encode(job["prompt"])[: job["limit"]]
         options = {"max_tokens": job["max_tokens"]}
         if job.get("whole"):
             return {"text": self.stock.generate(self.model, self.tokenizer, prompt, **options)}

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from validate.cases import TEXT_FILES, load_cases
 from validate.loaded import weight_dtypes
 from validate.modalities import hears, sees
 from validate.reference import read_config
@@ -15,6 +16,14 @@ PROCESSOR_FILES: Final = ("preprocessor_config.json", "processor_config.json")
 """Where a release says how pictures and sounds are prepared."""
 _NARROW: Final = frozenset({"BF16", "F16", "U32"})
 """Dtype codes of weights with which a runtime computes in 16 bits; U32 holds packed codes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continued:
+    """A plain prompt, and the tokens that torch wrote after it, greedily."""
+
+    prompt: str
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +42,8 @@ class Facts:
     """Ids at which generation has to stop, by generation_config.json, else by config.json."""
     computing: str
     """``float32`` where no weight is stored narrower, else ``16 bits``."""
+    torch: Mapping[str, "Continued"] = field(default_factory=dict)
+    """How torch went on with the plain prompts of the parity report, by the prompts' names."""
     lacks_processor: bool = False
     """No file says how media are prepared, though the release brought one, or may have."""
     drafter: Path | None = None
@@ -53,6 +64,7 @@ class Facts:
             tokens=_added_tokens(folder),
             stop_ids=_stop_ids(config, _read(folder / "generation_config.json")),
             computing="16 bits" if set(weight_dtypes(folder)) & _NARROW else "float32",
+            torch=_torch(_read(folder / "parity.json")),
             lacks_processor=_lacks_processor(folder),
             drafter=drafter,
             image=image,
@@ -68,6 +80,11 @@ class Facts:
         """The part of the config that describes the language model."""
         inner = self.config.get("text_config")
         return inner if isinstance(inner, Mapping) else self.config
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that it knows."""
+        return int(self.text_config.get("vocab_size") or self.config.get("vocab_size") or 1)
 
     @property
     def sees(self) -> bool:
@@ -94,6 +111,20 @@ class Facts:
         if text.get("hidden_size") and text.get("num_attention_heads"):
             return int(text["hidden_size"]) // int(text["num_attention_heads"])
         return None
+
+
+def _torch(report: Mapping[str, Any]) -> dict[str, Continued]:
+    """From the rows ``greedy`` of a report; both runtimes were held against the same tokens."""
+    prompts = {(c.modality, c.name): c.text for c in load_cases(*TEXT_FILES) if c.text}
+    found = {}
+    for check in report.get("checks") or ():
+        for case in check["cases"] if check["name"] == "greedy" else ():
+            text = prompts.get((check["modality"], case["name"]))
+            tokens = case["metrics"].get("reference")
+            if text and tokens:
+                name = f"{check['modality']} {case['name']}"
+                found[name] = Continued(prompt=text, tokens=tuple(map(int, tokens.split())))
+    return found
 
 
 def _lacks_processor(folder: Path) -> bool:

@@ -48,6 +48,13 @@ def thinks(facts: Facts) -> str | None:
     return None if "think" in facts.template else "the chat template does not open a thought"
 
 
+def compared(facts: Facts) -> str | None:
+    """A parity report beside the checkpoint tells how torch went on."""
+    if facts.torch:
+        return None
+    return "no parity report beside it tells torch's greedy tokens (convert validate)"
+
+
 def has_drafter(facts: Facts) -> str | None:
     """A drafter was handed to the run."""
     return None if facts.drafter else "no drafter given (--draft-model DIR)"

@@ -94,7 +94,7 @@ class Command:
 def end(process: subprocess.Popen[bytes], *, grace_s: float = 0.0) -> None:
     """End a process and all that it started; ``grace_s`` seconds to end by itself first."""
     if process.poll() is None and grace_s:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # a server of uvicorn then writes what it still has to
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(grace_s)
     # It may be gone already, with its whole group.

@@ -72,7 +72,7 @@ def judge(row: Row, bench: Bench) -> Outcome:
 
 def _failed(row: Row, message: str, bench: Bench) -> Outcome:
     """A failed row, or one that needs a backend which is not here, in the runtime's own words."""
-    if "cpu" in str(bench.device) and _NO_METAL.search(message):
+    if "cpu" in bench.device and _NO_METAL.search(message):
         reason = f"the CPU backend cannot run it: {message}"
         return Outcome(row=row, verdict="not applicable", note=reason)
     fault = known_fault(row.runtime, row.name, bench.facts.model_type)
@@ -91,6 +91,6 @@ def describe_backend(bench: Bench) -> dict[str, Any]:
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "device": bench.device or "unknown",
+        "device": bench.device,
         **{name: importlib.metadata.version(name) for name in names},
     }

@@ -8,6 +8,7 @@ from validate.acceptance.bench import QUESTION, TOKENS, Bench, reply_of
 from validate.acceptance.facts import PROCESSOR_FILES
 from validate.acceptance.model import Found, Row, RowFailure
 from validate.acceptance.process import arguments
+from validate.acceptance.replies import CEILINGS, TIES
 
 _MEDIA_RULE: Final = (
     "the command ends well and prints the greedy text of the Python call, whose log-probabilities "
@@ -82,6 +83,32 @@ def _api(runtime: str) -> Callable[[Bench], Found]:
     return run
 
 
+def _torch(runtime: str) -> Callable[[Bench], Found]:
+    def run(bench: Bench) -> Found:
+        equal = total = ties = 0
+        for name, wanted in bench.facts.torch.items():
+            steps = bench.python(runtime, f"torch {name}")["steps"]
+            pairs = list(zip(wanted.tokens, steps, strict=False))
+            at = next((i for i, (token, step) in enumerate(pairs) if token != step[0]), len(pairs))
+            equal, total = equal + at, total + len(pairs)
+            if at == len(pairs):
+                continue
+            lead = pairs[at][1][2]
+            if lead > TIES * CEILINGS[bench.facts.computing]:
+                raise RowFailure(
+                    f"{name}: token {at} is {pairs[at][1][0]} where torch has {pairs[at][0]}, and "
+                    f"the runtime's led by {lead:.3g} nats"
+                )
+            ties += 1
+        note = f"{equal} of {total} tokens of {len(bench.facts.torch)} prompts as torch wrote them"
+        return Found(
+            note=note + (f"; {ties} parted at a near tie" if ties else ""),
+            metrics={"equal tokens": equal, "tokens": total, "near ties": ties},
+        )
+
+    return run
+
+
 def _vision_cache(bench: Bench) -> Found:
     second = bench.python("mlx_vlm", "vision cache")
     plain = reply_of(bench.python("mlx_vlm", "image"))
@@ -97,6 +124,12 @@ def _vision_cache(bench: Bench) -> Found:
         raise RowFailure(f"first look through the cache: {second['first']!r}, not {plain.text!r}")
     return Found(note=f"the second look took cached features; {same}", metrics=same.metrics())
 
+
+_TORCH_RULE: Final = (
+    "the plain prompts of the parity report go on with torch's greedy tokens; where one parts, the "
+    "runtime's token led by no more than "
+    + " or ".join(f"{TIES * nats:g} nats computing in {what}" for what, nats in CEILINGS.items())
+)
 
 ROWS: Final = (
     Row(
@@ -140,6 +173,13 @@ ROWS: Final = (
         run=_api("mlx_vlm"),
     ),
     Row(
+        name="torch's greedy tokens",
+        runtime="mlx_vlm",
+        rule=_TORCH_RULE,
+        run=_torch("mlx_vlm"),
+        needs=(needs.compared,),
+    ),
+    Row(
         name="vision feature cache",
         runtime="mlx_vlm",
         rule="a second question about a picture takes its features from the cache and gives the "
@@ -158,5 +198,12 @@ ROWS: Final = (
         runtime="mlx_lm",
         rule="load, generate and stream_generate give the same text",
         run=_api("mlx_lm"),
+    ),
+    Row(
+        name="torch's greedy tokens",
+        runtime="mlx_lm",
+        rule=_TORCH_RULE,
+        run=_torch("mlx_lm"),
+        needs=(needs.compared,),
     ),
 )
