@@ -13,7 +13,15 @@ from model_cards.card import CardFacts, render_card
 from validate.acceptance import needs
 from validate.acceptance.bench import Bench
 from validate.acceptance.facts import Facts
-from validate.acceptance.model import Found, Outcome, Row, RowFailure, report_json, verdict_of
+from validate.acceptance.model import (
+    Found,
+    NotApplicable,
+    Outcome,
+    Row,
+    RowFailure,
+    report_json,
+    verdict_of,
+)
 from validate.acceptance.process import Command, last_error
 from validate.acceptance.replies import Reply, Step, require_same
 from validate.acceptance.rows import ROWS
@@ -105,9 +113,9 @@ def row(run) -> Row:
     return Row(name="some row", runtime="mlx_vlm", rule="r", run=run)
 
 
-def raising(message: str):
+def raising(message: str, kind: type[Exception] = RowFailure):
     def run(bench: Bench) -> Found:
-        raise RowFailure(message)
+        raise kind(message)
 
     return run
 
@@ -124,6 +132,7 @@ def raising(message: str):
             "the CPU backend cannot run it: [metal_kernel] No Metal back-end.",
         ),
         (raising("[metal_kernel] No Metal back-end."), "gpu", "fail", "[metal_kernel]"),
+        (raising("nothing", NotApplicable), "gpu", "not applicable", "nothing"),
     ],
 )
 def test_verdicts(tmp_path: Path, run, device: str, verdict: str, note: str) -> None:

@@ -21,6 +21,10 @@ class RowFailure(ValueError):
     """A row is not met; the message is the runtime's own error, or says what came out instead."""
 
 
+class NotApplicable(Exception):
+    """Only the runtime itself could tell that a row does not apply; the message says why."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """What a passed row saw."""

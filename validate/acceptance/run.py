@@ -14,7 +14,7 @@ from validate.acceptance import needs
 from validate.acceptance.bench import Bench
 from validate.acceptance.facts import Facts
 from validate.acceptance.faults import known_fault
-from validate.acceptance.model import Outcome, Row, RowFailure
+from validate.acceptance.model import NotApplicable, Outcome, Row, RowFailure
 from validate.acceptance.rows import ROWS
 
 _NO_METAL: Final = re.compile(r"\[metal_kernel\]|No Metal back-?end|Metal is not available", re.I)
@@ -61,6 +61,8 @@ def judge(row: Row, bench: Bench) -> Outcome:
     try:
         found = row.run(bench)
         outcome = Outcome(row=row, verdict="pass", note=found.note, metrics=found.metrics)
+    except NotApplicable as told:
+        outcome = Outcome(row=row, verdict="not applicable", note=str(told))
     except RowFailure as failure:
         outcome = _failed(row, str(failure), bench)
     return replace(

@@ -6,7 +6,7 @@ from typing import Final
 from validate.acceptance import needs
 from validate.acceptance.bench import QUESTION, TOKENS, Bench, reply_of
 from validate.acceptance.facts import PROCESSOR_FILES
-from validate.acceptance.model import Found, Row, RowFailure
+from validate.acceptance.model import Found, NotApplicable, Row, RowFailure
 from validate.acceptance.process import arguments
 from validate.acceptance.replies import CEILINGS, TIES
 
@@ -113,9 +113,8 @@ def _vision_cache(bench: Bench) -> Found:
     second = bench.python("mlx_vlm", "vision cache")
     plain = reply_of(bench.python("mlx_vlm", "image"))
     if not second["encodes"]:
-        return Found(
-            note="the runtime's model offers nothing to cache (no encode_image): the cache stays "
-            "empty and the answers are the same"
+        raise NotApplicable(
+            "the runtime's model of this type gives nothing to cache (encode_image)"
         )
     if second["hits"] != 1:
         raise RowFailure(f"the second look found {second['hits']} cached features instead of 1")
