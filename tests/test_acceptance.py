@@ -67,7 +67,7 @@ def test_what_is_no_near_tie_fails(other: Reply, says: str) -> None:
         require_same([("q", ALONE, other)], computing="float32")
 
 
-def facts(folder: Path = Path("m"), **given: object) -> Facts:
+def facts(folder: Path = Path("/models/m"), **given: object) -> Facts:
     common: dict[str, object] = {
         "folder": folder,
         "config": {"model_type": "qwen3", "head_dim": 64},
@@ -141,6 +141,19 @@ def test_verdicts(tmp_path: Path, run, device: str, verdict: str, note: str) -> 
         outcome = judge(row(run), bench)
     assert outcome.verdict == verdict
     assert outcome.note.startswith(note)
+
+
+def test_no_path_of_this_machine_is_told(tmp_path: Path) -> None:
+    given = facts(tmp_path / "model", drafter=tmp_path / "model-mtp")
+
+    def run(bench: Bench) -> Found:
+        bench.commands.append(f"x --model {given.folder} --draft-model {given.drafter}")
+        return Found(note=f"in {bench.work}/data of {given.folder}")
+
+    with Bench(given, tmp_path / "work") as bench:
+        outcome = judge(row(run), bench)
+    assert outcome.note == "in TMP/data of OUT"
+    assert outcome.commands == ("x --model OUT --draft-model DRAFTER",)
 
 
 def test_a_runtime_without_the_model_is_not_asked(tmp_path: Path) -> None:

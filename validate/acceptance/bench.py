@@ -85,6 +85,13 @@ class Bench:
             self.commands.append(str(self._servers[key].command))
         return self._servers[key]
 
+    def plain(self, text: str) -> str:
+        """``text`` without the paths of this machine: reports are published."""
+        places = {self.work: "TMP", self.facts.folder: "OUT", self.facts.drafter: "DRAFTER"}
+        for path in sorted(filter(None, places), key=lambda one: -len(str(one))):
+            text = text.replace(str(path), places[path])
+        return text
+
     def once(self, what: str, make: Callable[[], T]) -> T:
         """What ``make`` returns, made on its first use; a failure is kept too."""
         if what not in self._made:

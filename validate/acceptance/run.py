@@ -67,7 +67,8 @@ def judge(row: Row, bench: Bench) -> Outcome:
         outcome = _failed(row, str(failure), bench)
     return replace(
         outcome,
-        commands=tuple(dict.fromkeys(bench.commands)),
+        note=bench.plain(outcome.note),
+        commands=tuple(dict.fromkeys(bench.plain(command) for command in bench.commands)),
         seconds=time.monotonic() - started,
     )
 
