@@ -15,7 +15,7 @@ from converter.execute.folder import MANIFEST
 from converter.plan.model import Plan
 from converter.source.strict_json import parse_object
 
-REPORTS = frozenset({"README.md", "parity.json", "parity.html", MANIFEST})
+REPORTS = frozenset({"README.md", "parity.json", "parity.html", "acceptance.json", MANIFEST})
 """Files that are made after the manifest, or are it."""
 _RECORDED = ("mlx-dayzero", "numpy", "ml-dtypes", "numba", "safetensors", "huggingface-hub")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,9 @@ from arch_maps.config import start
 from arch_maps.facts import Facts
 from arch_maps.ops import RowReader, exact, factors
 from arch_maps.registry import ArchMap
+from converter.acceptance import acceptance_report
 from converter.decode import DecodingReader, decoded
+from converter.diagnose import diagnose
 from converter.errors import ConvertError, GateError
 from converter.execute import Job, execute
 from converter.execute.folder import explain
@@ -29,7 +31,7 @@ from converter.plan.match import find_map, match_release
 from converter.sidecars import copy_sidecars, list_sidecars
 from converter.source import open_folder
 from converter.ui import Console
-from validate.checks import NOT_COMPARED, REFERENCE
+from validate.checks import NOT_COMPARED, REFERENCE, Check, Report
 
 
 def prove(
@@ -51,13 +53,16 @@ def prove(
     """
     from validate.parity import run_parity
     from validate.reference import ReferenceError, lacks_class
-    from validate.report import write_report
 
     checkpoint = None
     plan_hash = None
     if (out / "conversion.json").is_file():
         manifest = read_manifest(out)
         plan_hash, checkpoint = manifest.plan, manifest.checkpoint
+    seen = diagnose(out, source, arch=arch)
+    if any(check.verdict == "fail" for check in seen):
+        # What a runtime would make of such files says less than what is wrong with them.
+        return _publish(_unrun(seen, plan_hash, source), out, checkpoint)
     with ExitStack() as stack:
         # A quantized release is compared by what its weights mean.
         source = stack.enter_context(plain_release(source, beside=out, arch=arch, workers=workers))
@@ -80,7 +85,20 @@ def prove(
             )
         except ReferenceError as error:
             raise ConvertError(f"{source}: cannot be run as the reference: {error}") from error
-    write_report(report, out, kv_cache=kv_report(out))
+    return _publish(replace(report, checks=(*seen, *report.checks)), out, checkpoint)
+
+
+def _unrun(seen: Sequence[Check], plan: str | None, source: Path) -> Report:
+    """The report of a checkpoint whose files are at fault: no runtime was started."""
+    reference = {"class": "not run", "folder": source.name}
+    return Report(plan=plan, reference=reference, runtime={"runtimes": []}, checks=tuple(seen))
+
+
+def _publish(report: Report, out: Path, checkpoint: str | None) -> dict[str, Any]:
+    """Write a report beside the output it is of; the content of parity.json."""
+    from validate.report import write_report
+
+    write_report(report, out, kv_cache=kv_report(out), acceptance=acceptance_report(out))
     data: dict[str, Any] = json.loads((out / "parity.json").read_text(encoding="utf-8"))
     data["checkpoint"] = checkpoint
     _rewrite(out / "parity.json", data)

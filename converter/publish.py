@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from arch_maps.registry import ArchMap, find
+from converter.acceptance import acceptance_report
 from converter.errors import GateError, UsageError
 from converter.manifest import REPORTS, Manifest, installed_versions, read_manifest, verify
 from converter.plan.match import find_map
@@ -55,6 +56,7 @@ def write_card(
         plan_hash=manifest.plan,
         parity=json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None,
         kv_cache=kv_report(out),
+        acceptance=acceptance_report(out),
         sentence_embedding=told["pipeline_tag"] == "sentence-similarity",
     )
     try:

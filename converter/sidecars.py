@@ -24,7 +24,7 @@ _OTHER_FORMATS = frozenset(
 )
 _REWRITTEN = frozenset({"config.json", "readme.md"})
 _STALE = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})
-_OURS = frozenset({"conversion.json", "parity.json", "parity.html"})
+_OURS = frozenset({"conversion.json", "parity.json", "parity.html", "acceptance.json"})
 
 
 def is_sidecar(name: str) -> bool:

@@ -67,6 +67,8 @@ class CardFacts:
     """Content of parity.json, None when nothing was validated."""
     kv_cache: Mapping[str, Any] | None = None
     """The study of KV-cache schemes, None where there was none."""
+    acceptance: Mapping[str, Any] | None = None
+    """Content of acceptance.json, None where the stock programs were not run."""
     sentence_embedding: bool = False
 
 

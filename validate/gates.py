@@ -122,7 +122,10 @@ def greedy_check(
     for prompt, greedy, steps in rows:
         chosen = [int(token) for token in steps.argmax(axis=-1)]
         shared = first_divergence(greedy.tokens, chosen)
-        metrics: dict[str, float | int | str] = {"tokens": len(greedy.tokens)}
+        metrics: dict[str, float | int | str] = {
+            "tokens": len(greedy.tokens),
+            "reference": " ".join(map(str, greedy.tokens)),
+        }
         if shared < len(greedy.tokens):
             row = greedy.logits[shared]
             gap = margin(row, greedy.tokens[shared], chosen[shared])

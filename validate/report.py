@@ -30,16 +30,29 @@ _WORDS: Final = {"pass": "passed", "fail": "failed", "info": "reported"}
 
 
 def write_report(
-    report: Report, folder: Path, *, kv_cache: Mapping[str, Any] | None = None
+    report: Report,
+    folder: Path,
+    *,
+    kv_cache: Mapping[str, Any] | None = None,
+    acceptance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``parity.json`` and the self-contained ``parity.html`` into ``folder``.
 
-    ``kv_cache`` is the study of the checkpoint's KV-cache schemes, where there is one.
+    ``kv_cache`` is the study of the checkpoint's KV-cache schemes, ``acceptance`` what the stock
+    programs did with it, where there are such; the latter is shown on the page alone.
     """
     data: dict[str, Any] = {**report.to_json(), **({"kv_cache": kv_cache} if kv_cache else {})}
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False, sort_keys=True)
     _replace(folder / "parity.json", text + "\n")
-    _replace(folder / "parity.html", render_html(data))
+    write_page(data, folder, acceptance=acceptance)
+
+
+def write_page(
+    data: Mapping[str, Any], folder: Path, *, acceptance: Mapping[str, Any] | None
+) -> None:
+    """Write ``parity.html`` from the content of parity.json and of acceptance.json."""
+    shown = {**data, **({"acceptance": acceptance} if acceptance else {})}
+    _replace(folder / "parity.html", render_html(shown))
 
 
 def render_html(data: Mapping[str, Any]) -> str:

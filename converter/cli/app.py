@@ -110,6 +110,27 @@ def compare(outputs: tuple[Path, ...], **given: Any) -> None:
 
 
 @cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--only", multiple=True, metavar="ROW", help="Rows whose titles contain this.")
+@click.option(
+    "--draft-model",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A converted drafter to decode with.",
+)
+@click.option(
+    "--image",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A picture to ask about, in place of a generated one.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print acceptance.json.")
+def accept(out: Path, **given: Any) -> None:
+    """Drive a checkpoint, whoever made it, through the stock runtimes as people use them."""
+    from converter.cli.accept import accept_command
+
+    accept_command(out, **given)
+
+
+@cli.command()
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")

@@ -1,0 +1,103 @@
+"""Runtime acceptance of an output: run, written beside it, shown on its page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from converter.errors import ConvertError, UsageError
+from converter.execute.folder import MANIFEST, explain
+from converter.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from validate.acceptance.model import Outcome
+
+REPORT: Final = "acceptance.json"
+
+
+def accept_output(
+    out: Path,
+    *,
+    only: Sequence[str] = (),
+    drafter: Path | None = None,
+    image: Path | None = None,
+    progress: Callable[[Outcome], None] | None = None,
+) -> dict[str, Any]:
+    """Run the rows on ``out`` and write acceptance.json; its content.
+
+    Rows that ``only`` leaves out keep what an earlier run on the same files said of them. Raises
+    UsageError when no row has such a title, ConvertError when the folder is no checkpoint.
+    """
+    from validate.acceptance.facts import Facts
+    from validate.acceptance.model import report_json
+    from validate.acceptance.rows import ROWS
+    from validate.acceptance.run import accept, chosen
+    from validate.reference import ReferenceError
+    from validate.runtime import prepare_mlx
+
+    unknown = [text for text in only if not chosen([text])]
+    if unknown:
+        titles = "; ".join(row.title for row in ROWS)
+        raise UsageError(f"--only {unknown[0]}: no row has such a title. Rows: {titles}")
+    prepare_mlx()
+    try:
+        facts = Facts.read(
+            out.resolve(), drafter=drafter.resolve() if drafter else None, image=image
+        )
+    except ReferenceError as error:
+        raise ConvertError(str(error)) from error
+    outcomes, backend = accept(facts, only=only, progress=progress)
+    plan, checkpoint = _identity(out)
+    report = report_json(outcomes, plan=plan, checkpoint=checkpoint, backend=backend)
+    earlier = acceptance_report(out)
+    if only and earlier is not None:
+        report = _merged(report, earlier, [(row.name, row.runtime) for row in ROWS])
+    with explain(out):
+        _write(out / REPORT, report)
+        _show(out, report)
+    return report
+
+
+def acceptance_report(out: Path) -> dict[str, Any] | None:
+    """What the stock programs did with exactly these files; None where that is not known."""
+    path = out / REPORT
+    if not path.is_file():
+        return None
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return report if (report["plan"], report["checkpoint"]) == _identity(out) else None
+
+
+def _identity(out: Path) -> tuple[str | None, str | None]:
+    if not (out / MANIFEST).is_file():
+        return None, None
+    manifest = read_manifest(out)
+    return manifest.plan, manifest.checkpoint
+
+
+def _merged(
+    report: dict[str, Any], earlier: dict[str, Any], order: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """The rows of both, the newer where both have one, in the order of a whole run."""
+    from validate.acceptance.model import verdict_of
+
+    rows = {(row["name"], row["runtime"]): row for row in (*earlier["rows"], *report["rows"])}
+    kept = [rows[key] for key in order if key in rows]
+    return {**report, "verdict": verdict_of(row["verdict"] for row in kept), "rows": kept}
+
+
+def _show(out: Path, report: dict[str, Any]) -> None:
+    """Draw the page of an existing parity report again, with these rows."""
+    from validate.report import write_page
+
+    if (out / "parity.json").is_file():
+        data = json.loads((out / "parity.json").read_text(encoding="utf-8"))
+        write_page(data, out, acceptance=report)
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    draft = path.with_name(f".{path.name}.partial")
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)

@@ -1,0 +1,51 @@
+"""Faults of the pinned runtimes that no checkpoint can help, and what shows that they are theirs.
+
+A row that meets one still fails: people meet it too. Its note then says whose fault it is.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A runtime's fault, where it shows, and how it was found to be the runtime's."""
+
+    runtime: str
+    rows: tuple[str, ...]
+    model_types: tuple[str, ...]
+    what: str
+
+
+_MINICPM: Final = (
+    "a fault of mlx-vlm 0.7.10: its minicpmv4_6 keeps token positions on the model instead of "
+    "returning them with the embeddings as its qwen3_5 does, so in a batch of unequal prompts the "
+    "shorter, padded ones get wrong positions, and prompts that join a running batch end it with "
+    "[broadcast_shapes]; neither happens once positions are handed over with each prompt"
+)
+_GEMMA4: Final = (
+    "a fault of mlx-vlm 0.7.10: its gemma4 makes the relative position embedding of the audio part "
+    "with __new__ and without Module.__init__, so that such a model cannot be frozen for training"
+)
+FAULTS: Final = (
+    Fault(
+        runtime="mlx_vlm",
+        rows=("LoRA fine-tuning", "adapter loading"),
+        model_types=("gemma4",),
+        what=_GEMMA4,
+    ),
+    Fault(
+        runtime="mlx_vlm",
+        rows=("server, two at once", "server, eight at once"),
+        model_types=("minicpmv4_6",),
+        what=_MINICPM,
+    ),
+)
+
+
+def known_fault(runtime: str, row: str, model_type: str) -> str | None:
+    """The documented fault that explains a failed row; None where there is none."""
+    for fault in FAULTS:
+        if fault.runtime == runtime and row in fault.rows and model_type in fault.model_types:
+            return fault.what
+    return None
