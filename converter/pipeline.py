@@ -54,6 +54,8 @@ class Request:
     revision: str | None = None
     recipes: tuple[Options, ...] = (Options(),)
     """One per output; all are written from one read of the source."""
+    names: tuple[str, ...] = ()
+    """Folders of the outputs below ``mlx_path``, one for each recipe; derived where empty."""
     dequantize: bool = False
     overwrite: bool = False
     workers: int | None = None
@@ -66,6 +68,8 @@ class Request:
     mtp: bool = False
     """Whether the release's further-token layers become a drafter beside each output."""
     command: str = ""
+    cache: Path | None = None
+    """Where files from the hub go; None for the client's own cache."""
 
     @property
     def thread_count(self) -> int:
@@ -114,7 +118,9 @@ def plan_request(request: Request, console: Console | None = None) -> Planned:
     Only a recipe with a target size reads weights, and says so on ``console``.
     """
     back = request.dequantize or any(r.target == "torch" for r in request.recipes)
-    release = open_release(request.hf_path, revision=request.revision, allow_mlx=back)
+    release = open_release(
+        request.hf_path, revision=request.revision, allow_mlx=back, cache=request.cache
+    )
     if back and release.source.mlx is None:
         raise PlanError(
             [
@@ -182,7 +188,9 @@ def output_folders(request: Request, planned: Planned) -> list[Path]:
     """Where each plan's output goes; raises UsageError when two would share a folder."""
     dtype = stored_dtype(planned.source.config)
     names = [output_name(planned.release.name, plan.options, dtype=dtype) for plan in planned.plans]
-    if request.mlx_path is None:
+    if request.mlx_path is not None and request.names:
+        folders = [request.mlx_path / name for name in request.names]
+    elif request.mlx_path is None:
         folders = [Path(name) for name in names]
     elif len(names) == 1:
         folders = [request.mlx_path]
