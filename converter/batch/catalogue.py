@@ -102,8 +102,8 @@ class Catalogue:
             for row in older
         )
         clash = (
-            f"{one.target} is made from {', '.join(strangers)} already; give names with {{organisation}}, "
-            "or take one of the two releases out of the watch list"
+            f"{one.target} is made from {', '.join(strangers)} already; give names with "
+            "{organisation}, or take one of the two releases out of the watch list"
         )
         return insert_new(
             connection,
@@ -171,9 +171,10 @@ class Catalogue:
     def watermark(self, watchlist: str, organisation: str) -> float | None:
         """Up to where an organisation's releases have been looked at, seconds since 1970."""
         here = and_(watermark.c.watchlist == watchlist, watermark.c.organisation == organisation)
-        return self.database.do(
+        found = self.database.do(
             lambda connection: connection.scalar(select(watermark.c.modified).where(here))
         )
+        return None if found is None else float(found)
 
     def set_watermark(self, watchlist: str, organisation: str, modified: float) -> None:
         """Remember up to where an organisation's releases are in the ledger."""

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Final
@@ -18,17 +18,19 @@ from converter.batch.orders import Answer, Order
 
 BEAT_S: Final = 1.0
 _CHUNK: Final = 1 << 16
-# What a proof imports; a forked child finds it loaded. MLX may be forked only where it runs on a
-# CPU, so that on macOS every child starts afresh.
-_WARM: Final = ("converter.batch.warm",)
+WARM: Final = ("converter.batch.warm",)
+"""What a proof imports; a forked child finds it loaded."""
 
 
-def context(*, warm: bool = True) -> Any:
-    """How children start here: forked from a warm server on Linux, afresh elsewhere."""
+def context(preload: Sequence[str] = WARM) -> Any:
+    """How children start here: forked from a server with ``preload`` on Linux, afresh elsewhere.
+
+    MLX may be forked only where it runs on a CPU.
+    """
     if not sys.platform.startswith("linux"):
         return multiprocessing.get_context("spawn")
     forkserver = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload(list(_WARM) if warm else [])
+    forkserver.set_forkserver_preload(list(preload))
     return forkserver
 
 

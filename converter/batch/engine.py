@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import wait
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from converter.batch import budget
-from converter.batch.child import Child, context, start
+from converter.batch.child import WARM, Child, context, start
 from converter.batch.failures import Failure
 from converter.batch.ledger import Claim, LeaseLostError, Ledger, Used
 from converter.batch.orders import Answer, Order
@@ -32,6 +32,8 @@ _SLOT: Final = {"examine": "jobs", "convert": "jobs", "prove": "jobs"} | {
     "publish": "uploads",
     "card": "uploads",
 }
+_FIRST: Final = ("publish", "card", "examine", "fetch", "prove", "convert")
+"""Which stage gets a free slot: what ends a job, then what keeps the network busy."""
 _FINISHING: Final = ("publish", "card")
 Stages = Mapping[str, Callable[[Order], Answer]]
 
@@ -59,9 +61,12 @@ class Engine:
         workers: int,
         stages: Stages,
         say: Callable[[str], None],
-        warm: bool = True,
+        preload: Sequence[str] = WARM,
     ) -> None:
-        """``folder`` holds the work; ``stages`` is what the children do; ``say`` takes lines."""
+        """``folder`` holds the work; ``stages`` is what the children do; ``say`` takes lines.
+
+        ``preload`` names the modules that children find loaded.
+        """
         self.ledger = ledger
         self.folder = folder
         self.budgets = budgets
@@ -72,7 +77,7 @@ class Engine:
         self.stopping = 0
         self._hands: dict[int, InHand] = {}
         self._children: list[tuple[Child, InHand, Step]] = []
-        self._context = context(warm=warm)
+        self._context = context(preload)
         self._disk = budget.disk(folder, budgets.disk)
         self._memory = budget.memory(budgets.memory)
         self._twins = ledger.twins()
@@ -171,12 +176,13 @@ class Engine:
         )
 
     def _begin(self) -> None:
-        for hand in list(self._hands.values()):
-            for step in hand.ready():
-                if self._slot_free(step.stage) and self._room(hand, step):
-                    self._start(hand, step)
-            if hand.done():
-                self._drop(hand)
+        ready = [(hand, step) for hand in self._hands.values() for step in hand.ready()]
+        for hand, step in sorted(ready, key=lambda pair: _FIRST.index(pair[1].stage)):
+            held = hand.claim.release in self._hands
+            if held and self._slot_free(step.stage) and self._room(hand, step):
+                self._start(hand, step)
+        for hand in [hand for hand in self._hands.values() if hand.done()]:
+            self._drop(hand)
 
     def _slot_free(self, stage: str) -> bool:
         slot = _SLOT[stage]

@@ -156,12 +156,13 @@ class Ledger:
         return None
 
     def _due_tasks(self, connection: Connection, release_id: int, now: float) -> tuple[Task, ...]:
+        soon = now + self.retries.first_wait  # variants that failed together are read together
         rows = connection.execute(
             select(job)
             .where(
                 job.c.release_id == release_id,
                 job.c.state.in_(OPEN),
-                job.c.not_before <= now,
+                job.c.not_before <= soon,
                 job.c.tools == self.tools,
             )
             .order_by(job.c.id)

@@ -8,7 +8,7 @@ import signal
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,14 @@ from types import FrameType
 from typing import Any, Final
 
 from converter.batch.catalogue import Catalogue
+from converter.batch.child import WARM
 from converter.batch.database import Database, ledger_url
 from converter.batch.digest import send_digest
 from converter.batch.discover import Found, discover
-from converter.batch.engine import Engine, Outcome
+from converter.batch.engine import Engine, Outcome, Stages
 from converter.batch.ledger import Ledger
 from converter.batch.log import logging_to
-from converter.batch.watchlist import Budgets, Digest, WatchList
+from converter.batch.watchlist import Digest, WatchList
 from converter.errors import UsageError
 from converter.execute.folder import locked
 
@@ -69,7 +70,8 @@ def run(
     *,
     name: str,
     echo: Callable[[str], None] | None = None,
-    stages: Mapping[str, Any] | None = None,
+    stages: Stages | None = None,
+    preload: Sequence[str] = WARM,
 ) -> int:
     """Discover, convert and publish until nothing is due; the exit status for monitors.
 
@@ -90,12 +92,19 @@ def run(
                 sweep(work, catalogue)
                 if renewed := catalogue.renew():
                     say(f"{renewed} unfinished jobs start anew with other tool versions")
-                engine = _engine(watchlist.budgets, ledger, work, stages, say)
+                budgets = watchlist.budgets
+                engine = Engine(
+                    ledger,
+                    work,
+                    budgets=budgets,
+                    workers=max(1, min(8, (os.cpu_count() or 1) // budgets.jobs)),
+                    stages=_stages() if stages is None else stages,
+                    say=say,
+                    preload=preload,
+                )
                 with _stopping(engine):
                     found = discover(watchlist, catalogue, say=say, now=time.time())
-                    say(
-                        f"{found.seen} releases seen, {found.matched} wanted, {found.added} new jobs"
-                    )
+                    say(f"{found.seen} releases seen, {found.matched} wanted, {found.added} new")
                     outcome = engine.run()
                 sweep(work, catalogue)
                 status = status_of(found, outcome)
@@ -127,21 +136,10 @@ def _alone(state: Path) -> Iterator[None]:
         lock.__exit__(None, None, None)
 
 
-def _engine(
-    budgets: Budgets,
-    ledger: Ledger,
-    work: Path,
-    stages: Mapping[str, Any] | None,
-    say: Callable[[str], None],
-) -> Engine:
-    if stages is None:
-        from converter.batch.work import STAGES
+def _stages() -> Stages:
+    from converter.batch.work import STAGES
 
-        stages, warm = STAGES, True
-    else:
-        warm = False
-    workers = max(1, min(8, (os.cpu_count() or 1) // budgets.jobs))
-    return Engine(ledger, work, budgets=budgets, workers=workers, stages=stages, say=say, warm=warm)
+    return STAGES
 
 
 @contextmanager
@@ -175,7 +173,7 @@ def status_of(found: Found, outcome: Outcome) -> int:
     """The gravest of what happened; waiting for access or room is nothing grave."""
     statuses = {
         HUB if job["state"] == "queued" else _STATUS.get(job["class"], FAILED)
-        for job in settled(outcome.failed)
+        for job in settled(outcome)
     }
     if found.problems:
         statuses.add(HUB)
@@ -184,21 +182,22 @@ def status_of(found: Found, outcome: Outcome) -> int:
     return next((status for status in _GRAVEST if status in statuses), DONE)
 
 
-def settled(failed: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last word on each job that failed in a run."""
-    return list({job["target"]: job for job in failed}.values())
+def settled(outcome: Outcome) -> list[dict[str, Any]]:
+    """The last word on each job that failed in a run and was not published after all."""
+    done = {job["target"] for job in outcome.published}
+    return list(
+        {job["target"]: job for job in outcome.failed if job["target"] not in done}.values()
+    )
 
 
 def summarise(found: Found, outcome: Outcome, catalogue: Catalogue) -> dict[str, Any]:
     """What a run came to, as its digest and the ledger tell it."""
-    done = {job["target"] for job in outcome.published}
-    failed = [job for job in settled(outcome.failed) if job["target"] not in done]
     return {
         "seen": found.seen,
         "wanted": found.matched,
         "new": found.added,
         "published": outcome.published,
-        "failed": failed,
+        "failed": settled(outcome),
         "problems": found.problems,
         "stages": dict(outcome.stages),
         "states": dict(Counter(entry.state for entry in catalogue.entries())),

@@ -152,7 +152,9 @@ def _catalogue(state: Path | None, ledger: str | None) -> Catalogue:
             f"{place.state}: holds no ledger; run `convert batch run WATCHLIST` first, or give "
             "--state or --ledger"
         )
-    return Catalogue(Ledger(Database(place.url)))
+    database = Database(place.url)
+    click.get_current_context().call_on_close(database.close)
+    return Catalogue(Ledger(database))
 
 
 def _chosen(
