@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,6 +39,19 @@ def _matching(pattern: re.Pattern[str], what: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _template(names: str) -> str:
+    try:
+        made = names.format(organisation="o", model="m", variant="v")
+    except (KeyError, IndexError, ValueError):
+        made = ""
+    if not _ACCOUNT.fullmatch(made) or "{model}" not in names:
+        raise ValueError(
+            f"{names!r} is not made of {{organisation}}, {{model}}, {{variant}}, letters, digits, "
+            "-, _ and .; {model} must be among them"
+        )
+    return names
 
 
 def _variant(name: str) -> str:
@@ -78,7 +92,7 @@ class Filters(_Strict):
 class Gates(_Strict):
     """What must hold before anything is published."""
 
-    kl_threshold: float | None = Field(default=None, gt=0, strict=False)
+    kl_threshold: float | None = Field(default=None, gt=0)
     """Most nats of mean KL divergence that quantizing may cost."""
     allow_unproven: bool = False
     allow_gated: bool = False
@@ -198,7 +212,7 @@ class WatchList(_Strict):
 
     namespace: Account
     """Account that publishes."""
-    names: str = "{model}-{variant}"
+    names: Annotated[str, AfterValidator(_template)] = "{model}-{variant}"
     """Name of a published repo, from {organisation}, {model} and {variant}."""
     private: bool = False
     state: Path | None = Field(default=None, strict=False)
@@ -225,15 +239,6 @@ class WatchList(_Strict):
         for name in self.recipes:
             if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
                 problems.append(f"recipes.{name}: not a name that a repo may end in")
-        try:
-            made = self.names.format(organisation="o", model="m", variant="v")
-        except (KeyError, IndexError, ValueError):
-            made = ""
-        if not _ACCOUNT.fullmatch(made) or "{model}" not in self.names:
-            problems.append(
-                "names: made of {organisation}, {model}, {variant}, letters, digits, -, _ and .; "
-                "{model} must be among them"
-            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -254,8 +259,7 @@ def read_watchlist(path: Path) -> WatchList:
     try:
         return WatchList.model_validate(_parsed(path, text))
     except ValidationError as error:
-        lines = [line for item in error.errors() for line in _told(path, item)]
-        raise UsageError("\n".join(lines)) from None
+        raise UsageError("\n".join(_lines(path, error.errors()))) from None
 
 
 def _parsed(path: Path, text: str) -> Any:
@@ -272,6 +276,15 @@ def _parsed(path: Path, text: str) -> Any:
         except yaml.YAMLError as error:
             raise UsageError(f"{path}: is not YAML: {error}") from error
     raise UsageError(f"{path}: a watch list ends in .toml, .yaml or .yml")
+
+
+def _lines(path: Path, errors: list[Any]) -> Iterator[str]:
+    places = [item["loc"] for item in errors]
+    for item in errors:
+        place = item["loc"]
+        inside = any(other[: len(place)] == place and other != place for other in places)
+        if not (item["type"] == "too_short" and inside):  # its items are there, and wrong
+            yield from _told(path, item)
 
 
 def _told(path: Path, item: Any) -> list[str]:

@@ -21,10 +21,11 @@ class Fault:
 
     refuse: answer `status` without doing the work; lose_response: do the work, then answer
     `status`; corrupt: flip a byte of the body, same size; truncate: break off halfway through the
-    body; ignore_range: answer with the whole file.
+    body; ignore_range: answer with the whole file; move_branch: somebody commits to the repository
+    just before the request is answered.
     """
 
-    kind: Literal["refuse", "lose_response", "corrupt", "truncate", "ignore_range"]
+    kind: Literal["refuse", "lose_response", "corrupt", "truncate", "ignore_range", "move_branch"]
     method: str
     path: str
     status: int = 503
@@ -79,7 +80,8 @@ class Faults:
     def __init__(self, faults: Sequence[Fault] = (), *, weather: Weather | None = None) -> None:
         self._lock = threading.Lock()
         self._left: list[tuple[Fault, int]] = [(fault, fault.times) for fault in faults]
-        self._weather = weather
+        self.weather = weather
+        """May be changed while the server runs."""
         self._made: Counter[tuple[str, str]] = Counter()
         self.requests: list[tuple[str, str]] = []
         """(method, path) of every request so far, in order."""
@@ -103,7 +105,7 @@ class Faults:
                     return self._count(fault)
             before = self._made[method, path]
             self._made[method, path] += 1
-            fault_or_none = self._weather and self._weather.strike(method, path, before)
+            fault_or_none = self.weather and self.weather.strike(method, path, before)
             return self._count(fault_or_none) if fault_or_none else None
 
     def _count(self, fault: Fault) -> Fault:
