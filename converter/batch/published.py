@@ -26,13 +26,15 @@ class Published:
     facts: dict[str, Any]
 
 
-def find_published(target: str, plan: str, folder: Path) -> Published | None:
+def find_published(
+    target: str, plan: str, folder: Path, *, endpoint: str | None = None
+) -> Published | None:
     """The published output of exactly this plan, None when the repo holds anything else.
 
     ``folder`` takes the small files that are looked at, and is removed. Raises HubError when the
     hub does not answer.
     """
-    snapshot = snapshot_of(target)
+    snapshot = snapshot_of(target, endpoint=endpoint)
     if snapshot is None or not {MANIFEST, PARITY} <= set(snapshot.by_path):
         return None
     try:
@@ -41,10 +43,10 @@ def find_published(target: str, plan: str, folder: Path) -> Published | None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def snapshot_of(target: str) -> HubSnapshot | None:
+def snapshot_of(target: str, *, endpoint: str | None = None) -> HubSnapshot | None:
     """What a repo holds now, None when there is no such repo."""
     try:
-        return resolve_revision(target)
+        return resolve_revision(target, endpoint=endpoint)
     except HubError as error:
         if status_of(error) in (401, 404):  # the hub does not tell a missing repo from a hidden one
             return None
