@@ -199,7 +199,7 @@ def _work(night: Night, endpoint: str) -> None:
 
     def start(number: int) -> Process:
         night.started += 1
-        state = night.root / f"worker-{number}"
+        state = night.root / f"w{number}"
         command = [sys.executable, "-m", "converter", "batch", "run", str(watchlist)]
         command += ["--state", str(state), "--ledger", ledger, "--quiet"]
         return subprocess.Popen(command, env=environment, cwd=night.root, start_new_session=True)
@@ -284,11 +284,11 @@ def problems(night: Night, api: Any) -> list[str]:
             found.append(f"{target}: was published, and is {expected}")
     unasked = sorted(set(by_target) - set(night.expected))
     found += [f"{target}: nobody asked for it" for target in unasked]
-    for folder in (*night.root.glob("worker-*/work"), night.root / "tmp"):
+    for folder in (*night.root.glob("w*/work"), *night.root.glob("w*/tmp"), night.root / "tmp"):
         left = [path for path in folder.iterdir() if path.name != "mlx"]  # MLX's own kernels
         found += [f"left behind: {path}" for path in left]
     secret = ENVIRONMENT["HF_TOKEN"].encode()
-    for log in night.root.glob("worker-*/logs/*"):
+    for log in night.root.glob("w*/logs/*"):
         if secret in log.read_bytes():
             found.append(f"{log}: holds the token")
     return found

@@ -97,6 +97,9 @@ def pretend(stage: str):
         name = order.repo.split("/")[1]
         if name.startswith(f"kill-{stage}"):
             os.kill(os.getpid(), signal.SIGKILL)
+        tries = [s for _, s, what, r, _ in story(order.folder.parent) if r == order.repo]
+        if name.startswith(f"once-{stage}") and tries.count(stage) == 1:
+            time.sleep(float(name.rpartition("-")[2]))
         if name.startswith(f"slow-{stage}"):
             time.sleep(float(name.rpartition("-")[2]))
         if name == f"says-{stage}":
@@ -104,7 +107,6 @@ def pretend(stage: str):
         if name.startswith(f"raise-{stage}"):
             raise RuntimeError("a fault of the program")
         time.sleep(0.05)
-        tries = [s for _, s, what, r, _ in story(order.folder.parent) if r == order.repo]
         if name.startswith(f"flaky-{stage}") and tries.count(stage) < 4:
             kind = Failure("hub", "the hub is failing (HTTP 503)")
             return Answer(failed={part.job: kind for part in order.parts})
@@ -149,7 +151,7 @@ namespace = "night"
 organisations = ["nobody"]
 variants = ["bf16"]
 [retries]
-lease = "2s"
+lease = "10m"
 first_wait = 0.05
 patience = "1s"
 """

@@ -18,7 +18,7 @@ from release_helpers import status as exit_status
 from converter.batch import discover as discover_module
 from converter.batch.catalogue import Catalogue
 from converter.batch.digest import send_digest
-from converter.batch.discover import discover, wanted
+from converter.batch.discover import content_of, discover, wanted
 from converter.batch.failures import Failure
 from converter.batch.install import schedule, write_files
 from converter.batch.log import KEPT, logging_to
@@ -28,6 +28,7 @@ from converter.batch.watchlist import Digest, Filters, Mail, read_watchlist
 from converter.cli.app import cli
 from converter.errors import UsageError
 from converter.hub import api as hub_api
+from converter.hub import resolve_revision
 from converter.staging import Fault, Faults, StagingOptions, Weather, running_hub
 
 TOKEN = "hf_sentinelsentinelsentinel"
@@ -453,3 +454,11 @@ def test_logs_hold_no_secret_and_do_not_pile_up(tmp_path, monkeypatch):
         assert secret not in "".join(echoed)
     assert text.splitlines()[0].startswith("20")
     assert " INFO " in text
+
+
+def test_content_is_everything_but_the_card(api):
+    first = content_of(resolve_revision("acme/m", revision=release(api, "acme/m")))
+    card = content_of(resolve_revision("acme/m", revision=release(api, "acme/m", licence="mit")))
+    weights = release(api, "acme/m", weights=b"y" * 100)
+    assert card == first
+    assert content_of(resolve_revision("acme/m", revision=weights)) != first

@@ -234,7 +234,7 @@ def test_a_killed_run_takes_its_children_along_and_loses_nothing(tmp_path):
     state = tmp_path / "state"
     url = f"sqlite:///{state / 'ledger.db'}"
     state.mkdir()
-    add(catalogue_of((url, None)), "acme/slow-convert-4")
+    add(catalogue_of((url, None)), "acme/once-convert-60")
     first = start_run(state)
     try:
         work = state / "work"
@@ -250,6 +250,7 @@ def test_a_killed_run_takes_its_children_along_and_loses_nothing(tmp_path):
     third = start_run(state)
     said, _ = third.communicate(timeout=60)
     assert third.returncode == 0, said
+    assert "the last run here was killed with 1 releases in hand" in said
     (entry,) = catalogue_of((url, None)).entries()
     assert (entry.job.state, entry.job.lost) == ("published", 1)
     assert [path.name for path in work.iterdir()] == ["story.jsonl"]

@@ -32,9 +32,9 @@ def order(api, repo: str, target: str, folder: Path) -> Order:
 def test_a_night(tmp_path, monkeypatch):
     release, target = "north/llama-0", "night/llama-0-4bit"
 
-    def kill_while_proving(night, running):
-        logs = "".join(path.read_text() for path in night.root.glob("worker-0/logs/*"))
-        return running.get(0) if ": prove" in logs and not night.killed else None
+    def kill_while_converting(night, running):
+        logs = "".join(path.read_text() for path in night.root.glob("w0/logs/*"))
+        return running.get(0) if ": convert" in logs and not night.killed else None
 
     def after(api):
         # A ledger that is lost loses nothing: the hub says what is published.
@@ -59,17 +59,16 @@ def test_a_night(tmp_path, monkeypatch):
         assert [title.split()[0] for title in titles] == ["Renew", "Convert", "initial"]
 
     night = Night(
-        root=tmp_path / "night",
+        root=tmp_path,
         types=("llama",),
-        count=2,
-        variants=("4bit",),
+        count=1,
+        variants=("bf16", "4bit"),
         workers=1,
-        choose=kill_while_proving,
+        choose=kill_while_converting,
         after=after,
         deadline=400,
         say=lambda line: None,
     )
-    night.root.mkdir()
     found = simulate(night)
     assert found == [], summary(night, found)
     assert night.killed == 1

@@ -203,6 +203,17 @@ class Ledger:
                 )
             )
 
+    def expire(self, owners: str) -> int:
+        """End the leases of owners whose name begins so and who are known to be gone."""
+        gone = release.c.owner.startswith(owners, autoescape=True)
+        return self.database.do(
+            lambda connection: (
+                connection.execute(
+                    update(release).where(gone, release.c.lease_until > 0).values(lease_until=0.0)
+                ).rowcount
+            )
+        )
+
     def heartbeat(self, claims: Collection[Claim]) -> set[int]:
         """Prolong the leases; the releases that are no longer this worker's."""
 

@@ -17,7 +17,7 @@ WIDTH: Final = 720.0
 HEIGHT: Final = 180.0
 _DECADES: Final = (-8, -3)
 _EXACT: Final = 1e-4
-_PERMANENT_ORDER: Final = ("running", "queued", "waiting", "published", "parked", "quarantined")
+_ORDER: Final = ("running", "queued", "waiting", "published", "parked", "quarantined")
 
 
 def write_report(catalogue: Catalogue, out: Path) -> None:
@@ -48,7 +48,7 @@ def page_of(catalogue: Catalogue) -> dict[str, Any]:
     failing = [row for row in now if row["class"] and row["state"] != "published"]
     return {
         "written": iso(time.time()),
-        "states": [(state, counted[state]) for state in _PERMANENT_ORDER if counted[state]],
+        "states": [(state, counted[state]) for state in _ORDER if counted[state]],
         "rows": now,
         "published_bytes": sum(
             row["facts"].get("output_bytes") or 0 for row in now if row["state"] == "published"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import signal
+import tempfile
 import time
 import uuid
 from collections import Counter
@@ -34,6 +36,8 @@ UNSUPPORTED: Final = 3
 GATE: Final = 4
 HUB: Final = 5
 TERMINATED: Final = 143
+_LONGEST_PATH: Final = 74
+"""A socket's path has 107 characters, of which multiprocessing takes 33 for its own."""
 _STATUS: Final = {"unsupported": UNSUPPORTED, "usage": UNSUPPORTED, "gate": GATE} | {
     **dict.fromkeys(("hub", "refused"), HUB),
     **dict.fromkeys(("gated", "resources"), DONE),
@@ -58,6 +62,14 @@ class Place:
         return cls(where, ledger_url(url, where))
 
 
+def worker_name(state: Path) -> str:
+    """How the leases of runs in this state folder begin: unlike those of any other folder."""
+    path = state / "worker"
+    if not path.is_file():
+        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    return f"{platform.node() or 'localhost'}:{path.read_text(encoding='utf-8')}:"
+
+
 def default_state() -> Path:
     """The folder of ledger, work and logs when none is named."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
@@ -78,10 +90,17 @@ def run(
     Raises UsageError when another run is at work in this state folder.
     """
     run_id = uuid.uuid4().hex
-    with _alone(place.state), logging_to(place.state / "logs", run_id, echo=echo) as say:
+    with (
+        _alone(place.state),
+        _temporary(place.state),
+        logging_to(place.state / "logs", run_id, echo=echo) as say,
+    ):
         database = Database(place.url)
         try:
-            ledger = Ledger(database, retries=watchlist.retries)
+            worker = worker_name(place.state)
+            ledger = Ledger(database, retries=watchlist.retries, owner=f"{worker}{run_id[:8]}")
+            if gone := ledger.expire(worker):  # nobody else can hold this folder's lock
+                say(f"the last run here was killed with {gone} releases in hand")
             catalogue = Catalogue(ledger)
             catalogue.began(run_id, name)
             status: int = FAILED
@@ -134,6 +153,32 @@ def _alone(state: Path) -> Iterator[None]:
     finally:
         (state / "run").rmdir()
         lock.__exit__(None, None, None)
+
+
+@contextmanager
+def _temporary(state: Path) -> Iterator[None]:
+    """Keep the temporary files of this run and its children in one place, and empty it.
+
+    What a killed run left there goes too. Sockets have short names only: where the state folder's
+    own is long, they and all else go to the system's place.
+    """
+    folder = state / "tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    if len(str(folder)) > _LONGEST_PATH:
+        yield
+        return
+    folder.mkdir()
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = None
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stages() -> Stages:
