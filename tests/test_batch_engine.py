@@ -1,5 +1,6 @@
 """The engine with stages that only pretend: order, overlap, budgets, crashes, stops, leases."""
 
+import json
 import os
 import signal
 import threading
@@ -23,9 +24,12 @@ from converter.batch.budget import Budget
 from converter.batch.catalogue import Catalogue
 from converter.batch.discover import Found
 from converter.batch.engine import Engine, Outcome
+from converter.batch.orders import Order, Part
+from converter.batch.recipes import Policy
 from converter.batch.run import status_of, sweep
 from converter.batch.watchlist import Budgets
 from converter.batch.work import Throttle
+from converter.plan import Options
 
 QUICK = {"first_wait": 0.01, "longest_wait": 0.05, "patience": 1.0}
 
@@ -334,6 +338,31 @@ def test_throttle_holds_a_download_to_its_rate():
     count = len(slept)
     free(10**9, 10**9)
     assert len(slept) == count
+
+
+def test_a_missed_gate_leaves_its_report(tmp_path, monkeypatch):
+    from converter.batch import work
+    from converter.errors import GateError
+
+    part = Part(job=7, variant="4bit", target="night/m-4bit", options=Options(), policy=Policy())
+    order = Order(repo="a/m", commit="c", folder=tmp_path / "work" / "a--m@c", parts=(part,))
+    out = order.out(part)
+    out.mkdir(parents=True)
+    failed = {"name": "kl", "verdict": "fail", "value": 0.5}
+    (out / "parity.json").write_text(json.dumps({"verdict": "fail", "checks": [failed]}))
+    (out / "parity.html").write_text("why")
+    monkeypatch.setattr(work, "write_card", lambda *arguments, **named: None)
+
+    def refuse(folder, **named):
+        raise GateError(f"{folder}: the parity report says fail (kl); see {folder}/parity.html")
+
+    monkeypatch.setattr(work, "require_proof", refuse)
+    answer = work.prove_output(order)
+    kept = tmp_path / "reports" / "night" / "m-4bit" / "parity.html"
+    assert kept.read_text() == "why"
+    assert answer.failed[7].kind == "gate"
+    assert answer.failed[7].text == (f"night/m-4bit: the parity report says fail (kl); see {kept}")
+    assert answer.facts[7]["parity"]["failed"] == ["kl"]
 
 
 def test_grace_is_shorter_than_what_a_service_manager_waits():

@@ -50,6 +50,10 @@ class Order:
         name = f"models--{self.repo.replace('/', '--')}"
         return self.cache / name / "snapshots" / self.commit
 
+    def kept_report(self, part: Part) -> Path:
+        """Where the parity report of an output that is not published stays."""
+        return self.folder.parent.parent / "reports" / part.target
+
     def out(self, part: Part) -> Path:
         """Where a job's output is made."""
         return self.folder / "out" / part.target.rpartition("/")[2]

@@ -134,9 +134,12 @@ def prove_output(order: Order) -> Answer:
     try:
         require_proof(out, allow_unproven=part.policy.allow_unproven)
     except GateError as error:
-        # The report is what a person will ask for; its folder is of no use to one.
-        text = str(error).replace(str(out), part.target)
-        answer.failed[part.job] = Failure("gate", text)
+        kept = order.kept_report(part)  # the output goes, and a person will ask why
+        kept.mkdir(parents=True, exist_ok=True)
+        for name in (PARITY, "parity.html"):
+            shutil.copyfile(out / name, kept / name)
+        text = str(error).replace(str(out / "parity.html"), str(kept / "parity.html"))
+        answer.failed[part.job] = Failure("gate", text.replace(str(out), part.target))
     return answer
 
 
