@@ -196,7 +196,7 @@ def start_forkserver() -> None:
         forkserver.ensure_running()
 
 
-def wait_for(condition, seconds=30.0) -> None:
+def wait_for(condition, seconds=180.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"

@@ -198,24 +198,24 @@ def test_a_retry_beyond_patience_is_left_to_the_next_run(place):
 
 def test_stop_gives_back_what_can_be_resumed_and_lets_uploads_end(place):
     add(catalogue_of(place), "acme/slow-publish-1")
-    add(catalogue_of(place), "acme/slow-convert-30")
+    add(catalogue_of(place), "acme/slow-convert-600")
     mine = engine(place)
     thread = threading.Thread(target=mine.run)
     thread.start()
     wait_for(lambda: {"publish", "convert"} <= {s for _, s, w, r, _ in story(place[1])
              if f"slow-{s}" in r})  # fmt: skip
     mine.stop()
-    thread.join(timeout=20)
+    thread.join(timeout=180)
     assert not thread.is_alive()
-    assert states(place) == {"slow-publish-1-bf16": "published", "slow-convert-30-bf16": "queued"}
+    assert states(place) == {"slow-publish-1-bf16": "published", "slow-convert-600-bf16": "queued"}
     entries = {e.release.repo: e for e in catalogue_of(place).entries()}
-    given = entries["acme/slow-convert-30"]
+    given = entries["acme/slow-convert-600"]
     assert (given.release.owner, given.job.attempts, given.job.crashes) == (None, {}, 0)
     assert status_of(Found(), mine.outcome) == 143
 
 
 def test_work_whose_lease_has_passed_is_dropped(place, monkeypatch):
-    add(catalogue_of(place), "acme/slow-convert-30")
+    add(catalogue_of(place), "acme/slow-convert-600")
     lines = []
     mine = engine(place, lines, lease=0.4, patience=0.01)
     beats = []
@@ -227,7 +227,7 @@ def test_work_whose_lease_has_passed_is_dropped(place, monkeypatch):
     other = ledger(place[0], lease=60)
     wait_for(lambda: other.claim() is not None)
     monkeypatch.undo()
-    thread.join(timeout=20)
+    thread.join(timeout=180)
     assert not thread.is_alive()
     assert any("the lease has passed to another worker" in line for line in lines)
     (entry,) = catalogue_of(place).entries()
@@ -238,21 +238,21 @@ def test_a_killed_run_takes_its_children_along_and_loses_nothing(tmp_path):
     state = tmp_path / "state"
     url = f"sqlite:///{state / 'ledger.db'}"
     state.mkdir()
-    add(catalogue_of((url, None)), "acme/once-convert-60")
+    add(catalogue_of((url, None)), "acme/once-convert-600")
     first = start_run(state)
     try:
         work = state / "work"
         wait_for(lambda: any(s == "convert" for _, s, _, _, _ in story(work)))
         second = start_run(state)
-        said, _ = second.communicate(timeout=30)
+        said, _ = second.communicate(timeout=180)
         assert second.returncode == 1
         assert "another run is at work here" in said
     finally:
         first.kill()
-    first.communicate(timeout=30)
-    wait_for(lambda: not children_in(work), seconds=10)
+    first.communicate(timeout=180)
+    wait_for(lambda: not children_in(work))
     third = start_run(state)
-    said, _ = third.communicate(timeout=60)
+    said, _ = third.communicate(timeout=180)
     assert third.returncode == 0, said
     assert "the last run here was killed with 1 releases in hand" in said
     (entry,) = catalogue_of((url, None)).entries()
@@ -279,11 +279,15 @@ def test_sigterm_ends_a_run_in_order(tmp_path):
     state = tmp_path / "state"
     state.mkdir()
     url = f"sqlite:///{state / 'ledger.db'}"
-    add(catalogue_of((url, None)), "acme/slow-convert-30")
+    add(catalogue_of((url, None)), "acme/slow-convert-600")
     run = start_run(state)
-    wait_for(lambda: any(s == "convert" for _, s, _, _, _ in story(state / "work")))
-    run.send_signal(signal.SIGTERM)
-    said, _ = run.communicate(timeout=30)
+    try:
+        wait_for(lambda: any(s == "convert" for _, s, _, _, _ in story(state / "work")))
+        run.send_signal(signal.SIGTERM)
+        said, _ = run.communicate(timeout=180)
+    finally:
+        run.kill()
+        run.wait()
     assert run.returncode == 143, said
     (entry,) = catalogue_of((url, None)).entries()
     assert (entry.job.state, entry.release.owner, entry.job.lost) == ("queued", None, 0)

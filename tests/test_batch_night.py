@@ -62,7 +62,7 @@ def test_a_night(tmp_path, monkeypatch):
         root=tmp_path,
         types=("llama",),
         count=1,
-        variants=("bf16", "4bit"),
+        variants=("4bit",),
         workers=1,
         choose=kill_while_converting,
         after=after,

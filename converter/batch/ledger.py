@@ -181,11 +181,14 @@ class Ledger:
         )
 
     def _count_lost(self, connection: Connection, row: Row[Any], now: float) -> None:
-        """The last owner never gave the release back: it was killed, or its machine was."""
-        open_jobs = connection.execute(
-            select(job).where(job.c.release_id == row.id, job.c.state.in_(OPEN))
+        """The last owner never gave the release back: it was killed, or its machine was.
+
+        That speaks against the jobs it was inside a stage of, not against those that only waited.
+        """
+        suspects = connection.execute(
+            select(job).where(job.c.release_id == row.id, job.c.state.in_(OPEN), job.c.inside == 1)
         ).all()
-        for found in open_jobs:
+        for found in suspects:
             lost = found.lost + 1
             text = f"the worker on {row.host} vanished in stage {found.stage or 'examine'}"
             decided = verdict(
@@ -196,6 +199,7 @@ class Ledger:
                 .where(job.c.id == found.id)
                 .values(
                     lost=lost,
+                    inside=0,
                     state=decided.state if decided.state == "parked" else found.state,
                     error_class="lost",
                     error=f"{text} ({lost} times)" if lost > 1 else text,
@@ -237,7 +241,7 @@ class Ledger:
 
         def enter(connection: Connection) -> None:
             now = self._fence(connection, claim)
-            values = {"stage": stage, "host": self.host, "updated": now}
+            values = {"stage": stage, "inside": 1, "host": self.host, "updated": now}
             connection.execute(update(job).where(job.c.id.in_(jobs)).values(values))
 
         self.database.do(enter)
@@ -260,6 +264,7 @@ class Ledger:
             left = {name: count for name, count in row.attempts.items() if name != stage}
             values: dict[str, Any] = {
                 "attempts": left,
+                "inside": 0,
                 "facts": {**row.facts, **(facts or {})},
                 "peak_memory": max(row.peak_memory or 0, used.peak_memory or 0) or None,
                 "updated": now,
@@ -301,6 +306,7 @@ class Ledger:
                 .values(
                     state=decided.state,
                     stage=stage,
+                    inside=0,
                     attempts=attempts,
                     crashes=crashes,
                     not_before=now + decided.wait,
@@ -367,7 +373,7 @@ class Ledger:
         return now
 
     def _free(self, connection: Connection, release_id: int, fence: int) -> None:
-        connection.execute(
+        freed = connection.execute(
             update(release)
             .where(
                 release.c.id == release_id,
@@ -376,6 +382,9 @@ class Ledger:
             )
             .values(owner=None, lease_until=0.0)
         )
+        if freed.rowcount == 1:
+            left = update(job).where(job.c.release_id == release_id)
+            connection.execute(left.values(inside=0))
 
     def _log(
         self,

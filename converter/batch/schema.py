@@ -72,6 +72,7 @@ job = Table(
     Column("stage", String(10)),  # the last one that was entered
     Column("attempts", JSON, nullable=False),  # failures of each stage since it last went well
     Column("crashes", Integer, nullable=False, default=0),
+    Column("inside", Integer, nullable=False, default=0),  # 1 while the stage is being worked on
     Column("lost", Integer, nullable=False, default=0),
     Column("not_before", Float, nullable=False, default=0.0),
     Column("error_class", String(12)),
