@@ -53,6 +53,8 @@ class Request:
     revision: str | None = None
     recipes: tuple[Options, ...] = (Options(),)
     """One per output; all are written from one read of the source."""
+    names: tuple[str, ...] = ()
+    """Folders of the outputs below ``mlx_path``, one for each recipe; derived where empty."""
     dequantize: bool = False
     overwrite: bool = False
     workers: int | None = None
@@ -65,6 +67,8 @@ class Request:
     mtp: bool = False
     """Whether the release's further-token layers become a drafter beside each output."""
     command: str = ""
+    cache: Path | None = None
+    """Where files from the hub go; None for the client's own cache."""
 
     @property
     def thread_count(self) -> int:
@@ -115,7 +119,9 @@ def plan_request(request: Request, console: Console | None = None) -> Planned:
     """
     torch = any(recipe.target == "torch" for recipe in request.recipes)
     back = request.dequantize or torch
-    release = open_release(request.hf_path, revision=request.revision, allow_mlx=back)
+    release = open_release(
+        request.hf_path, revision=request.revision, allow_mlx=back, cache=request.cache
+    )
     if release.source.mlx is None and back:
         _require_quantized(release, torch=torch)
         back = False
@@ -185,7 +191,9 @@ def output_folders(request: Request, planned: Planned) -> list[Path]:
     dtype = stored_dtype(planned.source.config)
     name = planned.release.name
     names = [output_name(name, p.options, dtype=dtype, kept=p.kept) for p in planned.plans]
-    if request.mlx_path is None:
+    if request.mlx_path is not None and request.names:
+        folders = [request.mlx_path / name for name in request.names]
+    elif request.mlx_path is None:
         folders = [Path(name) for name in names]
     elif len(names) == 1:
         folders = [request.mlx_path]

@@ -39,6 +39,8 @@ class Release:
     sidecars: tuple[str, ...]
     root: Path | None
     snapshot: HubSnapshot | None = None
+    cache: Path | None = None
+    """Where files from the hub go; None for the client's own cache."""
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -76,10 +78,17 @@ class Release:
         return self.root
 
 
-def open_release(hf_path: str, *, revision: str | None = None, allow_mlx: bool = False) -> Release:
+def open_release(
+    hf_path: str,
+    *,
+    revision: str | None = None,
+    allow_mlx: bool = False,
+    cache: Path | None = None,
+) -> Release:
     """Read what is needed to plan: headers and small files, never tensor bytes.
 
-    Raises PlanError for a faulty release and HubError when the hub cannot be read.
+    ``cache`` takes the place of the client's own cache. Raises PlanError for a faulty release and
+    HubError when the hub cannot be read.
     """
     folder = Path(hf_path).expanduser()
     if folder.is_dir():
@@ -92,7 +101,7 @@ def open_release(hf_path: str, *, revision: str | None = None, allow_mlx: bool =
         raise PlanError([f"{hf_path}: is a file; give the folder that holds the release"])
     if not _REPO_ID.fullmatch(hf_path):
         raise PlanError([f"{hf_path}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B"])
-    return _open_hub(hf_path, revision, allow_mlx=allow_mlx)
+    return _open_hub(hf_path, revision, allow_mlx=allow_mlx, cache=cache)
 
 
 def fetch(release: Release, *, progress: Progress | None = None) -> Release:
@@ -107,11 +116,13 @@ def fetch(release: Release, *, progress: Progress | None = None) -> Release:
         wanted.append(QUANT_CONFIG)
     if _CARD in snapshot.by_path:
         wanted.append(_CARD)
-    root = download(snapshot, wanted, progress=progress)
+    root = download(snapshot, wanted, progress=progress, cache_dir=release.cache)
     return replace(release, source=release.source.located(root), root=root)
 
 
-def _open_hub(repo_id: str, revision: str | None, *, allow_mlx: bool) -> Release:
+def _open_hub(
+    repo_id: str, revision: str | None, *, allow_mlx: bool, cache: Path | None
+) -> Release:
     from converter.hub import download, fetch_range, resolve_revision
 
     snapshot = resolve_revision(repo_id, revision=revision)
@@ -125,12 +136,12 @@ def _open_hub(repo_id: str, revision: str | None, *, allow_mlx: bool) -> Release
     if selection.kind == "pickle":  # their tensors are known only once the file is here
         weights = [n for n in top if n.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
         cards = [_CARD] if _CARD in names else []
-        root = download(snapshot, ["config.json", *weights, *sidecars, *cards])
+        root = download(snapshot, ["config.json", *weights, *sidecars, *cards], cache_dir=cache)
         source = open_folder(root, allow_mlx=allow_mlx)
         return Release(name=name, source=source, sidecars=sidecars, root=root, snapshot=snapshot)
     beside = [QUANT_CONFIG] if QUANT_CONFIG in top else []
     small = ["config.json", *beside] + ([selection.index] if selection.index else [])
-    folder = download(snapshot, small)
+    folder = download(snapshot, small, cache_dir=cache)
     config = parse_object((folder / "config.json").read_bytes(), "config.json")
     if beside:
         found = parse_object((folder / QUANT_CONFIG).read_bytes(), QUANT_CONFIG)
@@ -158,4 +169,6 @@ def _open_hub(repo_id: str, revision: str | None, *, allow_mlx: bool) -> Release
         notes=selection.notes,
         allow_mlx=allow_mlx,
     )
-    return Release(name=name, source=source, sidecars=sidecars, root=None, snapshot=snapshot)
+    return Release(
+        name=name, source=source, sidecars=sidecars, root=None, snapshot=snapshot, cache=cache
+    )

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from converter.cli import options as opt
+from converter.cli.batch import batch
 from converter.cli.errors import run
 
 
@@ -217,6 +218,9 @@ def hub(folder: Path, port: int) -> None:
     from converter.staging import serve
 
     serve(folder, port=port)
+
+
+cli.add_command(batch)
 
 
 def main() -> None:

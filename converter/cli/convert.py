@@ -20,6 +20,7 @@ from converter.mtp import SUFFIX
 from converter.pipeline import Converted, Request, convert, plan_request
 from converter.plan import Options
 from converter.ui import Console, plan_tables, size_text, verdict_text
+from converter.variants import named_variant
 from quant.calibrate.text import (
     DEFAULT_LENGTH,
     DEFAULT_SEQUENCES,
@@ -28,9 +29,7 @@ from quant.calibrate.text import (
 )
 from quant.recipe import CALIBRATED, QuantSpec
 
-_PLAIN = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _CALIBRATION = ("calibration_data", "calibration_sequences", "calibration_length")
-_MODES = ("mxfp4", "mxfp8", "nvfp4")
 
 
 def convert_command(given: dict[str, Any]) -> None:
@@ -386,19 +385,16 @@ def _variants(given: dict[str, Any]) -> list[Options]:
         raise UsageError(f"--variants names its own quantization; leave {', '.join(own)} out")
     recipes = []
     for name in given["variants"].split(","):
-        name = name.strip()
-        if name in _PLAIN:
-            recipes.append(Options(dtype=_PLAIN[name], dequantize=True))
-        elif name in _MODES:
-            quant = QuantSpec.make(name, method=given["q_method"])
-            recipes.append(_quantized(given, quant))
-        elif name.endswith("bit") and name.removesuffix("bit").isdigit():
-            bits = int(name.removesuffix("bit"))
-            quant = QuantSpec.make("affine", bits, given["q_group_size"], given["q_method"])
-            recipes.append(_quantized(given, quant))
+        try:
+            dtype, quant = named_variant(
+                name.strip(), group_size=given["q_group_size"], method=given["q_method"]
+            )
+        except ValueError as error:
+            raise UsageError(f"--variants: {error}") from error
+        if quant is None:
+            recipes.append(Options(dtype=dtype, dequantize=True))
         else:
-            known = ", ".join([*_PLAIN, "2bit ... 8bit", *_MODES])
-            raise UsageError(f"--variants: {name!r} is not one of {known}")
+            recipes.append(_quantized(given, quant))
     if all(options.calibration is None for options in recipes):
         _calibration(given, None)
     return recipes

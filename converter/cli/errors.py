@@ -10,7 +10,7 @@ from collections.abc import Callable
 INTERRUPTED = 130
 
 
-def run(command: Callable[[], None]) -> int:
+def run(command: Callable[[], object]) -> int:
     """Run ``command`` and return the exit status; never a traceback unless one is asked for."""
     from click import ClickException
     from click.exceptions import Abort, Exit
@@ -18,7 +18,9 @@ def run(command: Callable[[], None]) -> int:
     from converter.errors import ConvertError, PlanError
 
     try:
-        command()
+        status = command()  # outside its standalone mode click gives back what Exit said
+        if isinstance(status, int):
+            return status
     except Exit as stop:
         return int(stop.exit_code)
     except ClickException as error:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.staging.faults import Fault, Faults
+from converter.staging.faults import Fault, Faults, Weather
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-__all__ = ["Fault", "Faults", "StagingOptions", "create_app", "running_hub", "serve"]
+__all__ = ["Fault", "Faults", "StagingOptions", "Weather", "create_app", "running_hub", "serve"]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """The staging hub's routes: the part of the hub's HTTP protocol that its client uses for models."""
 
 import ipaddress
+import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -10,9 +12,10 @@ from fastapi.responses import JSONResponse, Response
 
 from converter.staging import read_routes, write_routes
 from converter.staging.access import Access, ViewerDep
+from converter.staging.blobs import git_blob_id
 from converter.staging.faults import AsgiApp, Faults, Receive, Scope, Send
 from converter.staging.refusal import Refusal, repo_not_found
-from converter.staging.repos import RepoStore
+from converter.staging.repos import DEFAULT_BRANCH, FileEntry, Put, RepoStore, now
 
 if TYPE_CHECKING:
     from converter.staging import StagingOptions
@@ -85,6 +88,28 @@ def _nothing_here(rest: str, viewer: ViewerDep) -> Response:
     raise repo_not_found(signed_in=viewer is not None)
 
 
+def _commit_to(store: RepoStore, path: str) -> None:
+    """Somebody's commit to the main branch of the repository that a request's path names."""
+    found = re.match(r"/(?:api/models/)?([^/]+)/([^/]+?)(?:\.git)?(?:/|$)", path)
+    if found is None:
+        return
+    repo_id = f"{found.group(1)}/{found.group(2)}"
+    data = f"{now()}\n".encode()
+    blob = store.blobs.put(data)
+    entry = FileEntry(
+        path="moved.txt", size=len(data), sha256=blob, blob_id=git_blob_id(data), lfs=False
+    )
+    store.commit(
+        repo_id,
+        DEFAULT_BRANCH,
+        [Put(entry)],
+        title="Move the branch",
+        message="",
+        author="somebody",
+        parent=None,
+    )
+
+
 def build_app(root: Path, *, options: "StagingOptions", faults: Faults | None) -> FastAPI:
     """The application over the repositories below `root`."""
     root.mkdir(parents=True, exist_ok=True)
@@ -103,6 +128,7 @@ def build_app(root: Path, *, options: "StagingOptions", faults: Faults | None) -
     app.add_api_route("/{rest:path}", _nothing_here, methods=methods)
     app.add_middleware(LocalOnly)
     if faults is not None:
+        faults.mover = partial(_commit_to, store)
         app.add_middleware(FaultsInFront, faults=faults)
     app.add_middleware(EncodedPaths)
     return app

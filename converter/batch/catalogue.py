@@ -1,0 +1,315 @@
+"""The ledger's other side: what is wanted, seen and asked for by hand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, delete, select, update
+
+from converter.batch.ledger import OPEN, Ledger, insert_new
+from converter.batch.recipes import Policy, recipe_hash
+from converter.batch.schema import attempt, job, release, run, watermark
+from converter.plan import Options
+
+UNFINISHED = (*OPEN, "parked", "quarantined")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """A release as the hub shows it; ``content`` is a hash of every file but the card."""
+
+    repo: str
+    commit: str
+    content: str
+    weight_bytes: int
+    modified: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """One variant of a release, and where it is published."""
+
+    variant: str
+    options: Options
+    target: str
+    policy: Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A job with its release, as people look at it."""
+
+    job: Row[Any]
+    release: Row[Any]
+    running: bool
+
+    @property
+    def state(self) -> str:
+        """The job's state, or ``running`` while somebody holds a live lease."""
+        return "running" if self.running else str(self.job.state)
+
+
+class Catalogue:
+    """Adds, lists and changes jobs; needs no lease."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.database = ledger.database
+
+    def enqueue(self, seen: Seen, wanted: Sequence[Wanted]) -> int:
+        """Make the ledger hold these jobs; how many of them are new. Safe to repeat."""
+        return self.database.do(lambda connection: self._enqueue(connection, seen, wanted))
+
+    def _enqueue(self, connection: Connection, seen: Seen, wanted: Sequence[Wanted]) -> int:
+        now = self.database.now(connection)
+        key = and_(release.c.repo == seen.repo, release.c.commit == seen.commit)
+        values = {
+            "repo": seen.repo,
+            "commit": seen.commit,
+            "content": seen.content,
+            "weight_bytes": seen.weight_bytes,
+            "modified": seen.modified,
+            "lease_until": 0.0,
+            "claims": 0,
+        }
+        insert_new(connection, release, values)
+        release_id = connection.execute(select(release.c.id).where(key)).scalar_one()
+        return sum(self._want(connection, seen, release_id, one, now) for one in wanted)
+
+    def _want(
+        self, connection: Connection, seen: Seen, release_id: int, one: Wanted, now: float
+    ) -> bool:
+        recipe = recipe_hash(one.options)
+        rows = connection.execute(
+            select(job, release.c.repo, release.c.content)
+            .join(release, release.c.id == job.c.release_id)
+            .where(job.c.target == one.target, job.c.state != "superseded")
+        ).all()
+        mine = [row for row in rows if row.release_id == release_id and row.recipe_hash == recipe]
+        for row in mine:
+            if row.state == "published" or row.tools == self.ledger.tools:
+                self._renew_policy(connection, row, one.policy, now)
+                return False
+        strangers = sorted({row.repo for row in rows if row.repo != seen.repo})
+        older = [row for row in rows if row.repo == seen.repo]
+        self._supersede(connection, older, now)
+        current = any(
+            row.state == "published" and row.content == seen.content and row.recipe_hash == recipe
+            for row in older
+        )
+        clash = (
+            f"{one.target} is made from {', '.join(strangers)} already; give names with "
+            "{organisation}, or take one of the two releases out of the watch list"
+        )
+        return insert_new(
+            connection,
+            job,
+            {
+                "release_id": release_id,
+                "recipe_hash": recipe,
+                "tools": self.ledger.tools,
+                "target": one.target,
+                "kind": "card" if current else "convert",
+                "variant": one.variant,
+                "recipe": one.options.to_json(),
+                "policy": one.policy.to_json(),
+                "state": "parked" if strangers else "queued",
+                "attempts": {},
+                "crashes": 0,
+                "inside": 0,
+                "lost": 0,
+                "not_before": now,
+                "error_class": "usage" if strangers else None,
+                "error": clash if strangers else None,
+                "facts": {},
+                "created": now,
+                "updated": now,
+            },
+        )
+
+    def _renew_policy(
+        self, connection: Connection, row: Row[Any], policy: Policy, now: float
+    ) -> None:
+        if row.policy == policy.to_json():
+            return
+        values: dict[str, Any] = {"policy": policy.to_json(), "updated": now}
+        if row.state == "parked" and row.error_class == "gate":
+            values |= _fresh(now)
+        connection.execute(update(job).where(job.c.id == row.id).values(values))
+
+    def _supersede(self, connection: Connection, rows: Sequence[Row[Any]], now: float) -> None:
+        ids = [row.id for row in rows if row.state in UNFINISHED]
+        connection.execute(
+            update(job).where(job.c.id.in_(ids)).values(state="superseded", updated=now)
+        )
+
+    def renew(self) -> int:
+        """Give every unfinished job of other tool versions a new chance; how many there were."""
+
+        def work(connection: Connection) -> int:
+            now = self.database.now(connection)
+            stale = connection.execute(
+                select(job).where(
+                    job.c.tools != self.ledger.tools,
+                    job.c.state.in_(UNFINISHED),
+                    (job.c.error_class != "held") | job.c.error_class.is_(None),
+                )
+            ).all()
+            kept = ("release_id", "recipe_hash", "target", "kind", "variant", "recipe", "policy")
+            for row in stale:
+                values = {name: getattr(row, name) for name in kept}
+                values |= _fresh(now) | {"tools": self.ledger.tools, "facts": {}, "created": now}
+                insert_new(connection, job, values)
+            self._supersede(connection, stale, now)
+            return len(stale)
+
+        return self.database.do(work)
+
+    def watermark(self, watchlist: str, organisation: str) -> float | None:
+        """Up to where an organisation's releases have been looked at, seconds since 1970."""
+        here = and_(watermark.c.watchlist == watchlist, watermark.c.organisation == organisation)
+        found = self.database.do(
+            lambda connection: connection.scalar(select(watermark.c.modified).where(here))
+        )
+        return None if found is None else float(found)
+
+    def set_watermark(self, watchlist: str, organisation: str, modified: float) -> None:
+        """Remember up to where an organisation's releases are in the ledger."""
+
+        def work(connection: Connection) -> None:
+            values = {"watchlist": watchlist, "organisation": organisation, "modified": modified}
+            if not insert_new(connection, watermark, values):
+                connection.execute(
+                    update(watermark)
+                    .where(
+                        watermark.c.watchlist == watchlist,
+                        watermark.c.organisation == organisation,
+                        watermark.c.modified < modified,
+                    )
+                    .values(modified=modified)
+                )
+
+        self.database.do(work)
+
+    def entries(self, *, superseded: bool = False) -> list[Entry]:
+        """Every job with its release, by repo, newest commit first."""
+
+        def work(connection: Connection) -> list[Entry]:
+            now = self.database.now(connection)
+            releases = {row.id: row for row in connection.execute(select(release))}
+            found = []
+            for row in connection.execute(select(job)):
+                if row.state == "superseded" and not superseded:
+                    continue
+                home = releases[row.release_id]
+                live = home.owner is not None and home.lease_until >= now
+                running = live and row.state in OPEN and row.not_before <= now
+                found.append(Entry(row, home, running))
+            found.sort(key=lambda e: (e.release.repo, -e.release.modified, e.job.id))
+            return found
+
+        return self.database.do(work)
+
+    def attempts(self) -> list[Row[Any]]:
+        """Every attempt of every job, oldest first."""
+        return self.database.do(
+            lambda connection: list(connection.execute(select(attempt).order_by(attempt.c.ended)))
+        )
+
+    def runs(self) -> list[Row[Any]]:
+        """Every run, newest first."""
+        return self.database.do(
+            lambda connection: list(
+                connection.execute(select(run).order_by(run.c.started.desc()).limit(1000))
+            )
+        )
+
+    def began(self, run_id: str, watchlist: str) -> None:
+        """A run begins."""
+        values: dict[str, Any] = {"id": run_id, "watchlist": watchlist}
+        values |= {"host": self.ledger.host}
+        values |= {"started": time.time(), "summary": {}}
+
+        def work(connection: Connection) -> None:
+            insert_new(connection, run, values)
+
+        self.database.do(work)
+
+    def ended(self, run_id: str, status: int, summary: Mapping[str, Any]) -> None:
+        """A run has ended."""
+        values = {"ended": time.time(), "status": status, "summary": dict(summary)}
+        self.database.do(
+            lambda connection: connection.execute(
+                update(run).where(run.c.id == run_id).values(values)
+            )
+        )
+
+    def retry(self, chosen: Sequence[Entry]) -> None:
+        """Make jobs due at once, their failures forgotten."""
+        self._change(chosen, lambda now: _fresh(now))
+
+    def park(self, chosen: Sequence[Entry], reason: str) -> None:
+        """Leave jobs alone until somebody says ``retry``."""
+        self._change(
+            chosen,
+            lambda now: {
+                "state": "parked",
+                "error_class": "held",
+                "error": reason,
+                "updated": now,
+            },
+        )
+
+    def _change(self, chosen: Sequence[Entry], values: Any) -> None:
+        ids = [entry.job.id for entry in chosen]
+
+        def work(connection: Connection) -> None:
+            now = self.database.now(connection)
+            connection.execute(update(job).where(job.c.id.in_(ids)).values(values(now)))
+
+        self.database.do(work)
+
+    def forget(self, chosen: Sequence[Entry]) -> None:
+        """Remove jobs and their history; the next discovery that sees them starts anew."""
+        ids = [entry.job.id for entry in chosen]
+
+        def work(connection: Connection) -> None:
+            connection.execute(delete(attempt).where(attempt.c.job_id.in_(ids)))
+            connection.execute(delete(job).where(job.c.id.in_(ids)))
+            left = select(job.c.release_id)
+            connection.execute(delete(release).where(release.c.id.not_in(left)))
+            # What was forgotten lies below the watermarks, where nobody would look again.
+            connection.execute(delete(watermark))
+
+        self.database.do(work)
+
+
+def choose(entries: Sequence[Entry], patterns: Sequence[str]) -> list[Entry]:
+    """The jobs whose number, source, target or ``source@commit`` one of the patterns matches."""
+
+    def matches(entry: Entry, pattern: str) -> bool:
+        repo, commit = entry.release.repo, entry.release.commit
+        names = (str(entry.job.id), repo, entry.job.target, f"{repo}@{commit}")
+        return any(fnmatchcase(name, pattern) for name in names)
+
+    return [e for e in entries if any(matches(e, pattern) for pattern in patterns)]
+
+
+def _fresh(now: float) -> dict[str, Any]:
+    """A job as if it had never been tried."""
+    return {
+        "state": "queued",
+        "stage": None,
+        "attempts": {},
+        "crashes": 0,
+        "inside": 0,
+        "lost": 0,
+        "not_before": now,
+        "error_class": None,
+        "error": None,
+        "updated": now,
+    }

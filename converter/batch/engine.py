@@ -1,0 +1,297 @@
+"""The local engine: releases claimed from the ledger, their stages run in child processes.
+
+One thread looks at everything: what children say, which stage of which release is next, and
+whether the machine has room for it. Downloads, conversions and uploads have slots of their own,
+so that they overlap; what the engine knows beyond the ledger may be lost at any moment.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Final
+
+from converter.batch import budget
+from converter.batch.child import WARM, Child, context, start
+from converter.batch.failures import Failure
+from converter.batch.ledger import Claim, LeaseLostError, Ledger, Used
+from converter.batch.orders import Answer, Order
+from converter.batch.progress import InHand, Step
+from converter.batch.watchlist import Budgets
+
+TICK_S: Final = 0.2
+GRACE_S: Final = 60.0
+_SLOT: Final = {"examine": "jobs", "convert": "jobs", "prove": "jobs"} | {
+    "fetch": "downloads",
+    "publish": "uploads",
+    "card": "uploads",
+}
+_FIRST: Final = ("publish", "card", "examine", "fetch", "prove", "convert")
+"""Which stage gets a free slot: what ends a job, then what keeps the network busy."""
+_FINISHING: Final = ("publish", "card")
+Stages = Mapping[str, Callable[[Order], Answer]]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What an engine's run came to."""
+
+    published: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    """Jobs that were given up, for now or for good, with state, class and reason."""
+    stages: Counter[str] = field(default_factory=Counter)
+    stopped: bool = False
+
+
+class Engine:
+    """Works through a ledger on this machine until nothing is due."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        folder: Path,
+        *,
+        budgets: Budgets,
+        workers: int,
+        stages: Stages,
+        say: Callable[[str], None],
+        preload: Sequence[str] = WARM,
+    ) -> None:
+        """``folder`` holds the work; ``stages`` is what the children do; ``say`` takes lines.
+
+        ``preload`` names the modules that children find loaded.
+        """
+        self.ledger = ledger
+        self.folder = folder
+        self.budgets = budgets
+        self.workers = workers
+        self.stages = stages
+        self.say = say
+        self.outcome = Outcome()
+        self.stopping = 0
+        self._hands: dict[int, InHand] = {}
+        self._children: list[tuple[Child, InHand, Step]] = []
+        self._context = context(preload)
+        self._disk = budget.disk(folder, budgets.disk)
+        self._memory = budget.memory(budgets.memory)
+        self._twins = ledger.twins()
+        self._beat = time.monotonic()
+        self._stopped_at = 0.0
+
+    def stop(self) -> None:
+        """Begin nothing more; uploads may end, the rest is given back. Twice: give all back."""
+        self.stopping += 1
+
+    def run(self) -> Outcome:
+        """Work until nothing is due within the ledger's patience, or until stopped."""
+        try:
+            while self._turn():
+                pass
+        finally:
+            for child, _, _ in self._children:
+                child.kill()
+            for hand in list(self._hands.values()):
+                self._drop(hand)
+        self.outcome.stopped = bool(self.stopping)
+        return self.outcome
+
+    def _turn(self) -> bool:
+        self._listen()
+        self._keep_leases()
+        if self.stopping:
+            return self._wind_down()
+        self._claim()
+        self._begin()
+        if self._children or self._hands:
+            self._sleep(TICK_S if self._children else 0.0)
+            return True
+        due = self.ledger.next_due()
+        if due is None or due > self.ledger.retries.patience:
+            return False
+        self._sleep(min(due, 1.0))
+        return True
+
+    def _wind_down(self) -> bool:
+        self._stopped_at = self._stopped_at or time.monotonic()
+        late = self.stopping > 1 or time.monotonic() - self._stopped_at > GRACE_S
+        for child, hand, _ in list(self._children):
+            if late or child.stage not in _FINISHING:
+                self.say(f"{hand.name}: {child.stage} is given back")
+                child.kill()
+        self._children = [c for c in self._children if not late and c[0].stage in _FINISHING]
+        self._sleep(TICK_S if self._children else 0.0)
+        return bool(self._children)
+
+    def _sleep(self, seconds: float) -> None:
+        watched = [c.process.sentinel for c, _, _ in self._children]
+        if watched:
+            wait(watched, timeout=seconds)
+        elif seconds:
+            time.sleep(seconds)
+
+    def _keep_leases(self) -> None:
+        if time.monotonic() - self._beat < self.ledger.retries.lease / 4:
+            return
+        self._beat = time.monotonic()
+        if self._hands:
+            for lost in self.ledger.heartbeat([hand.claim for hand in self._hands.values()]):
+                self._abandon(self._hands[lost])
+
+    def _abandon(self, hand: InHand) -> None:
+        """Another worker has the release: stop working on it and write nothing more."""
+        self.say(f"{hand.name}: the lease has passed to another worker")
+        for child, owner, _ in self._children:
+            if owner is hand:
+                child.kill()
+        self._children = [entry for entry in self._children if entry[1] is not hand]
+        self._forget(hand)
+
+    def _claim(self) -> None:
+        limit = self.budgets.jobs + self.budgets.downloads + self.budgets.uploads
+        while len(self._hands) < limit:
+            claim = self.ledger.claim(self._hands)
+            if claim is None:
+                return
+            hand = InHand(claim, self._order(claim))
+            self._hands[claim.release] = hand
+            self.say(f"{hand.name}: {len(claim.tasks)} variants are due")
+
+    def _order(self, claim: Claim) -> Order:
+        name = f"{claim.repo.replace('/', '--')}@{claim.commit[:12]}"
+        return Order(
+            repo=claim.repo,
+            commit=claim.commit,
+            folder=self.folder / name,
+            parts=InHand.parts_of(claim),
+            workers=self.workers,
+            bandwidth=None
+            if self.budgets.bandwidth is None
+            else self.budgets.bandwidth / self.budgets.downloads,
+        )
+
+    def _begin(self) -> None:
+        ready = [(hand, step) for hand in self._hands.values() for step in hand.ready()]
+        for hand, step in sorted(ready, key=lambda pair: _FIRST.index(pair[1].stage)):
+            held = hand.claim.release in self._hands
+            if held and self._slot_free(step.stage) and self._room(hand, step):
+                self._start(hand, step)
+        for hand in [hand for hand in self._hands.values() if hand.done()]:
+            self._drop(hand)
+
+    def _slot_free(self, stage: str) -> bool:
+        slot = _SLOT[stage]
+        used = sum(_SLOT[child.stage] == slot for child, _, _ in self._children)
+        return used < int(getattr(self.budgets, slot))
+
+    def _room(self, hand: InHand, step: Step) -> bool:
+        """Whether disk and memory can be set aside; what could never be is a failure."""
+        wanted = []
+        if step.stage == "fetch":
+            wanted = [(self._disk, hand.claim.release, hand.needs.get("disk", 0))]
+            if (why := self._memory.refusal(hand.needs.get("memory", 0))) is not None:
+                return self._refuse(hand, step, why)  # before anything is downloaded
+        elif step.stage in ("convert", "prove"):
+            wanted = [(self._memory, hand.claim.release, hand.needs.get("memory", 0))]
+        for resource, key, size in wanted:
+            if not resource.reserve(key, size):
+                why = resource.refusal(size)
+                return self._refuse(hand, step, why) if why else False
+        return True
+
+    def _refuse(self, hand: InHand, step: Step, why: str) -> bool:
+        failure = Failure("resources", f"{hand.claim.repo}: {why}")
+        self._settle(hand, step, Used(started=time.time(), ended=time.time()), failure)
+        return False
+
+    def _start(self, hand: InHand, step: Step) -> None:
+        try:
+            self.ledger.entered(hand.claim, [part.job for part in step.parts], step.stage)
+        except LeaseLostError:
+            self._abandon(hand)
+            return
+        hand.order.folder.mkdir(parents=True, exist_ok=True)
+        order = replace(hand.order, parts=step.parts, twins=self._twins)
+        self.outcome.stages[step.stage] += 1
+        self.say(f"{hand.name}: {step.stage} {' '.join(part.variant for part in step.parts)}")
+        child = start(step.stage, order, self.stages[step.stage], self._context)
+        self._children.append((child, hand, step))
+        hand.busy(step)
+
+    def _listen(self) -> None:
+        for entry in list(self._children):
+            if entry not in self._children:  # its release was abandoned a moment ago
+                continue
+            child, hand, step = entry
+            ended = child.ended(partial(self._quote, hand.name))
+            if ended is None:
+                continue
+            self._children.remove(entry)
+            if step.stage in ("convert", "prove"):
+                self._memory.free(hand.claim.release)
+            size = ended.bytes if isinstance(ended, Answer) else None
+            used = Used(
+                started=child.started, ended=time.time(), peak_memory=child.peak_memory, bytes=size
+            )
+            self._settle(hand, step, used, ended)
+
+    def _quote(self, name: str, line: str) -> None:
+        self.say(f"{name} | {line}")
+
+    def _settle(self, hand: InHand, step: Step, used: Used, ended: Answer | Failure) -> None:
+        """Write what a stage came to, and move its jobs on."""
+        if isinstance(ended, Failure):
+            ended = Answer(failed={part.job: ended for part in step.parts})
+        try:
+            if ended.twin is not None:
+                self.ledger.judged_twin(*ended.twin)
+                self._twins[ended.twin[0]] = ended.twin[1:]
+            for part in step.parts:
+                facts = ended.facts.get(part.job)
+                failure = ended.failed.get(part.job)
+                if failure is not None:
+                    state = self.ledger.failed(
+                        hand.claim, part.job, step.stage, used, failure, facts=facts
+                    )
+                    self._note(hand, part.target, state, failure)
+                    continue
+                url = ended.published.get(part.job)
+                self.ledger.passed(
+                    hand.claim,
+                    part.job,
+                    step.stage,
+                    used,
+                    facts=(facts or {}) | ({} if url is None else {"address": url}),
+                    published=url is not None,
+                )
+                if url is not None:
+                    told = {"target": part.target, "repo": hand.claim.repo, "address": url}
+                    self.outcome.published.append(told | {"stage": step.stage})
+                    self.say(f"{hand.name}: published {url}")
+        except LeaseLostError:
+            self._abandon(hand)
+            return
+        hand.settled(step, ended)
+
+    def _note(self, hand: InHand, target: str, state: str, failure: Failure) -> None:
+        told = {"target": target, "repo": hand.claim.repo, "commit": hand.claim.commit}
+        told |= {"state": state, "class": failure.kind, "reason": failure.text}
+        self.outcome.failed.append(told)
+        self.say(f"{hand.name}: {target} is {state} ({failure.kind}): {failure.text}")
+
+    def _drop(self, hand: InHand) -> None:
+        """Give a release back; its folder stays only for jobs that will be tried again soon."""
+        if hand.finished():
+            shutil.rmtree(hand.order.folder, ignore_errors=True)
+        self.ledger.give_back(hand.claim)
+        self._forget(hand)
+
+    def _forget(self, hand: InHand) -> None:
+        self._hands.pop(hand.claim.release, None)
+        self._disk.free(hand.claim.release)
+        self._memory.free(hand.claim.release)

@@ -1,0 +1,170 @@
+"""The first stage: twin, then headers. What cannot be converted ends here, within seconds."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from converter.batch.failures import classify
+from converter.batch.orders import Answer, Order, Part
+from converter.batch.published import find_published
+from converter.batch.recipes import digest
+from converter.errors import ConvertError, GateError, HubError, PlanError, UsageError
+from converter.hub import HubSnapshot, download, resolve_revision
+from converter.pipeline import Planned, Request, plan_request
+from converter.plan import Plan
+from converter.ui import Console, memory_estimate
+
+PROOF_BYTES_PER_PARAMETER = 8
+"""The reference and the runtime hold the model in float32 each."""
+_BASE_BYTES = 1_000_000_000
+"""Interpreter and libraries of a proof."""
+
+
+def examine(order: Order) -> Answer:
+    """Judge the release's twin, plan every job, and find what is published already.
+
+    Raises what speaks against the release as a whole.
+    """
+    snapshot = resolve_revision(order.repo, revision=order.commit)
+    _require_access(snapshot, order)
+    config = _config(snapshot, order)
+    answer = Answer()
+    if any(part.policy.twin for part in order.parts):
+        _judge_twin(config, order, answer)
+    plans = _plans(order, answer)
+    weights = output = proof = parameters = 0
+    for part, plan in plans:
+        address = find_published(part.target, plan.hash, order.folder / "remote")
+        facts: dict[str, Any] = {
+            "plan": plan.hash,
+            "model_type": plan.model_type,
+            "output_bytes": plan.output_bytes,
+            "bits_per_weight": round(plan.bits_per_weight, 4),
+            "parameters": plan.parameters,
+        }
+        answer.facts[part.job] = facts
+        if address is not None:
+            answer.published[part.job] = address.url
+            facts |= address.facts
+            continue
+        weights = sum(file.size for file in snapshot.files)
+        output += plan.output_bytes
+        parameters = max(parameters, plan.parameters)
+        proof = max(proof, memory_estimate(plan, order.workers))
+    answer.needs = {
+        "disk": weights + output + 4 * parameters,  # a float32 reference of one output at a time
+        "memory": max(proof, PROOF_BYTES_PER_PARAMETER * parameters + _BASE_BYTES),
+    }
+    return answer
+
+
+def _require_access(snapshot: HubSnapshot, order: Order) -> None:
+    """A gate that nothing of this release can pass is said before anything is fetched."""
+    if snapshot.gated and not any(p.policy.private or p.policy.allow_gated for p in order.parts):
+        raise GateError(
+            f"{order.repo}: is gated; publishing conversions of it needs allow_gated (its licence "
+            "permits that) or private = true"
+        )
+
+
+def _config(snapshot: HubSnapshot, order: Order) -> dict[str, Any]:
+    """The release's config.json; PlanError where there is none or no map for its type."""
+    from converter.plan.match import find_map
+    from converter.source.strict_json import parse_object
+
+    if "config.json" not in snapshot.by_path:
+        raise PlanError([f"{order.repo}: has no config.json; it is not a transformers release"])
+    folder = download(snapshot, ["config.json"], cache_dir=order.cache)
+    config = parse_object((folder / "config.json").read_bytes(), "config.json")
+    find_map(config)
+    return dict(config)
+
+
+def _judge_twin(config: dict[str, Any], order: Order, answer: Answer) -> None:
+    """GateError when a tiny checkpoint of this config does not compute what torch computes."""
+    key = digest(config)
+    known = order.twins.get(key)
+    if known is None:
+        known = judge_twin(config, order.folder / "twin", workers=order.workers)
+        answer.twin = (key, *known)
+    verdict, text = known
+    if verdict == "fail":
+        raise GateError(f"a twin of {order.repo} does not compute what torch computes: {text}")
+
+
+def judge_twin(config: dict[str, Any], folder: Path, *, workers: int) -> tuple[str, str]:
+    """Verdict (pass, fail, unproven, unmade) and reason for a twin, made and removed here."""
+    from converter.pipeline import convert
+    from converter.proof import prove
+    from validate.twin import TwinError, make_twin
+
+    console = Console(quiet=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    source = folder / "source"
+    try:
+        source.parent.mkdir(parents=True)
+        try:
+            make_twin(config, source)
+        except TwinError as error:
+            return "unmade", str(error)
+        request = Request(hf_path=str(source), mlx_path=folder / "mlx", workers=workers)
+        made = convert(request, console)[0]
+        try:
+            report = prove(
+                made.folder,
+                source=source,
+                console=console,
+                plan=made.plan,
+                arch=made.arch,
+                workers=workers,
+            )
+        except ConvertError as error:  # the twin, not the release, has no reference
+            return "unmade", str(error)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    failed = [str(check["name"]) for check in report["checks"] if check["verdict"] == "fail"]
+    return str(report["verdict"]), ", ".join(failed)
+
+
+def _plans(order: Order, answer: Answer) -> list[tuple[Part, Plan]]:
+    """Plans of all jobs; a job whose own recipe does not fit is put into ``answer.failed``.
+
+    Headers come by range requests that no hash covers, so a refusal is believed only when a
+    second reading says the same.
+    """
+    try:
+        planned = _plan(order, order.parts)
+        return list(zip(order.parts, planned.plans, strict=True))
+    except (PlanError, UsageError) as first:
+        again: PlanError | UsageError | None = None
+        try:
+            planned = _plan(order, order.parts)
+            return list(zip(order.parts, planned.plans, strict=True))
+        except (PlanError, UsageError) as error:
+            again = error
+        if str(again) != str(first):
+            raise HubError(
+                f"{order.repo}: two readings of its headers differ; the hub sends damaged answers"
+            ) from again
+        if len(order.parts) == 1:
+            raise
+    plans = []
+    for part in order.parts:
+        try:
+            plans.append((part, _plan(order, (part,)).plans[0]))
+        except (PlanError, UsageError) as error:
+            answer.failed[part.job] = classify(error)
+    return plans
+
+
+def _plan(order: Order, parts: tuple[Part, ...]) -> Planned:
+    return plan_request(
+        Request(
+            hf_path=order.repo,
+            revision=order.commit,
+            recipes=tuple(part.options for part in parts),
+            cache=order.cache,
+        )
+    )

@@ -1,0 +1,76 @@
+"""What a stage is told, and what it answers; plain data that crosses to a child process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from converter.batch.failures import Failure
+from converter.batch.recipes import Policy
+from converter.plan import Options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One job of an order."""
+
+    job: int
+    variant: str
+    target: str
+    options: Options
+    policy: Policy
+    plan: str | None = None
+    """Hash of the plan, once it has been made."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """One release at one commit, the jobs to do of it, and where to work."""
+
+    repo: str
+    commit: str
+    folder: Path
+    parts: tuple[Part, ...]
+    workers: int = 2
+    bandwidth: float | None = None
+    """Bytes per second of downloading."""
+    twins: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Verdict and text of the twins that are known, by the hash of their config."""
+
+    @property
+    def cache(self) -> Path:
+        """The release's files, in the layout of the hub's cache."""
+        return self.folder / "hub"
+
+    @property
+    def source(self) -> Path:
+        """The release as a folder, once it has been fetched."""
+        name = f"models--{self.repo.replace('/', '--')}"
+        return self.cache / name / "snapshots" / self.commit
+
+    def kept_report(self, part: Part) -> Path:
+        """Where the parity report of an output that is not published stays."""
+        return self.folder.parent.parent / "reports" / part.target
+
+    def out(self, part: Part) -> Path:
+        """Where a job's output is made."""
+        return self.folder / "out" / part.target.rpartition("/")[2]
+
+
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """What a stage came to; a job is in ``failed`` or has passed."""
+
+    facts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By job: what the ledger should keep."""
+    failed: dict[int, Failure] = field(default_factory=dict)
+    published: dict[int, str] = field(default_factory=dict)
+    """By job: the address, where the stage ended it."""
+    needs: dict[str, int] = field(default_factory=dict)
+    """Bytes of ``disk`` and ``memory`` that the rest will take."""
+    twin: tuple[str, str, str] | None = None
+    """A newly judged twin: hash of the config, verdict, text."""
+    bytes: int | None = None
+    """Bytes downloaded, written or uploaded."""

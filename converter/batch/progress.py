@@ -1,0 +1,105 @@
+"""How far a claimed release has come: which stage each of its jobs needs next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from converter.batch.ledger import Claim
+from converter.batch.orders import Answer, Order, Part
+from converter.batch.recipes import Policy, options_from
+
+NEXT = {
+    "examine": "fetch",
+    "fetch": "convert",
+    "convert": "prove",
+    "prove": "publish",
+}
+"""The stage after a stage; the last ones have none."""
+_TOGETHER = ("examine", "fetch", "convert")
+"""Stages that all jobs of a release go through as one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A stage that may begin, for some jobs."""
+
+    stage: str
+    parts: tuple[Part, ...]
+
+
+class InHand:
+    """A claimed release on its way through the stages; nothing here outlives the process."""
+
+    def __init__(self, claim: Claim, order: Order) -> None:
+        self.claim = claim
+        self.order = order
+        self.needs: dict[str, int] = {}
+        self._parts = {part.job: part for part in order.parts}
+        self._next = {task.id: "card" if task.kind == "card" else "examine" for task in claim.tasks}
+        self._busy: set[int] = set()
+        self._again = False
+
+    @property
+    def name(self) -> str:
+        """The release as log lines name it."""
+        return f"{self.claim.repo}@{self.claim.commit[:8]}"
+
+    @staticmethod
+    def parts_of(claim: Claim) -> tuple[Part, ...]:
+        """The jobs of a claim as parts of an order."""
+        return tuple(
+            Part(
+                job=task.id,
+                variant=task.variant,
+                target=task.target,
+                options=options_from(task.recipe),
+                policy=Policy(**task.policy),
+            )
+            for task in claim.tasks
+        )
+
+    def ready(self) -> Iterator[Step]:
+        """The steps that may begin now, the furthest first."""
+        for stage in ("publish", "card"):
+            for job in self._waiting(stage):
+                yield Step(stage, (self._parts[job],))
+        proving = any(self._next[job] == "prove" for job in self._busy)
+        for job in self._waiting("prove")[:1]:
+            if not proving:  # one reference at a time was counted
+                yield Step("prove", (self._parts[job],))
+        for stage in _TOGETHER:
+            if jobs := self._waiting(stage):
+                yield Step(stage, tuple(self._parts[job] for job in jobs))
+
+    def _waiting(self, stage: str) -> list[int]:
+        return [job for job, due in self._next.items() if due == stage and job not in self._busy]
+
+    def busy(self, step: Step) -> None:
+        """The step's stage has begun."""
+        self._busy |= {part.job for part in step.parts}
+
+    def settled(self, step: Step, answer: Answer) -> None:
+        """The step's stage has ended: its jobs move on, or leave."""
+        if answer.needs:
+            self.needs = answer.needs
+        for part in step.parts:
+            self._busy.discard(part.job)
+            if part.job in answer.failed:
+                self._again |= answer.failed[part.job].kind not in ("unsupported", "gate", "usage")
+                del self._next[part.job]
+            elif part.job in answer.published or step.stage not in NEXT:
+                del self._next[part.job]
+            else:
+                self._next[part.job] = NEXT[step.stage]
+                plan = answer.facts.get(part.job, {}).get("plan")
+                if plan is not None:
+                    self._parts[part.job] = replace(part, plan=str(plan))
+
+    def done(self) -> bool:
+        """Whether every job has left."""
+        return not self._next
+
+    def finished(self) -> bool:
+        """Whether no job will want the release's folder again."""
+        return self.done() and not self._again

@@ -1,0 +1,267 @@
+"""One run: look at the hub, work through what is due, tell somebody, end with a status."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import signal
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+from converter.batch.catalogue import Catalogue
+from converter.batch.child import WARM
+from converter.batch.database import Database, ledger_url
+from converter.batch.digest import send_digest
+from converter.batch.discover import Found, discover
+from converter.batch.engine import Engine, Outcome, Stages
+from converter.batch.ledger import Ledger
+from converter.batch.log import logging_to
+from converter.batch.watchlist import Digest, WatchList
+from converter.errors import UsageError
+from converter.execute.folder import locked
+
+DONE: Final = 0
+FAILED: Final = 1
+"""A crash, a fault of the program, or a job that was given up for another reason than below."""
+UNSUPPORTED: Final = 3
+GATE: Final = 4
+HUB: Final = 5
+TERMINATED: Final = 143
+_LONGEST_PATH: Final = 74
+"""A socket's path has 107 characters, of which multiprocessing takes 33 for its own."""
+_STATUS: Final = {"unsupported": UNSUPPORTED, "usage": UNSUPPORTED, "gate": GATE} | {
+    **dict.fromkeys(("hub", "refused"), HUB),
+    **dict.fromkeys(("gated", "resources"), DONE),
+}
+_GRAVEST: Final = (FAILED, GATE, HUB, UNSUPPORTED)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a ledger and its work are."""
+
+    state: Path
+    url: str
+
+    @classmethod
+    def of(cls, watchlist: WatchList | None, *, state: Path | None, ledger: str | None) -> Place:
+        """From the command line, the environment, the watch list, and the defaults, in turn."""
+        told = None if watchlist is None else watchlist.state
+        where = (state or told or default_state()).expanduser().absolute()
+        url = ledger or os.environ.get("CONVERT_LEDGER")
+        url = url or (None if watchlist is None else watchlist.ledger)
+        return cls(where, ledger_url(url, where))
+
+
+def worker_name(state: Path) -> str:
+    """How the leases of runs in this state folder begin: unlike those of any other folder."""
+    path = state / "worker"
+    if not path.is_file():
+        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    return f"{platform.node() or 'localhost'}:{path.read_text(encoding='utf-8')}:"
+
+
+def default_state() -> Path:
+    """The folder of ledger, work and logs when none is named."""
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "mlx-dayzero"
+
+
+def run(
+    watchlist: WatchList,
+    place: Place,
+    *,
+    name: str,
+    echo: Callable[[str], None] | None = None,
+    stages: Stages | None = None,
+    preload: Sequence[str] = WARM,
+) -> int:
+    """Discover, convert and publish until nothing is due; the exit status for monitors.
+
+    Raises UsageError when another run is at work in this state folder.
+    """
+    run_id = uuid.uuid4().hex
+    with (
+        _alone(place.state),
+        _temporary(place.state),
+        logging_to(place.state / "logs", run_id, echo=echo) as say,
+    ):
+        database = Database(place.url)
+        try:
+            worker = worker_name(place.state)
+            ledger = Ledger(database, retries=watchlist.retries, owner=f"{worker}{run_id[:8]}")
+            if gone := ledger.expire(worker):  # nobody else can hold this folder's lock
+                say(f"the last run here was killed with {gone} releases in hand")
+            catalogue = Catalogue(ledger)
+            catalogue.began(run_id, name)
+            status: int = FAILED
+            summary: dict[str, Any] = {}
+            try:
+                work = place.state / "work"
+                work.mkdir(parents=True, exist_ok=True)
+                sweep(work, catalogue)
+                if renewed := catalogue.renew():
+                    say(f"{renewed} unfinished jobs start anew with other tool versions")
+                budgets = watchlist.budgets
+                engine = Engine(
+                    ledger,
+                    work,
+                    budgets=budgets,
+                    workers=max(1, min(8, (os.cpu_count() or 1) // budgets.jobs)),
+                    stages=_stages() if stages is None else stages,
+                    say=say,
+                    preload=preload,
+                )
+                with _stopping(engine):
+                    found = discover(watchlist, catalogue, say=say, now=time.time())
+                    say(f"{found.seen} releases seen, {found.matched} wanted, {found.added} new")
+                    outcome = engine.run()
+                sweep(work, catalogue)
+                status = status_of(found, outcome)
+                summary = summarise(found, outcome, catalogue)
+            finally:
+                catalogue.ended(run_id, status, summary)
+            say(f"ended with status {status}: {told(summary)}")
+            _tell(watchlist.digest, name, status, summary, say)
+            return status
+        finally:
+            database.close()
+
+
+@contextmanager
+def _alone(state: Path) -> Iterator[None]:
+    state.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = locked(state / "run")
+        lock.__enter__()
+    except UsageError as error:
+        raise UsageError(
+            f"{state}: another run is at work here; wait for it, or give each machine's workers a "
+            "--state of their own"
+        ) from error
+    try:
+        yield
+    finally:
+        (state / "run").rmdir()
+        lock.__exit__(None, None, None)
+
+
+@contextmanager
+def _temporary(state: Path) -> Iterator[None]:
+    """Keep the temporary files of this run and its children in one place, and empty it.
+
+    What a killed run left there goes too. Sockets have short names only: where the state folder's
+    own is long, they and all else go to the system's place.
+    """
+    folder = state / "tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    if len(str(folder)) > _LONGEST_PATH:
+        yield
+        return
+    folder.mkdir()
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = None
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stages() -> Stages:
+    from converter.batch.work import STAGES
+
+    return STAGES
+
+
+@contextmanager
+def _stopping(engine: Engine) -> Iterator[None]:
+    """Let SIGTERM and SIGINT stop the engine with grace while this lasts."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        engine.stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def sweep(work: Path, catalogue: Catalogue) -> None:
+    """Remove the folders of releases that nothing more is to be done for."""
+    kept = {
+        f"{entry.release.repo.replace('/', '--')}@{entry.release.commit[:12]}"
+        for entry in catalogue.entries()
+        if entry.job.state == "queued"
+    }
+    for folder in work.iterdir():
+        if folder.name not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def status_of(found: Found, outcome: Outcome) -> int:
+    """The gravest of what happened; waiting for access or room is nothing grave."""
+    statuses = {
+        HUB if job["state"] == "queued" else _STATUS.get(job["class"], FAILED)
+        for job in settled(outcome)
+    }
+    if found.problems:
+        statuses.add(HUB)
+    if outcome.stopped:
+        return TERMINATED
+    return next((status for status in _GRAVEST if status in statuses), DONE)
+
+
+def settled(outcome: Outcome) -> list[dict[str, Any]]:
+    """The last word on each job that failed in a run and was not published after all."""
+    done = {job["target"] for job in outcome.published}
+    return list(
+        {job["target"]: job for job in outcome.failed if job["target"] not in done}.values()
+    )
+
+
+def summarise(found: Found, outcome: Outcome, catalogue: Catalogue) -> dict[str, Any]:
+    """What a run came to, as its digest and the ledger tell it."""
+    return {
+        "seen": found.seen,
+        "wanted": found.matched,
+        "new": found.added,
+        "published": outcome.published,
+        "failed": settled(outcome),
+        "problems": found.problems,
+        "stages": dict(outcome.stages),
+        "states": dict(Counter(entry.state for entry in catalogue.entries())),
+        "stopped": outcome.stopped,
+    }
+
+
+def told(summary: Mapping[str, Any]) -> str:
+    """A summary as one line."""
+    states = ", ".join(f"{count} {state}" for state, count in sorted(summary["states"].items()))
+    return (
+        f"{len(summary['published'])} published, {len(summary['failed'])} failed; "
+        f"in the ledger: {states or 'nothing'}"
+    )
+
+
+def _tell(
+    digest: Digest, name: str, status: int, summary: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    happened = any(summary[key] for key in ("published", "failed", "problems"))
+    if happened or digest.always:
+        send_digest(digest, {"watchlist": name, "status": status, **summary}, say=say)

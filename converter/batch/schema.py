@@ -1,0 +1,159 @@
+"""The ledger's tables, and how an older ledger becomes a current one.
+
+A release is the unit that is claimed, because all its variants are made from one read; a job is
+one variant of it. Times are seconds since 1970 by the database's clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    Connection,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    select,
+)
+
+from converter.errors import UsageError
+
+metadata = MetaData()
+
+version_table = Table("ledger_version", metadata, Column("version", Integer, nullable=False))
+
+toolset = Table(
+    "toolset",
+    metadata,
+    Column("hash", String(64), primary_key=True),
+    Column("versions", JSON, nullable=False),
+)
+
+release = Table(
+    "release",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("repo", String(200), nullable=False),
+    Column("commit", String(64), nullable=False),
+    Column("content", String(64), nullable=False),  # hash of every file but the card
+    Column("weight_bytes", BigInteger, nullable=False),
+    Column("modified", Float, nullable=False),
+    Column("owner", String(100)),  # who holds the lease; null when nobody does
+    Column("host", String(200)),
+    Column("lease_until", Float, nullable=False, default=0.0),
+    Column("heartbeat", Float),
+    Column("claims", Integer, nullable=False, default=0),  # fences off an owner that came back
+    UniqueConstraint("repo", "commit"),
+)
+
+job = Table(
+    "job",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("release_id", Integer, ForeignKey("release.id"), nullable=False),
+    Column("recipe_hash", String(64), nullable=False),
+    Column("tools", String(64), ForeignKey("toolset.hash"), nullable=False),
+    Column("target", String(200), nullable=False),
+    Column("kind", String(10), nullable=False),  # convert, or card: only the card is renewed
+    Column("variant", String(100), nullable=False),
+    Column("recipe", JSON, nullable=False),
+    Column("policy", JSON, nullable=False),
+    Column("state", String(12), nullable=False),
+    Column("stage", String(10)),  # the last one that was entered
+    Column("attempts", JSON, nullable=False),  # failures of each stage since it last went well
+    Column("crashes", Integer, nullable=False, default=0),
+    Column("inside", Integer, nullable=False, default=0),  # 1 while the stage is being worked on
+    Column("lost", Integer, nullable=False, default=0),
+    Column("not_before", Float, nullable=False, default=0.0),
+    Column("error_class", String(12)),
+    Column("error", Text),
+    Column("facts", JSON, nullable=False),  # plan, checkpoint, bytes, parity, address
+    Column("peak_memory", BigInteger),
+    Column("host", String(200)),
+    Column("created", Float, nullable=False),
+    Column("updated", Float, nullable=False),
+    UniqueConstraint("release_id", "recipe_hash", "tools", "target"),
+    Index("job_due", "state", "not_before"),
+    Index("job_target", "target"),
+)
+
+attempt = Table(
+    "attempt",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("job_id", Integer, ForeignKey("job.id"), nullable=False, index=True),
+    Column("stage", String(10), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("started", Float, nullable=False),
+    Column("ended", Float, nullable=False),
+    Column("outcome", String(12), nullable=False),  # ok, or the class of the failure
+    Column("error", Text),
+    Column("host", String(200), nullable=False),
+    Column("peak_memory", BigInteger),
+    Column("bytes", BigInteger),
+)
+
+twin = Table(
+    "twin",
+    metadata,
+    Column("config", String(64), primary_key=True),
+    Column("tools", String(64), primary_key=True),
+    Column("verdict", String(10), nullable=False),
+    Column("text", Text, nullable=False),
+)
+
+watermark = Table(
+    "watermark",
+    metadata,
+    Column("watchlist", String(64), primary_key=True),  # hash of namespace and entry
+    Column("organisation", String(100), primary_key=True),
+    Column("modified", Float, nullable=False),
+)
+
+run = Table(
+    "run",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("watchlist", Text, nullable=False),
+    Column("host", String(200), nullable=False),
+    Column("started", Float, nullable=False),
+    Column("ended", Float),
+    Column("status", Integer),
+    Column("summary", JSON, nullable=False),
+)
+
+
+def _first(connection: Connection) -> None:
+    metadata.create_all(connection)
+
+
+MIGRATIONS: Final[tuple[Callable[[Connection], None], ...]] = (_first,)
+"""Step ``n`` makes version ``n + 1`` out of version ``n``; a released step never changes."""
+
+
+def migrate(connection: Connection, steps: tuple[Callable[[Connection], None], ...]) -> None:
+    """Bring the ledger up to the last step, in the caller's transaction.
+
+    Raises UsageError for a ledger that a newer version has written.
+    """
+    version_table.create(connection, checkfirst=True)
+    found = connection.scalar(select(version_table.c.version)) or 0
+    if found > len(steps):
+        raise UsageError(
+            f"the ledger has schema version {found} and this program knows {len(steps)}: use the "
+            "version of the program that wrote it"
+        )
+    for step in steps[found:]:
+        step(connection)
+    connection.execute(version_table.delete())
+    connection.execute(version_table.insert().values(version=len(steps)))

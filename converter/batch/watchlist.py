@@ -1,0 +1,317 @@
+"""The watch list: which releases are converted into what, and what they may cost.
+
+TOML or YAML, read into frozen models that forbid unknown keys; every problem is reported at once
+with the file and the key.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from converter.batch.quantities import expanded, parse_duration, parse_rate, parse_size
+from converter.errors import UsageError
+from converter.variants import named_variant
+from quant.recipe import Method, Mode, QuantSpec
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w./-]+)?")
+_ACCOUNT = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+
+def _matching(pattern: re.Pattern[str], what: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not pattern.fullmatch(value):
+            raise ValueError(f"{value!r} is not {what}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _template(names: str) -> str:
+    try:
+        made = names.format(organisation="o", model="m", variant="v")
+    except (KeyError, IndexError, ValueError):
+        made = ""
+    if not _ACCOUNT.fullmatch(made) or "{model}" not in names:
+        raise ValueError(
+            f"{names!r} is not made of {{organisation}}, {{model}}, {{variant}}, letters, digits, "
+            "-, _ and .; {model} must be among them"
+        )
+    return names
+
+
+def _variant(name: str) -> str:
+    named_variant(name)
+    return name
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Rate = Annotated[float, BeforeValidator(parse_rate), Field(gt=0)]
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
+Account = Annotated[str, _matching(_ACCOUNT, "the name of an account")]
+Repo = Annotated[str, _matching(_REPO, "a repo such as Qwen/Qwen3-0.6B, or REPO@REVISION")]
+Secret = Annotated[str, AfterValidator(expanded)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Filters(_Strict):
+    """Which of an organisation's releases are wanted; what is not given lets everything pass."""
+
+    include: tuple[str, ...] = Field(default=("*",), strict=False)
+    """Names to take, as shell patterns without the organisation."""
+    exclude: tuple[str, ...] = Field(default=(), strict=False)
+    pipeline_tags: tuple[str, ...] | None = Field(default=None, strict=False)
+    licences: tuple[str, ...] | None = Field(default=None, strict=False)
+    """Licence identifiers of the hub; a release that states none passes only without this."""
+    min_size: Size | None = None
+    max_size: Size | None = None
+    """Bytes of the weight files."""
+    max_age: Duration | None = None
+    """Since the repo was created."""
+    min_downloads: int = Field(default=0, ge=0)
+    """In the last 30 days, as the hub counts them."""
+
+
+class Gates(_Strict):
+    """What must hold before anything is published."""
+
+    kl_threshold: float | None = Field(default=None, gt=0)
+    """Most nats of mean KL divergence that quantizing may cost."""
+    allow_unproven: bool = False
+    allow_gated: bool = False
+    twin: bool = True
+    """Whether a twin is converted and compared before any weight is fetched."""
+
+
+class Recipe(_Strict):
+    """A variant of one's own; names follow the command line."""
+
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    q_mode: Mode | None = None
+    q_bits: int | None = None
+    q_group_size: int | None = None
+    q_method: Method = "rtn"
+    quant_predicate: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        self.quant()
+        if self.quant_predicate is not None:
+            from quant.mixed import MIXED_RECIPES
+
+            if self.quant_predicate not in MIXED_RECIPES:
+                known = ", ".join(MIXED_RECIPES)
+                raise ValueError(f"quant_predicate {self.quant_predicate!r} is not one of {known}")
+        return self
+
+    def quant(self) -> QuantSpec | None:
+        """The quantization, None for plain weights; ValueError where no runtime reads it."""
+        if self.q_mode is None and self.q_bits is None and self.quant_predicate is None:
+            if self.q_group_size is not None or self.q_method != "rtn":
+                raise ValueError(
+                    "q_group_size and q_method have no effect without q_bits or q_mode"
+                )
+            return None
+        return QuantSpec.make(
+            self.q_mode or "affine", self.q_bits, self.q_group_size, self.q_method
+        )
+
+
+class Watch(_Strict):
+    """Some organisations and models, and what is made of their releases."""
+
+    organisations: tuple[Account, ...] = Field(default=(), strict=False)
+    models: tuple[Repo, ...] = Field(default=(), strict=False)
+    """Single repos, followed whatever the filters say; ``REPO@REVISION`` follows that branch."""
+    variants: tuple[Annotated[str, AfterValidator(_variant)], ...] = Field(default=(), strict=False)
+    recipes: tuple[str, ...] = Field(default=(), strict=False)
+    """Names of entries of the top-level ``recipes``."""
+    calibration_data: Path | None = Field(default=None, strict=False)
+    filters: Filters = Filters()
+    gates: Gates = Gates()
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Watch:
+        if not (self.organisations or self.models):
+            raise ValueError("names neither organisations nor models")
+        if not (self.variants or self.recipes):
+            raise ValueError("names neither variants nor recipes")
+        return self
+
+
+class Budgets(_Strict):
+    """What a run may use of its machine."""
+
+    disk: Size | None = None
+    """Bytes of sources, outputs and work; None for what is free."""
+    memory: Size | None = None
+    """Bytes of all conversions and proofs at once; None for four fifths of the machine's."""
+    bandwidth: Rate | None = None
+    """Bytes per second of all downloads together."""
+    jobs: int = Field(default=1, ge=1, le=64)
+    """Conversions and proofs at once."""
+    downloads: int = Field(default=1, ge=1, le=16)
+    uploads: int = Field(default=1, ge=1, le=16)
+
+
+class Retries(_Strict):
+    """How failures that may pass are tried again."""
+
+    attempts: int = Field(default=5, ge=1, le=20)
+    """Of one stage of one job, before it is parked."""
+    first_wait: Duration = 60.0
+    """Doubled after each failure."""
+    longest_wait: Duration = 3600.0
+    patience: Duration = 1800.0
+    """How long a run waits for the next retry that is due; later ones are the next run's."""
+    gated_wait: Duration = 86400.0
+    lease: Duration = 600.0
+    """After this long without a heartbeat another machine may take over."""
+
+
+class Mail(_Strict):
+    """The digest by SMTP."""
+
+    host: str
+    port: int = Field(default=587, ge=1, le=65535)
+    starttls: bool = True
+    sender: str
+    to: tuple[str, ...] = Field(min_length=1, strict=False)
+    user: str | None = None
+    password: Secret | None = None
+
+
+class Digest(_Strict):
+    """Who is told about a run; off unless given."""
+
+    webhook: Secret | None = None
+    mail: Mail | None = None
+    always: bool = False
+    """Also after a run in which nothing happened."""
+
+
+class WatchList(_Strict):
+    """The whole file."""
+
+    namespace: Account
+    """Account that publishes."""
+    names: Annotated[str, AfterValidator(_template)] = "{model}-{variant}"
+    """Name of a published repo, from {organisation}, {model} and {variant}."""
+    private: bool = False
+    state: Path | None = Field(default=None, strict=False)
+    ledger: Secret | None = None
+    """SQLAlchemy URL; None for SQLite in the state folder."""
+    watch: tuple[Watch, ...] = Field(min_length=1, strict=False)
+    recipes: dict[str, Recipe] = {}
+    budgets: Budgets = Budgets()
+    retries: Retries = Retries()
+    digest: Digest = Digest()
+
+    @model_validator(mode="after")
+    def _names_resolve(self) -> WatchList:
+        problems = []
+        for number, entry in enumerate(self.watch):
+            for name in entry.recipes:
+                if name not in self.recipes:
+                    near = _near(name, self.recipes)
+                    problems.append(f"watch[{number}].recipes: there is no recipe {name!r}{near}")
+            twice = {n for n in entry.variants if n in entry.recipes}
+            problems += [
+                f"watch[{number}]: {n!r} is both a variant and a recipe" for n in sorted(twice)
+            ]
+        for name in self.recipes:
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+                problems.append(f"recipes.{name}: not a name that a repo may end in")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def target(self, repo: str, variant: str) -> str:
+        """The repo in which a variant of a release is published."""
+        organisation, _, model = repo.partition("/")
+        name = self.names.format(organisation=organisation, model=model, variant=variant)
+        return f"{self.namespace}/{name}"
+
+
+def read_watchlist(path: Path) -> WatchList:
+    """The watch list in a .toml, .yaml or .yml file; UsageError with every problem."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from error
+    try:
+        return WatchList.model_validate(_parsed(path, text))
+    except ValidationError as error:
+        raise UsageError("\n".join(_lines(path, error.errors()))) from None
+
+
+def _parsed(path: Path, text: str) -> Any:
+    if path.suffix == ".toml":
+        try:
+            return tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(f"{path}: is not TOML: {error}") from error
+    if path.suffix in (".yaml", ".yml"):
+        import yaml
+
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"{path}: is not YAML: {error}") from error
+    raise UsageError(f"{path}: a watch list ends in .toml, .yaml or .yml")
+
+
+def _lines(path: Path, errors: list[Any]) -> Iterator[str]:
+    places = [item["loc"] for item in errors]
+    for item in errors:
+        place = item["loc"]
+        inside = any(other[: len(place)] == place and other != place for other in places)
+        if not (item["type"] == "too_short" and inside):  # its items are there, and wrong
+            yield from _told(path, item)
+
+
+def _told(path: Path, item: Any) -> list[str]:
+    """One line per problem: file, key, what is wrong."""
+    key = ""
+    for part in item["loc"]:
+        key += f"[{part}]" if isinstance(part, int) else f"{'.' if key else ''}{part}"
+    if item["type"] == "extra_forbidden":
+        said = "unknown key" + _near(str(item["loc"][-1]), _fields(item["loc"][:-1]))
+    elif item["type"] == "missing":
+        said = "is missing"
+    else:
+        said = item["msg"].removeprefix("Value error, ")
+    where = f"{path}: {key}: " if key else f"{path}: "
+    return [f"{where}{line}" for line in said.splitlines()]
+
+
+def _fields(location: tuple[Any, ...]) -> list[str]:
+    """The keys that exist where an unknown one was found."""
+    model: type[BaseModel] = WatchList
+    own: dict[str, type[BaseModel]] = {"filters": Filters, "gates": Gates, "budgets": Budgets}
+    own |= {"retries": Retries, "digest": Digest, "mail": Mail, "watch": Watch, "recipes": Recipe}
+    for part in location:
+        model = own.get(str(part), model)
+    return list(model.model_fields)
+
+
+def _near(name: str, known: Any) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,219 @@
+"""The stages after the plan: fetch, convert, prove, publish, and renewing a card."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from converter.batch.examine import examine
+from converter.batch.failures import Failure
+from converter.batch.orders import Answer, Order, Part
+from converter.batch.published import PARITY, facts_of, find_published, snapshot_of
+from converter.errors import GateError, HubError, UsageError
+from converter.execute.folder import MANIFEST
+from converter.hub import download, resolve_revision, upload
+from converter.manifest import read_manifest
+from converter.pipeline import Request, convert, plan_request
+from converter.proof import prove, require_proof
+from converter.publish import upload_output, write_card
+from converter.release import fetch, open_release
+from converter.ui import Console
+
+_QUIET: Final = Console(quiet=True)
+_CARD = "README.md"
+_TOLD = ("config.json", MANIFEST, PARITY, "kv_cache.json")
+"""What a card is written from."""
+
+
+class Throttle:
+    """Holds the threads that report progress up, so that they stay within a bandwidth."""
+
+    def __init__(
+        self,
+        rate: float | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """``rate`` in bytes per second, None for no limit."""
+        self._rate, self._clock, self._sleep = rate, clock, sleep
+        self._started = clock()
+        self._first: int | None = None
+        self._lock = threading.Lock()
+        self.done = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Note the bytes so far; returns when they may have arrived."""
+        with self._lock:
+            first = self._first = done if self._first is None else self._first
+            self.done = done
+        if self._rate is not None:
+            ahead = (done - first) / self._rate - (self._clock() - self._started)
+            if ahead > 0:
+                self._sleep(ahead)
+
+
+def fetch_release(order: Order) -> Answer:
+    """All files of the release, hashes checked."""
+    release = open_release(order.repo, revision=order.commit, cache=order.cache)
+    progress = Throttle(order.bandwidth)
+    fetch(release, progress=progress)
+    return Answer(bytes=progress.done)
+
+
+def convert_release(order: Order) -> Answer:
+    """Every output that is not there yet, from one read of the source."""
+    todo = [part for part in order.parts if not finished(order.out(part), part)]
+    for part in todo:
+        shutil.rmtree(order.out(part), ignore_errors=True)
+    written = 0
+    if todo:
+        data = {part.policy.calibration_data for part in todo} - {None}
+        request = Request(
+            hf_path=order.repo,
+            revision=order.commit,
+            mlx_path=order.folder / "out",
+            recipes=tuple(part.options for part in todo),
+            names=tuple(order.out(part).name for part in todo),
+            workers=order.workers,
+            calibration_data=Path(str(data.pop())) if data else None,
+            cache=order.cache,
+            command=command_of(order),
+        )
+        made = convert(request, _QUIET)
+        for part, output in zip(todo, made, strict=True):
+            written += output.plan.output_bytes
+            if part.plan is not None and output.plan.hash != part.plan:
+                raise HubError(
+                    f"{order.repo}: its headers were read differently before; the hub sends "
+                    "damaged answers"
+                )
+    return Answer(
+        facts={p.job: {"checkpoint": read_manifest(order.out(p)).checkpoint} for p in order.parts},
+        bytes=written,
+    )
+
+
+def finished(out: Path, part: Part) -> bool:
+    """Whether an output of this job's plan is there, whole."""
+    return (out / MANIFEST).is_file() and read_manifest(out).plan == part.plan
+
+
+def command_of(order: Order) -> str:
+    """The command that makes the same outputs by hand, as manifests and cards tell it."""
+    variants = ",".join(part.variant for part in order.parts)
+    told = ["convert", "--hf-path", order.repo, "--revision", order.commit, "--variants", variants]
+    return shlex.join(told)
+
+
+def prove_output(order: Order) -> Answer:
+    """The parity report and card of one output; GateError when it may not be published."""
+    (part,) = order.parts
+    out = order.out(part)
+    if not (out / PARITY).is_file():
+        planned = plan_request(Request(hf_path=str(order.source), recipes=(part.options,)))
+        prove(
+            out,
+            source=order.source,
+            console=_QUIET,
+            plan=planned.plans[0],
+            kl_threshold=part.policy.kl_threshold,
+            workers=order.workers,
+            arch=planned.arch,
+        )
+    card = order.source / _CARD
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+    write_card(out, repo_id=part.target, source_card=text)
+    answer = Answer(facts={part.job: facts_of(_read(out / PARITY))})
+    try:
+        require_proof(out, allow_unproven=part.policy.allow_unproven)
+    except GateError as error:
+        kept = order.kept_report(part)  # the output goes, and a person will ask why
+        kept.mkdir(parents=True, exist_ok=True)
+        for name in (PARITY, "parity.html"):
+            shutil.copyfile(out / name, kept / name)
+        text = str(error).replace(str(out / "parity.html"), str(kept / "parity.html"))
+        answer.failed[part.job] = Failure("gate", text.replace(str(out), part.target))
+    return answer
+
+
+def publish_output(order: Order) -> Answer:
+    """One proven output on the hub, once: a repo that holds this plan's files is left alone."""
+    (part,) = order.parts
+    out = order.out(part)
+    manifest = read_manifest(out)
+    there = find_published(part.target, manifest.plan, order.folder / "remote")
+    if there is None:
+        upload_output(
+            out,
+            part.target,
+            console=_QUIET,
+            private=part.policy.private,
+            allow_gated=part.policy.allow_gated,
+            allow_unproven=part.policy.allow_unproven,
+        )
+        there = find_published(part.target, manifest.plan, order.folder / "remote")
+        if there is None:
+            raise HubError(
+                f"{part.target}: was uploaded, and somebody else has changed it since; look at "
+                "its history"
+            )
+    size = sum(int(entry["bytes"]) for entry in manifest.files.values())
+    return Answer(facts={part.job: there.facts}, published={part.job: there.url}, bytes=size)
+
+
+def renew_card(order: Order) -> Answer:
+    """A published repo's card, for a commit of the release that changed nothing else."""
+    (part,) = order.parts
+    folder = order.folder / "card"
+    source = resolve_revision(order.repo, revision=order.commit)
+    target = snapshot_of(part.target)
+    if target is None or MANIFEST not in target.by_path:
+        raise UsageError(f"{part.target}: has been removed, or is no output of this program")
+    try:
+        names = [
+            n for n in ("config.json", MANIFEST, PARITY, "kv_cache.json") if n in target.by_path
+        ]
+        held = download(target, names, cache_dir=folder / "target")
+        text = None
+        if _CARD in source.by_path:
+            root = download(source, [_CARD], cache_dir=folder / "source")
+            text = (root / _CARD).read_text(encoding="utf-8", errors="replace")
+        work = folder / "out"
+        work.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            shutil.copyfile(held / name, work / name)
+        write_card(work, repo_id=part.target, source_card=text)
+        url = upload(
+            work,
+            part.target,
+            paths=[_CARD],
+            stale=(),
+            private=part.policy.private,
+            commit_message=f"Renew the card from {order.repo} at {order.commit[:12]}",
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Answer(facts={part.job: {"address": url}}, published={part.job: url})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return data
+
+
+STAGES: Final[dict[str, Callable[[Order], Answer]]] = {
+    "examine": examine,
+    "fetch": fetch_release,
+    "convert": convert_release,
+    "prove": prove_output,
+    "publish": publish_output,
+    "card": renew_card,
+}
+"""What a child process does, by the name of its stage."""

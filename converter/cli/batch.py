@@ -1,0 +1,177 @@
+"""``convert batch``: many releases, unattended."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from converter.errors import UsageError
+
+if TYPE_CHECKING:
+    from converter.batch.catalogue import Catalogue, Entry
+
+_place = (
+    click.option(
+        "--state", type=click.Path(path_type=Path), help="Folder of ledger, work and logs."
+    ),
+    click.option("--ledger", help="SQLAlchemy URL; default: SQLite in the state folder."),
+)
+_patterns = click.argument("jobs", nargs=-1, required=True)
+
+
+def _placed(command: Any) -> Any:
+    for option in reversed(_place):
+        command = option(command)
+    return command
+
+
+@click.group()
+def batch() -> None:
+    """Watch releases, and convert, prove and publish them unattended."""
+
+
+@batch.command(name="run")
+@click.argument("watchlist", type=click.Path(path_type=Path))
+@_placed
+@click.option("--quiet", is_flag=True, help="Only the log file is written.")
+def batch_run(watchlist: Path, state: Path | None, ledger: str | None, quiet: bool) -> None:
+    """Find what is new, and work until nothing is due. Safe to repeat and to interrupt."""
+    from converter.batch.run import Place, run
+    from converter.batch.watchlist import read_watchlist
+
+    read = read_watchlist(watchlist)
+    echo = None if quiet else lambda line: print(line, file=sys.stderr, flush=True)
+    place = Place.of(read, state=state, ledger=ledger)
+    status = run(read, place, name=watchlist.name, echo=echo)
+    if status:
+        click.get_current_context().exit(status)
+
+
+@batch.command(name="status")
+@_placed
+@click.option("--all", "everything", is_flag=True, help="Also jobs that newer ones replaced.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything that is known.")
+def batch_status(state: Path | None, ledger: str | None, everything: bool, as_json: bool) -> None:
+    """Every job: state, stage, size, parity, and the reason if it failed."""
+    from converter.batch.status import print_table, rows_of
+
+    entries = _catalogue(state, ledger).entries(superseded=everything)
+    if as_json:
+        click.echo(json.dumps(rows_of(entries), indent=1))
+    else:
+        print_table(entries)
+
+
+@batch.command(name="report")
+@click.argument("out", type=click.Path(path_type=Path), default=Path("batch.html"))
+@_placed
+def batch_report(out: Path, state: Path | None, ledger: str | None) -> None:
+    """Write all runs and jobs as one self-contained HTML page."""
+    from converter.batch.report import write_report
+
+    write_report(_catalogue(state, ledger), out)
+    click.echo(str(out))
+
+
+@batch.command(name="retry")
+@_patterns
+@_placed
+def batch_retry(jobs: tuple[str, ...], state: Path | None, ledger: str | None) -> None:
+    """Make JOBS due at once: numbers, repos or targets, * and ? allowed."""
+    catalogue = _catalogue(state, ledger)
+    chosen = _chosen(catalogue, jobs, ("parked", "quarantined", "waiting", "queued"))
+    catalogue.retry(chosen)
+    _tell("due", chosen)
+
+
+@batch.command(name="park")
+@_patterns
+@_placed
+@click.option("--reason", default="parked by hand", show_default=True)
+def batch_park(jobs: tuple[str, ...], state: Path | None, ledger: str | None, reason: str) -> None:
+    """Leave JOBS alone until they are retried by hand."""
+    catalogue = _catalogue(state, ledger)
+    chosen = _chosen(catalogue, jobs, ("queued", "waiting", "parked", "quarantined"))
+    catalogue.park(chosen, reason)
+    _tell("parked", chosen)
+
+
+@batch.command(name="forget")
+@_patterns
+@_placed
+def batch_forget(jobs: tuple[str, ...], state: Path | None, ledger: str | None) -> None:
+    """Remove JOBS and their history from the ledger; what is published stays published."""
+    catalogue = _catalogue(state, ledger)
+    chosen = _chosen(catalogue, jobs, None)
+    catalogue.forget(chosen)
+    _tell("forgotten", chosen)
+
+
+@batch.command(name="install")
+@click.argument("watchlist", type=click.Path(path_type=Path))
+@_placed
+@click.option("--at", default="02:30", show_default=True, help="Local time of day, HH:MM.")
+@click.option("--kind", type=click.Choice(["systemd", "launchd", "cron"]), help="Default: by host.")
+@click.option("--write", is_flag=True, help="Write the files instead of printing them.")
+def batch_install(
+    watchlist: Path, state: Path | None, ledger: str | None, at: str, kind: str | None, write: bool
+) -> None:
+    """Print (or write) what makes this machine run WATCHLIST every night."""
+    from converter.batch.install import default_kind, schedule, write_files
+    from converter.batch.watchlist import read_watchlist
+
+    read_watchlist(watchlist)
+    if ledger is not None:
+        raise UsageError(
+            "--ledger: a URL with a password does not belong into a unit file; put it into the "
+            "watch list as ${NAME}, or into CONVERT_LEDGER of the unit's environment"
+        )
+    plan = schedule(watchlist, state=state, at=at, kind=kind or default_kind())
+    if write:
+        for path in write_files(plan):
+            click.echo(str(path), err=True)
+    else:
+        for path, text in plan.files.items():
+            click.echo(f"# {path}\n{text}")
+    click.echo(f"then: {plan.then}", err=True)
+
+
+def _catalogue(state: Path | None, ledger: str | None) -> Catalogue:
+    from converter.batch.catalogue import Catalogue
+    from converter.batch.database import Database
+    from converter.batch.ledger import Ledger
+    from converter.batch.run import Place
+
+    place = Place.of(None, state=state, ledger=ledger)
+    if place.url.startswith("sqlite:///") and not Path(place.url[len("sqlite:///") :]).exists():
+        raise UsageError(
+            f"{place.state}: holds no ledger; run `convert batch run WATCHLIST` first, or give "
+            "--state or --ledger"
+        )
+    database = Database(place.url)
+    click.get_current_context().call_on_close(database.close)
+    return Catalogue(Ledger(database))
+
+
+def _chosen(
+    catalogue: Catalogue, patterns: tuple[str, ...], states: tuple[str, ...] | None
+) -> list[Entry]:
+    from converter.batch.catalogue import choose
+
+    chosen = choose(catalogue.entries(superseded=states is None), patterns)
+    chosen = [entry for entry in chosen if states is None or entry.job.state in states]
+    if not chosen:
+        raise UsageError(f"{' '.join(patterns)}: no such job in a state that this changes")
+    busy = [entry.job.target for entry in chosen if entry.running]
+    if busy:
+        raise UsageError(f"{', '.join(busy)}: is being worked on; stop the run first")
+    return chosen
+
+
+def _tell(what: str, chosen: list[Entry]) -> None:
+    for entry in chosen:
+        click.echo(f"{what}: {entry.job.id} {entry.job.target}")

@@ -1,0 +1,203 @@
+"""Shared by the tests of batches: ledgers with jobs in them, and stages that only pretend."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+
+from converter.batch.catalogue import Catalogue, Seen, Wanted
+from converter.batch.database import Database
+from converter.batch.failures import Failure
+from converter.batch.ledger import Ledger, Used
+from converter.batch.orders import Answer, Order
+from converter.batch.recipes import Policy
+from converter.batch.watchlist import Retries
+from converter.plan import Options
+from quant.recipe import QuantSpec
+
+TESTS = Path(__file__).parent
+PATHS = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+RECIPES = {
+    "bf16": Options(dtype="bfloat16"),
+    "4bit": Options(quant=QuantSpec.make("affine", 4, 64)),
+}
+
+
+_opened: list[Database] = []
+
+
+def ledger(url, **settings) -> Ledger:
+    _opened.append(Database(url, patience=20))
+    return Ledger(_opened[-1], retries=Retries(**settings))
+
+
+def close_ledgers() -> None:
+    while _opened:
+        _opened.pop().close()
+
+
+def seen(repo="acme/model", commit="c1", content="weights", modified=1.0) -> Seen:
+    return Seen(repo=repo, commit=commit, content=content, weight_bytes=1000, modified=modified)
+
+
+def wanted(repo="acme/model", *variants, policy=None) -> list[Wanted]:
+    return [
+        Wanted(
+            variant=name,
+            options=RECIPES[name],
+            target=f"night/{repo.split('/')[1]}-{name}",
+            policy=policy or Policy(),
+        )
+        for name in variants or ("bf16",)
+    ]
+
+
+def add(catalogue: Catalogue, repo="acme/model", *variants, **settings) -> int:
+    return catalogue.enqueue(seen(repo, **settings), wanted(repo, *variants))
+
+
+def used(**settings) -> Used:
+    return Used(started=time.time(), ended=time.time(), **settings)
+
+
+def claims_of(url: str, results) -> None:
+    """A worker that takes everything it can get; run in several processes at once."""
+    mine = ledger(url)
+    taken = []
+    while (claim := mine.claim(taken)) is not None:
+        taken.append(claim.release)
+    close_ledgers()
+    results.put(taken)
+
+
+# Stages that tell what they did in a file, and fail as the release's name says.
+
+
+def note(order: Order, stage: str, what: str) -> None:
+    line = json.dumps([time.time(), stage, what, order.repo, len(order.parts)]) + "\n"
+    with (order.folder.parent / "story.jsonl").open("a") as file:
+        file.write(line)
+
+
+def story(folder: Path) -> list[list]:
+    path = folder / "story.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def pretend(stage: str):
+    def work(order: Order) -> Answer:
+        note(order, stage, "begin")
+        name = order.repo.split("/")[1]
+        if name.startswith(f"kill-{stage}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        tries = [s for _, s, what, r, _ in story(order.folder.parent) if r == order.repo]
+        if name.startswith(f"once-{stage}") and tries.count(stage) == 1:
+            time.sleep(float(name.rpartition("-")[2]))
+        if name.startswith(f"slow-{stage}"):
+            time.sleep(float(name.rpartition("-")[2]))
+        if name == f"says-{stage}":
+            print("token hf_sentinelsentinel in a library's own words", file=sys.stderr)
+        if name.startswith(f"raise-{stage}"):
+            raise RuntimeError("a fault of the program")
+        time.sleep(0.05)
+        if name.startswith(f"flaky-{stage}") and tries.count(stage) < 4:
+            kind = Failure("hub", "the hub is failing (HTTP 503)")
+            return Answer(failed={part.job: kind for part in order.parts})
+        note(order, stage, "end")
+        jobs = [part.job for part in order.parts]
+        answer = Answer(facts={job: {"plan": f"plan {job}"} for job in jobs}, bytes=10)
+        if stage == "examine":
+            size = int(name.rpartition("-")[2]) if name.startswith("needs-") else 100
+            answer.needs = {"disk": size, "memory": size}
+            answer.facts = {job: {"plan": "p", "output_bytes": 10} for job in jobs}
+        if stage in ("publish", "card"):
+            answer.published = {job: f"http://hub/{job}" for job in jobs}
+        return answer
+
+    return work
+
+
+examine, fetch, convert, prove, publish, card = map(
+    pretend, ("examine", "fetch", "convert", "prove", "publish", "card")
+)
+
+
+def stage(name: str, order: Order) -> Answer:
+    return globals()[name](order)
+
+
+class Named:
+    """A stage by its name, which can cross to another process."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, order: Order) -> Answer:
+        return stage(self.name, order)
+
+
+STAGES = {n: Named(n) for n in ("examine", "fetch", "convert", "prove", "publish", "card")}
+
+WATCHLIST = """
+namespace = "night"
+[[watch]]
+organisations = ["nobody"]
+variants = ["bf16"]
+[retries]
+lease = "10m"
+first_wait = 0.05
+patience = "1s"
+"""
+
+RUN = """
+import sys
+from pathlib import Path
+from batch_helpers import STAGES
+from converter.batch import run as module
+from converter.batch.discover import Found
+from converter.batch.watchlist import read_watchlist
+module.discover = lambda *arguments, **named: Found()
+if __name__ == "__main__":
+    state = Path(sys.argv[1])
+    place = module.Place.of(None, state=state, ledger=None)
+    watchlist = read_watchlist(state / "watch.toml")
+    told = dict(name="watch.toml", echo=print, stages=STAGES, preload=["batch_helpers"])
+    sys.exit(module.run(watchlist, place, **told))
+"""
+
+
+def start_run(state: Path) -> subprocess.Popen:
+    """``convert batch run`` with pretended stages and no hub, in a process of its own."""
+    script = state / "program.py"
+    state.mkdir(exist_ok=True)
+    script.write_text(RUN)
+    (state / "watch.toml").write_text(WATCHLIST)
+    return subprocess.Popen(
+        [sys.executable, str(script), str(state)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": PATHS},
+    )
+
+
+def start_forkserver() -> None:
+    """Start the server that children are forked from, with this module loaded."""
+    multiprocessing.set_forkserver_preload(["batch_helpers"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", PATHS)
+        forkserver.ensure_running()
+
+
+def wait_for(condition, seconds=180.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.02)

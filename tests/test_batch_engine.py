@@ -1,0 +1,375 @@
+"""The engine with stages that only pretend: order, overlap, budgets, crashes, stops, leases."""
+
+import json
+import os
+import signal
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from batch_helpers import (
+    STAGES,
+    add,
+    close_ledgers,
+    ledger,
+    start_forkserver,
+    start_run,
+    story,
+    wait_for,
+)
+
+from converter.batch import engine as engine_module
+from converter.batch.budget import Budget
+from converter.batch.catalogue import Catalogue
+from converter.batch.discover import Found
+from converter.batch.engine import Engine, Outcome
+from converter.batch.orders import Order, Part
+from converter.batch.recipes import Policy
+from converter.batch.run import status_of, sweep
+from converter.batch.watchlist import Budgets
+from converter.batch.work import Throttle
+from converter.plan import Options
+
+QUICK = {"first_wait": 0.01, "longest_wait": 0.05, "patience": 1.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forkserver():
+    start_forkserver()
+
+
+@pytest.fixture(autouse=True)
+def _closed():
+    yield
+    close_ledgers()
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A ledger's address, and the folder of the work."""
+    work = tmp_path / "work"
+    work.mkdir()
+    return f"sqlite:///{tmp_path / 'ledger.db'}", work
+
+
+def engine(place, lines=None, *, budgets=None, **retries):
+    url, work = place
+    return Engine(
+        ledger(url, **{**QUICK, **retries}),
+        work,
+        budgets=Budgets(**(budgets or {})),
+        workers=1,
+        stages=STAGES,
+        say=(lines if lines is not None else []).append,
+        preload=(),
+    )
+
+
+def catalogue_of(place) -> Catalogue:
+    return Catalogue(ledger(place[0]))
+
+
+def states(place):
+    return {entry.job.target[6:]: entry.job.state for entry in catalogue_of(place).entries()}
+
+
+def test_variants_go_together_until_they_are_proved(place):
+    add(catalogue_of(place), "acme/model", "bf16", "4bit")
+    outcome = engine(place).run()
+    begun = [(stage, parts) for _, stage, what, _, parts in story(place[1]) if what == "begin"]
+    assert begun[:3] == [("examine", 2), ("fetch", 2), ("convert", 2)]
+    assert Counter(begun[3:]) == {("prove", 1): 2, ("publish", 1): 2}
+    assert states(place) == {"model-bf16": "published", "model-4bit": "published"}
+    assert {job["address"] for job in outcome.published} == {"http://hub/1", "http://hub/2"}
+    assert [path.name for path in place[1].iterdir()] == ["story.jsonl"]
+    stages = {row.stage for row in catalogue_of(place).attempts()}
+    assert stages == {"examine", "fetch", "convert", "prove", "publish"}
+    assert all(row.peak_memory > 1e6 for row in catalogue_of(place).attempts())
+
+
+def spans(folder, stage):
+    begun, found = {}, []
+    for when, name, what, repo, _ in story(folder):
+        if name == stage:
+            if what == "begin":
+                begun[repo] = when
+            else:
+                found.append((begun.pop(repo), when, repo))
+    return found
+
+
+def overlap(a, b):
+    return any(x[0] < y[1] and y[0] < x[1] for x in a for y in b if x[2] != y[2])
+
+
+def test_downloads_conversions_and_uploads_overlap_one_of_each(place):
+    for name in ("slow-convert-0.5", "slow-fetch-0.4", "slow-publish-0.3", "good"):
+        add(catalogue_of(place), f"acme/{name}")
+    engine(place).run()
+    assert set(states(place).values()) == {"published"}
+    found = {name: spans(place[1], name) for name in ("fetch", "convert", "publish")}
+    assert overlap(found["fetch"], found["convert"])
+    for one in found.values():  # one slot each
+        assert not overlap(one, one)
+    heavy = found["convert"] + spans(place[1], "prove") + spans(place[1], "examine")
+    assert not overlap(heavy, heavy)
+
+
+def test_disk_is_counted_before_anything_is_downloaded(place):
+    for name in ("needs-600", "needs-x-600", "needs-2000"):
+        add(catalogue_of(place), f"acme/{name}")
+    lines = []
+    budgets = {"disk": 1000, "downloads": 4, "jobs": 4, "uploads": 4}
+    outcome = engine(place, lines, budgets=budgets, patience=0.1).run()
+    assert states(place) == {
+        "needs-600-bf16": "published",
+        "needs-x-600-bf16": "published",
+        "needs-2000-bf16": "waiting",
+    }
+    held = [
+        (begin[0], end[1], begin[2])
+        for begin, end in zip(
+            sorted(spans(place[1], "fetch"), key=lambda s: s[2]),
+            sorted(spans(place[1], "publish"), key=lambda s: s[2]),
+            strict=True,
+        )
+    ]
+    assert not overlap(held, held)
+    (refused,) = outcome.failed
+    assert refused["class"] == "resources"
+    assert refused["reason"] == "acme/needs-2000: needs 2.0 kB of disk and may use 1.0 kB"
+    assert status_of(Found(), outcome) == 0
+
+
+def test_memory_is_counted_before_anything_is_downloaded(place):
+    add(catalogue_of(place), "acme/needs-2000")
+    outcome = engine(place, budgets={"memory": 1500}, patience=0.1).run()
+    assert outcome.failed[0]["reason"].endswith("needs 2.0 kB of memory and may use 1.5 kB")
+    assert spans(place[1], "fetch") == []
+
+
+def test_one_crash_is_tried_again_and_two_are_quarantined(place):
+    add(catalogue_of(place), "acme/kill-convert")
+    add(catalogue_of(place), "acme/good")
+    add(catalogue_of(place), "acme/raise-fetch")
+    lines = []
+    outcome = engine(place, lines).run()
+    assert states(place) == {
+        "kill-convert-bf16": "quarantined",
+        "good-bf16": "published",
+        "raise-fetch-bf16": "quarantined",
+    }
+    by_name = {e.job.target: e.job for e in catalogue_of(place).entries()}
+    killed = by_name["night/kill-convert-bf16"]
+    assert (killed.error_class, killed.crashes) == ("crash", 2)
+    assert killed.error == (
+        "the process was killed by SIGKILL in stage convert, as the system does when memory runs "
+        "out"
+    )
+    assert by_name["night/raise-fetch-bf16"].error == "RuntimeError: a fault of the program"
+    assert any("Traceback" in line for line in lines)
+    crashed = [row for row in catalogue_of(place).attempts() if row.outcome == "crash"]
+    assert [row.stage for row in crashed] == ["convert", "convert"]
+    assert status_of(Found(), outcome) == 1
+    sweep(place[1], catalogue_of(place))
+    assert [p.name for p in place[1].iterdir() if p.is_dir()] == []
+
+
+def test_transient_failures_back_off_within_the_run(place):
+    add(catalogue_of(place), "acme/flaky-fetch", "bf16", "4bit")
+    outcome = engine(place).run()
+    assert set(states(place).values()) == {"published"}
+    outcomes = Counter(row.outcome for row in catalogue_of(place).attempts() if row.job_id == 1)
+    assert outcomes["hub"] == 3  # both variants wait, and are read, together
+    assert status_of(Found(), outcome) == 0
+
+
+def test_a_retry_beyond_patience_is_left_to_the_next_run(place):
+    add(catalogue_of(place), "acme/flaky-fetch")
+    outcome = engine(place, first_wait=60, longest_wait=60).run()
+    assert states(place) == {"flaky-fetch-bf16": "queued"}
+    assert status_of(Found(), outcome) == 5
+    kept = [path for path in place[1].iterdir() if path.is_dir()]
+    assert len(kept) == 1
+    sweep(place[1], catalogue_of(place))
+    assert kept[0].is_dir()  # a retry goes on from it
+
+
+def test_stop_gives_back_what_can_be_resumed_and_lets_uploads_end(place):
+    add(catalogue_of(place), "acme/slow-publish-1")
+    add(catalogue_of(place), "acme/slow-convert-600")
+    mine = engine(place)
+    thread = threading.Thread(target=mine.run)
+    thread.start()
+    wait_for(lambda: {"publish", "convert"} <= {s for _, s, w, r, _ in story(place[1])
+             if f"slow-{s}" in r})  # fmt: skip
+    mine.stop()
+    thread.join(timeout=180)
+    assert not thread.is_alive()
+    assert states(place) == {"slow-publish-1-bf16": "published", "slow-convert-600-bf16": "queued"}
+    entries = {e.release.repo: e for e in catalogue_of(place).entries()}
+    given = entries["acme/slow-convert-600"]
+    assert (given.release.owner, given.job.attempts, given.job.crashes) == (None, {}, 0)
+    assert status_of(Found(), mine.outcome) == 143
+
+
+def test_work_whose_lease_has_passed_is_dropped(place, monkeypatch):
+    add(catalogue_of(place), "acme/slow-convert-600")
+    lines = []
+    mine = engine(place, lines, lease=0.4, patience=0.01)
+    beats = []
+    monkeypatch.setattr(mine.ledger, "heartbeat", lambda claims: beats.append(1) or set())
+    thread = threading.Thread(target=mine.run)
+    thread.start()
+    wait_for(lambda: any(s == "convert" for _, s, _, _, _ in story(place[1])))
+    wait_for(lambda: beats)
+    other = ledger(place[0], lease=60)
+    wait_for(lambda: other.claim() is not None)
+    monkeypatch.undo()
+    thread.join(timeout=180)
+    assert not thread.is_alive()
+    assert any("the lease has passed to another worker" in line for line in lines)
+    (entry,) = catalogue_of(place).entries()
+    assert (entry.release.owner, entry.job.crashes) == (other.owner, 0)
+
+
+def test_a_killed_run_takes_its_children_along_and_loses_nothing(tmp_path):
+    state = tmp_path / "state"
+    url = f"sqlite:///{state / 'ledger.db'}"
+    state.mkdir()
+    add(catalogue_of((url, None)), "acme/once-convert-600")
+    first = start_run(state)
+    try:
+        work = state / "work"
+        wait_for(lambda: any(s == "convert" for _, s, _, _, _ in story(work)))
+        second = start_run(state)
+        said, _ = second.communicate(timeout=180)
+        assert second.returncode == 1
+        assert "another run is at work here" in said
+    finally:
+        first.kill()
+    first.communicate(timeout=180)
+    wait_for(lambda: not children_in(work))
+    third = start_run(state)
+    said, _ = third.communicate(timeout=180)
+    assert third.returncode == 0, said
+    assert "the last run here was killed with 1 releases in hand" in said
+    (entry,) = catalogue_of((url, None)).entries()
+    assert (entry.job.state, entry.job.lost) == ("published", 1)
+    assert [path.name for path in work.iterdir()] == ["story.jsonl"]
+
+
+def children_in(folder):
+    """Processes that have a file open below a folder or work there, by their environment."""
+    found = []
+    for process in os.listdir("/proc"):
+        if process.isdigit():
+            try:
+                command = Path(f"/proc/{process}/cmdline").read_bytes()
+                program = str(folder.parent / "program.py").encode()
+                if program in command:
+                    found.append(int(process))
+            except OSError:
+                continue
+    return found
+
+
+def test_sigterm_ends_a_run_in_order(tmp_path):
+    state = tmp_path / "state"
+    state.mkdir()
+    url = f"sqlite:///{state / 'ledger.db'}"
+    add(catalogue_of((url, None)), "acme/slow-convert-600")
+    run = start_run(state)
+    try:
+        wait_for(lambda: any(s == "convert" for _, s, _, _, _ in story(state / "work")))
+        run.send_signal(signal.SIGTERM)
+        said, _ = run.communicate(timeout=180)
+    finally:
+        run.kill()
+        run.wait()
+    assert run.returncode == 143, said
+    (entry,) = catalogue_of((url, None)).entries()
+    assert (entry.job.state, entry.release.owner, entry.job.lost) == ("queued", None, 0)
+    (ended,) = catalogue_of((url, None)).runs()
+    assert (ended.status, ended.summary["stopped"]) == (143, True)
+
+
+@pytest.mark.parametrize(
+    ("classes", "status"),
+    [
+        ([], 0),
+        ([("parked", "unsupported")], 3),
+        ([("parked", "unsupported"), ("parked", "gate")], 4),
+        ([("parked", "unsupported"), ("queued", "hub")], 5),
+        ([("waiting", "gated"), ("waiting", "resources")], 0),
+        ([("quarantined", "crash"), ("parked", "gate")], 1),
+        ([("queued", "crash")], 5),
+    ],
+)
+def test_exit_status(classes, status):
+    failed = [
+        {"target": f"n/{number}", "state": state, "class": kind}
+        for number, (state, kind) in enumerate(classes)
+    ]
+    assert status_of(Found(), Outcome(failed=failed)) == status
+
+
+def test_budget():
+    budget = Budget("disk", lambda: 100)
+    assert budget.reserve("a", 60)
+    assert not budget.reserve("b", 50)
+    assert budget.refusal(500) is None  # others may leave
+    assert budget.reserve("a", 90)
+    budget.free("a")
+    assert budget.refusal(500) == "needs 500 B of disk and may use 100 B"
+    assert budget.reserve("b", 100)
+
+
+def test_throttle_holds_a_download_to_its_rate():
+    now, slept = [0.0], []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        now[0] += seconds
+
+    throttle = Throttle(100.0, clock=lambda: now[0], sleep=sleep)
+    for done in range(0, 1001, 50):
+        throttle(done, 1000)
+    assert now[0] == pytest.approx(10.0)
+    assert throttle.done == 1000
+    free = Throttle(None, clock=lambda: now[0], sleep=sleep)
+    count = len(slept)
+    free(10**9, 10**9)
+    assert len(slept) == count
+
+
+def test_a_missed_gate_leaves_its_report(tmp_path, monkeypatch):
+    from converter.batch import work
+    from converter.errors import GateError
+
+    part = Part(job=7, variant="4bit", target="night/m-4bit", options=Options(), policy=Policy())
+    order = Order(repo="a/m", commit="c", folder=tmp_path / "work" / "a--m@c", parts=(part,))
+    out = order.out(part)
+    out.mkdir(parents=True)
+    failed = {"name": "kl", "verdict": "fail", "value": 0.5}
+    (out / "parity.json").write_text(json.dumps({"verdict": "fail", "checks": [failed]}))
+    (out / "parity.html").write_text("why")
+    monkeypatch.setattr(work, "write_card", lambda *arguments, **named: None)
+
+    def refuse(folder, **named):
+        raise GateError(f"{folder}: the parity report says fail (kl); see {folder}/parity.html")
+
+    monkeypatch.setattr(work, "require_proof", refuse)
+    answer = work.prove_output(order)
+    kept = tmp_path / "reports" / "night" / "m-4bit" / "parity.html"
+    assert kept.read_text() == "why"
+    assert answer.failed[7].kind == "gate"
+    assert answer.failed[7].text == (f"night/m-4bit: the parity report says fail (kl); see {kept}")
+    assert answer.facts[7]["parity"]["failed"] == ["kl"]
+
+
+def test_grace_is_shorter_than_what_a_service_manager_waits():
+    from converter.batch.install import STOP_S
+
+    assert engine_module.GRACE_S < STOP_S
