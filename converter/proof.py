@@ -188,6 +188,7 @@ def written_weights(
     view = decoded(checkpoint, dtype="F32")
     logical = view.source
     arch = arch or find_map(logical.config)
+    turned = (out / "conversion.json").is_file() and read_manifest(out).rotated
     release = open_folder(source)
     match = match_release(release, arch)
     beside = [drop.name for drop in match.drops if drop.same_as is None]

@@ -110,14 +110,16 @@ def test_a_planted_spike_is_seen_and_survived(spiked):
     from quant.kv.spec import TensorSpec
 
     ids = [int(i) for i in np.random.default_rng(0).integers(5, 500, 320)]
-    measured = sensitivity(spiked, facts, ids[:192], widths=(2, 3, 4, 8))
+    measured = sensitivity(spiked, facts, ids[:192])
     auto = allocated_spec(facts, allocate(facts, measured, bits=4.0))
     forward = forward_of(spiked)
     exact = baseline(forward, own_caches(spiked), ids, chunk=64, start=64)
     plain = TensorSpec(scheme="uniform", bits=4, group=32)
     uniform = spec_for(facts, lambda _: (plain, plain), subtract_mean=False)
     assert effective_bits(auto, facts) <= 4.0 < effective_bits(uniform, facts)
-    ours, stock = (loss(forward, caches(spiked, spec), exact) for spec in (auto, uniform))
+    ours, stock = (
+        loss(forward, caches(spiked, spec), exact)["prefill"] for spec in (auto, uniform)
+    )
     assert ours.kl_mean < stock.kl_mean
     assert ours.kl_mean < 0.1
 
@@ -171,14 +173,9 @@ def test_stock_caches_unpacked_compute_what_their_kernel_does(runtime, output):
 # The command
 
 
-@pytest.fixture(scope="module")
-def output(tinylm, tmp_path_factory):
-    from converter.pipeline import Request, convert
-    from converter.ui import Console
-
-    out = tmp_path_factory.mktemp("kv") / "out"
-    convert(Request(hf_path=str(tinylm), mlx_path=out), Console(quiet=True))
-    return out
+@pytest.fixture
+def output(tinylm_output):
+    return tinylm_output
 
 
 @pytest.fixture
@@ -213,12 +210,14 @@ def test_settings_are_written_measured_and_vouched_for(output, tmp_path):
     assert config["effective_bits"] == 4.25
     assert json.loads((out / "kv_cache.json").read_text()) == report
     chosen = report["chosen"]["long"]
-    assert chosen["all"]["kl_mean"] < 2e-3
-    assert chosen["keys only"]["kl_mean"] + chosen["values only"]["kl_mean"] > 0
+    for part in ("prefill", "decode"):
+        assert chosen[part]["all"]["kl_mean"] < 2e-3
+        assert chosen[part]["keys only"]["kl_mean"] + chosen[part]["values only"]["kl_mean"] > 0
+    assert chosen["decode"]["all"]["positions"] == 32
     measured = {row["flags"]: row for row in report["stock"] if "error" not in row}
     assert any("turboquant" in flags for flags in measured)
     assert report["flags"][0]["kl_mean"] == min(
-        row["long"]["all"]["kl_mean"] for row in measured.values()
+        row["long"]["decode"]["all"]["kl_mean"] for row in measured.values()
     )
     assert "turboquant" in summary_text(report)
     card = write_card(out).read_text()

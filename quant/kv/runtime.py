@@ -9,12 +9,14 @@ from functools import wraps
 from importlib import import_module
 from typing import Any, Final
 
+from quant.kv.batch import BatchQuantizedStateCache
 from quant.kv.cache import QuantizedStateCache
 from quant.kv.spec import KvSpec
 from quant.kv.turbo import KvError
 
 _RUNTIMES: Final = ("mlx_lm", "mlx_vlm")
 _ATTENTION: Final = "quantized_scaled_dot_product_attention"
+_OURS: Final = (QuantizedStateCache, BatchQuantizedStateCache)
 
 
 def caches(model: Any, spec: KvSpec) -> list[Any]:
@@ -24,8 +26,30 @@ def caches(model: Any, spec: KvSpec) -> list[Any]:
     is none that grows by a token a time (sliding windows, recurrences), have the runtime's own.
     KvError when the model has another number of caches, or a layer cannot be what is asked.
     """
-    own = own_caches(model)
     install(type(model).__module__.partition(".")[0])
+    return _replaced(own_caches(model), spec)
+
+
+def use(model: Any, spec: KvSpec) -> None:
+    """Let a loaded model make quantized caches from now on, whoever asks it for caches.
+
+    So they reach what makes its caches itself: the servers and batch generators of both runtimes.
+    ``model`` is what :func:`caches` takes. A second call replaces the settings of the first.
+    """
+    runtime = type(model).__module__.partition(".")[0]
+    install(runtime)
+    vars(model).pop("make_cache", None)
+    _replaced(own_caches(model), spec)  # refuses now what it would refuse later
+
+    def make_cache() -> list[Any]:
+        return _replaced(stock(), spec)
+
+    plain = import_module(f"{runtime}.models.cache").KVCache
+    stock = getattr(model, "make_cache", lambda: [plain() for _ in model.layers])
+    model.make_cache = make_cache
+
+
+def _replaced(own: list[Any], spec: KvSpec) -> list[Any]:
     if len(own) != len(spec.layers):
         raise KvError(f"the model has {len(own)} caches, the settings {len(spec.layers)} layers")
     made: list[Any] = []
@@ -67,7 +91,8 @@ def install(runtime: str) -> None:
     home: Any = sys.modules[f"{runtime}.models.cache"] if runtime in sys.modules else None
     if home is None:
         home = import_module(f"{runtime}.models.cache")
-    setattr(home, QuantizedStateCache.__name__, QuantizedStateCache)
+    for one in _OURS:
+        setattr(home, one.__name__, one)
 
 
 @contextmanager
@@ -91,7 +116,7 @@ def dense_on_cpu(runtime: str) -> Iterator[None]:
         group_size: int = 64,
         bits: int = 8,
     ) -> Any:
-        if isinstance(keys, QuantizedStateCache):
+        if isinstance(keys, _OURS):
             return keys.attend(queries, scale=scale, mask=mask)
         k, v = (
             mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
@@ -112,7 +137,7 @@ def dense_on_cpu(runtime: str) -> Iterator[None]:
 def _reading(stock: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(stock)
     def attention(queries: Any, keys: Any, values: Any, *args: Any, **named: Any) -> Any:
-        if not isinstance(keys, QuantizedStateCache):
+        if not isinstance(keys, _OURS):
             return stock(queries, keys, values, *args, **named)
         scale = named["scale"] if "scale" in named else args[0]
         mask = named["mask"] if "mask" in named else args[1]
