@@ -81,13 +81,14 @@ class Replay:
 @contextmanager
 def recorded(model: Any, ids: Sequence[int], *, chunk: int) -> Iterator[Replay]:
     """Record ``ids`` going through ``model`` in pieces; its layers are its own again afterwards."""
-    layers, own = model.layers, own_caches(model)
-    originals = list(layers)
+    originals, own = list(model.layers), own_caches(model)
+    layers = _home(model, originals)
     stands = [_StandIn(layer) for layer in originals]
-    plain = isinstance(layers, list) and len(own) == len(layers)
-    if plain:
+    plain = len(own) == len(originals)
+    if layers is None:
+        plain = False
+    elif plain:
         layers[:] = stands
-        plain = all(a is b for a, b in zip(model.layers, stands, strict=True))
     try:
         marks: list[list[Any]] = []
         for stand in stands:
@@ -103,8 +104,17 @@ def recorded(model: Any, ids: Sequence[int], *, chunk: int) -> Iterator[Replay]:
             replay.shared = replay.losses(last, own_caches(model)[last], 1)[0] < _SAME
         yield replay
     finally:
-        if isinstance(layers, list):
+        if layers is not None:
             layers[:] = originals
+
+
+def _home(model: Any, layers: Sequence[Any]) -> list[Any] | None:
+    """The list that holds the model's layers, which ``model.layers`` may hand out as a copy."""
+    for _, module in model.named_modules():
+        for value in module.values():
+            if isinstance(value, list) and [*map(id, value)] == [*map(id, layers)]:
+                return value
+    return None
 
 
 def _marking(forward: Forward, marks: list[list[Any]]) -> Forward:

@@ -167,7 +167,7 @@ def _stock_row(
     try:
         with dense_on_cpu(type(model).__module__.partition(".")[0]):
             for name, wanted in exact.items():
-                stepped = _with_stock(model, forward, setting)
+                stepped = stock_forward(model, forward, setting)
                 found = loss(stepped, own_caches(model), wanted)
                 row[name] = {part: {"all": one.to_json()} for part, one in found.items()}
     except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
@@ -175,7 +175,8 @@ def _stock_row(
     return row
 
 
-def _with_stock(model: Any, forward: Forward, setting: Stock) -> Forward:
+def stock_forward(model: Any, forward: Forward, setting: Stock) -> Forward:
+    """``forward``, after which the runtime quantizes the caches as it does when it generates."""
     if type(model).__module__.startswith("mlx_vlm"):
         quantize: Any = import_module("mlx_vlm.generate.common").maybe_quantize_kv_cache
         extra: dict[str, Any] = {"kv_quant_scheme": setting.scheme, "kv_bits": setting.bits}
