@@ -28,8 +28,9 @@ def caches(model: Any, spec: KvSpec) -> list[Any]:
     is none that grows by a token a time (sliding windows, recurrences), have the runtime's own.
     KvError when the model has another number of caches, or a layer cannot be what is asked.
     """
+    own = own_caches(model)
     install(type(model).__module__.partition(".")[0])
-    return _replaced(own_caches(model), spec)
+    return _replaced(own, spec)
 
 
 def use(model: Any, spec: KvSpec) -> None:
@@ -38,14 +39,13 @@ def use(model: Any, spec: KvSpec) -> None:
     So they reach what makes its caches itself: the servers and batch generators of both runtimes.
     ``model`` is what :func:`caches` takes. A second call replaces the settings of the first.
     """
-    runtime = type(model).__module__.partition(".")[0]
-    install(runtime)
     vars(model).pop("make_cache", None)
-    _replaced(own_caches(model), spec)  # refuses now what it would refuse later
+    caches(model, spec)  # refuses now what it would refuse later
 
     def make_cache() -> list[Any]:
         return _replaced(stock(), spec)
 
+    runtime = type(model).__module__.partition(".")[0]
     plain = import_module(f"{runtime}.models.cache").KVCache
     stock = getattr(model, "make_cache", lambda: [plain() for _ in model.layers])
     model.make_cache = make_cache
