@@ -201,6 +201,7 @@ def written_weights(
         Options(target="torch", dtype="float32"),
         torch_config=start(release.config),
         carried=carried,
+        rotated=turned,  # so that the gate judges the fold, too
     )
     parent = scratch or out.parent
     with explain(parent):
