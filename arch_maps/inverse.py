@@ -10,6 +10,7 @@ from arch_maps.ops import (
     Concat,
     Constant,
     Expr,
+    HeadHadamard,
     LowRank,
     Permute,
     Reshape,
@@ -54,6 +55,8 @@ def invert(
             case Affine():
                 scale = 1.0 / unknown.scale
                 work.append((unknown.x, Affine(known, scale, -unknown.offset * scale)))
+            case HeadHadamard():
+                work.append((unknown.x, HeadHadamard(known, unknown.axis, unknown.head)))
             case Concat():
                 for part, low, high in unknown.spans():
                     work.append((part, Slice(known, unknown.axis, low, high)))

@@ -239,7 +239,49 @@ class LowRank:
         return folded
 
 
-Expr = Source | Permute | Reshape | Slice | Concat | Stack | Affine | Constant | LowRank
+@dataclass(frozen=True, slots=True)
+class HeadHadamard:
+    """Every run of ``head`` entries along ``axis`` (0 or 1) times the Hadamard matrix.
+
+    The matrix is Sylvester's over sqrt(head), symmetric and orthogonal, so that the op is its own
+    inverse. Added up in float64 in a fixed order and rounded to float32 once.
+    """
+
+    x: Expr
+    axis: int
+    head: int
+
+    def __post_init__(self) -> None:
+        assert self.head & (self.head - 1) == 0, self
+        assert self.axis in (0, 1), self
+        assert self.x.shape[self.axis] % self.head == 0, self
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the result."""
+        return self.x.shape
+
+    def rows(self, reader: RowReader, start: int, stop: int) -> np.ndarray:
+        """Rows ``[start, stop)`` of the result, in float32; along axis 0 from whole heads."""
+        low, high = start, stop
+        if self.axis == 0:
+            low, high = start // self.head * self.head, -(-stop // self.head) * self.head
+        value = evaluate(self.x, reader, low, high).astype(np.float64)
+        ahead, behind = value.shape[: self.axis], value.shape[self.axis + 1 :]
+        size, step = value.shape[self.axis], 1
+        while step < self.head:
+            pairs = value.reshape(*ahead, size // (2 * step), 2, step, *behind)
+            first, second = np.split(pairs, 2, axis=self.axis + 1)
+            value = np.concatenate([first + second, first - second], axis=self.axis + 1)
+            step *= 2
+        value = value.reshape(*ahead, size, *behind) / math.sqrt(self.head)
+        turned: np.ndarray = value.astype(np.float32)[start - low : stop - low]
+        return turned
+
+
+Expr = (
+    Source | Permute | Reshape | Slice | Concat | Stack | Affine | Constant | LowRank | HeadHadamard
+)
 
 
 def evaluate(expr: Expr, reader: RowReader, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -279,7 +321,9 @@ def streamable(expr: Expr) -> bool:
 
 def exact(expr: Expr) -> bool:
     """Whether the result holds the bits of its inputs (only moves, no arithmetic)."""
-    return not isinstance(expr, Affine | Constant | LowRank) and all(map(exact, children(expr)))
+    if isinstance(expr, Affine | Constant | LowRank | HeadHadamard):
+        return False
+    return all(map(exact, children(expr)))
 
 
 def passes_through(expr: Expr) -> bool:
@@ -311,6 +355,8 @@ def describe(expr: Expr) -> str:
         case LowRank():
             inner = ", ".join(map(describe, children(expr)))
             return f"lowrank({inner}, *{expr.scale:g})"
+        case HeadHadamard():
+            return f"hadamard({describe(expr.x)}, axis={expr.axis}, heads of {int(expr.head)})"
 
 
 def _with_axis(shape: Shape, axis: int, size: int) -> Shape:

@@ -94,12 +94,32 @@ class Layout:
         return self.prefixes[part]
 
 
+@dataclass(frozen=True, slots=True)
+class ValuePath:
+    """What lies between an attention layer's value projection and its output projection.
+
+    Without ``reason`` the layer's output is a sum of value vectors of ``head`` channels, weighted
+    by numbers, and projected: a rotation of every head can be folded into both projections.
+    """
+
+    module: str
+    """Target path of the attention module."""
+    value: str = "v_proj"
+    output: str = "o_proj"
+    head: int = 0
+    beside: tuple[str, ...] = ()
+    """The module's other children, none of which touches values."""
+    reason: str = ""
+    """What stands in the way; empty where nothing does."""
+
+
 @dataclass(slots=True)
 class Tensors:
-    """Rules and drops as a map writes them down."""
+    """Rules and drops as a map writes them down, and what it knows of the values' paths."""
 
     rules: list[Rule] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
+    values: list[ValuePath] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +190,15 @@ class Mount:
         self.rule(f"{name}.weight", Permute(weight, axes), Kind.CONV)
         if bias:
             self.tensor(f"{name}.bias", out, kind=Kind.BIAS)
+
+    def linear_values(self, value: str, output: str, *, head: int, beside: Sequence[str]) -> None:
+        """State that this attention layer only adds up values: see :class:`ValuePath`."""
+        path = ValuePath(self.target, value, output, int(head), tuple(beside))
+        self.out.values.append(path)
+
+    def changed_values(self, reason: str) -> None:
+        """State what this attention layer does to values besides adding them up."""
+        self.out.values.append(ValuePath(self.target, reason=reason))
 
     def drop(
         self,

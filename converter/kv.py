@@ -4,15 +4,76 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from converter.errors import ConvertError, UsageError
+from converter.errors import ConvertError, PlanError, UsageError
 from converter.manifest import file_sha256, read_manifest, refresh
+from converter.plan.model import Plan
 from converter.ui import Console
 
 REPORT: Final = "kv_cache.json"
+FLAG: Final = "--kv-quant-scheme"
+DEFAULT_BITS: Final = 4.0
 KEY: Final = "kv_cache_quantization"
+PARTS: Final = ("prefill", "decode")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvAsked:
+    """What the flags ask of the KV cache."""
+
+    scheme: str
+    bits: float | None = None
+    group: int | None = None
+
+
+def check_planned(plan: Plan, asked: KvAsked, *, model_file: Path | None = None) -> list[str]:
+    """Say before anything is converted which layers' caches will be quantized, and which not.
+
+    The runtime's own model is built on the plan's headers and called without values. PlanError
+    where no layer's cache can be quantized, or a head cannot be stored as asked.
+    """
+    from quant.kv.scan import spec_for, static_scan
+    from quant.kv.study import tensor_spec
+    from quant.kv.turbo import KvError
+    from validate.runtime import RuntimeRefusal, is_generative, runtimes_for
+    from validate.trace import planned_model
+
+    place = None if model_file is None else model_file.parent
+    runtimes = runtimes_for(plan.config, place)
+    if not runtimes or not is_generative(plan.config):
+        raise PlanError(
+            [f"{FLAG}: no stock runtime generates text with {plan.model_type}: it has no KV cache"]
+        )
+    tensors = {t.name: (t.dtype, t.shape) for shard in plan.shards for t in shard.tensors}
+    try:
+        with planned_model(
+            plan.config, tensors, runtime=runtimes[0], model_file=model_file
+        ) as model:
+            facts = static_scan(getattr(model, "language_model", model))
+        if not any(fact.quantizable for fact in facts):
+            raise KvError("; ".join(_kept(facts)))
+        tensor = tensor_spec(asked.scheme, asked.bits or DEFAULT_BITS, asked.group or 64)
+        spec_for(facts, lambda fact: (tensor, tensor))
+    except KvError as error:
+        raise PlanError([f"{FLAG} {asked.scheme}: {error}"]) from error
+    except RuntimeRefusal as refusal:
+        return [f"KV cache: {refusal}; its layers can be told only after the conversion"]
+    count = sum(fact.quantizable for fact in facts)
+    return [f"KV cache: {count} of {len(facts)} layers can be quantized", *_kept(facts)]
+
+
+def _kept(facts: Sequence[Any]) -> list[str]:
+    """A line for each reason that keeps layers in float."""
+    counts = Counter(fact.reason for fact in facts if fact.reason)
+    return [
+        f"{count} layer{'s' * (count > 1)} stay{'s' * (count == 1)} in float: {reason}"
+        for reason, count in counts.items()
+    ]
 
 
 def check_flags(scheme: str | None, bits: float | None, group: int | None) -> None:
@@ -75,7 +136,7 @@ def study_output(
             language,
             _tokens(out, text),
             choice=scheme,  # type: ignore[arg-type]
-            bits=bits if bits is not None else 4.0,
+            bits=DEFAULT_BITS if bits is None else bits,
             group=group or 64,
             progress=lambda said: console.say(f"  {said}"),
         )
@@ -107,20 +168,24 @@ def summary_text(report: dict[str, Any]) -> str:
     chosen = report["chosen"]
     rows = [("chosen: " + str(chosen["scheme"]), chosen["effective_bits"], chosen)]
     rows += [(row["flags"], row["effective_bits"], row) for row in report["stock"]]
-    lines = ["  bits    KL short     KL long      top-1 long  setting"]
+    lines = [
+        "          short text            long text",
+        "  bits    prefill   decode      prefill   decode      same    setting",
+    ]
     for name, bits, row in rows:
         if "error" in row:
             lines.append(f"  {bits:<6.3f}  {row['error'][:60]}  {name}")
             continue
-        short, long = row["short"]["all"], row["long"]["all"]
-        lines.append(
-            f"  {bits:<6.3f}  {short['kl_mean']:<11.3g}  {long['kl_mean']:<11.3g}  "
-            f"{long['top1']:<10.4f}  {name}"
-        )
-    kept = [fact for fact in report["layers"] if fact["reason"]]
-    for reason in dict.fromkeys(fact["reason"] for fact in kept):
-        count = sum(fact["reason"] == reason for fact in kept)
-        lines.append(f"  {count} layers stay in float: {reason}")
+        cells = [row[text][part]["all"] for text in ("short", "long") for part in PARTS]
+        kls = "  ".join(f"{cell['kl_mean']:<8.2g}" for cell in cells[:2])
+        kls += "    " + "  ".join(f"{cell['kl_mean']:<8.2g}" for cell in cells[2:])
+        lines.append(f"  {bits:<6.3f}  {kls}    {cells[3]['top1']:<6.3f}  {name}")
+    lines.append(
+        "  KL in nats, mean over positions; same: positions with the same first choice, decoding a "
+        "long text"
+    )
+    counts = Counter(fact["reason"] for fact in report["layers"] if fact["reason"])
+    lines += [f"  {count} layers stay in float: {reason}" for reason, count in counts.items()]
     return "\n".join(lines)
 
 

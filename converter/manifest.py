@@ -37,6 +37,11 @@ class Manifest:
         return dict(self.data["files"])
 
     @property
+    def rotated(self) -> bool:
+        """Whether the values of the weights are rotated."""
+        return bool((self.data.get("recipe") or {}).get("rotate_values"))
+
+    @property
     def checkpoint(self) -> str:
         """One hash over all files: what a report vouches for."""
         text = json.dumps({n: f["sha256"] for n, f in self.files.items()}, sort_keys=True)

@@ -30,6 +30,7 @@ from converter.execute.folder import (
     work_folder,
 )
 from converter.execute.journal import NAME as JOURNAL
+from converter.kv import KvAsked, check_planned
 from converter.manifest import Manifest, read_manifest, write_manifest
 from converter.maps import WRITTEN, MapChoice, choose_map, load_map
 from converter.mtp import drafter_folder, plan_drafter
@@ -37,6 +38,7 @@ from converter.naming import output_name
 from converter.plan import Options, Plan, build_plan
 from converter.plan.back import build_back_plan
 from converter.plan.match import match_release
+from converter.plan.rotate import FLAG as ROTATE
 from converter.release import Release, fetch, open_release
 from converter.runtime_map import check_reload
 from converter.sidecars import copy_sidecars, write_json
@@ -66,6 +68,8 @@ class Request:
     """LoRA or DoRA that is fused into the release."""
     mtp: bool = False
     """Whether the release's further-token layers become a drafter beside each output."""
+    kv: KvAsked | None = None
+    """What is asked of the KV cache, so that it is refused now where it cannot be."""
     command: str = ""
     cache: Path | None = None
     """Where files from the hub go; None for the client's own cache."""
@@ -90,6 +94,8 @@ class Planned:
     fusion: Fusion | None = None
     drafters: tuple[Plan, ...] = ()
     """One beside each plan, or none at all."""
+    kv: tuple[str, ...] = ()
+    """Which layers' caches will be quantized and which not, where that was asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +140,13 @@ def plan_request(request: Request, console: Console | None = None) -> Planned:
         raise UsageError("--adapter-path is fused into a torch release: leave -d and --to out")
     if back:
         _require_written_map(release, request.maps)
+        if any(options.rotate_values for options in request.recipes):
+            raise UsageError(f"{ROTATE}: starts from a torch release, not from an MLX checkpoint")
         kept = _kept_facts(release)
         for options in request.recipes:
             asked = replace(options, dequantize=False)  # which is what this plan does anyway
+            if options.target == "mlx":  # the weights stay as they are
+                asked = replace(asked, rotate_values=kept.get("rotated", False))
             plans.append(build_back_plan(source, arch, asked, origin=release.origin, **kept))
     else:
         match = match_release(source, arch)
@@ -179,6 +189,11 @@ def plan_request(request: Request, console: Console | None = None) -> Planned:
         view=view,
         arch=arch,
         fusion=fusion,
+        kv=(
+            tuple(check_planned(plans[0], request.kv, model_file=request.maps.model_file))
+            if request.kv is not None
+            else ()
+        ),
         drafters=tuple(
             plan_drafter(source, plan, origin=release.origin)
             for plan in (plans if request.mtp else ())
@@ -218,6 +233,8 @@ def convert(request: Request, console: Console) -> list[Converted]:
                 check_output(out, source=source_root, overwrite=request.overwrite)
                 out.parent.mkdir(parents=True, exist_ok=True)
     console.planned(plans, folders)
+    for line in planned.kv:
+        console.say(line)
     with console.progress("download", unit="bytes") as tick:
         release = fetch(planned.release, progress=tick)
     source = _relocated(planned, release)
@@ -425,9 +442,11 @@ def _kept_facts(release: Release) -> dict[str, Any]:
     root = release.root
     if root is None or not (root / MANIFEST).is_file():
         return {}
-    data = read_manifest(root).data
+    manifest = read_manifest(root)
+    data = manifest.data
     return {
         "torch_config": data.get("source_config"),
         "layout": data.get("layout"),
+        "rotated": manifest.rotated,
         "restore": [d["name"] for d in data.get("drops", ()) if d.get("same_as")],
     }

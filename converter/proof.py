@@ -184,7 +184,8 @@ def _written_weights(
         return nullcontext()
     view = decoded(open_folder(out, allow_mlx=True), dtype="F32")
     arch = arch or find_map(view.source.config)
-    if plan is None and not view.coded and not _arithmetic(arch, view.source.config):
+    exactly = not view.coded and not _rotated(out) and not _arithmetic(arch, view.source.config)
+    if plan is None and exactly:
         return nullcontext()
     return written_weights(out, source, arch=arch, workers=workers)
 
@@ -218,6 +219,7 @@ def written_weights(
         Options(target="torch", dtype="float32"),
         torch_config=start(release.config),
         carried=carried,
+        rotated=_rotated(out),  # so that the gate judges the fold, too
     )
     parent = scratch or out.parent
     with explain(parent):
@@ -232,6 +234,10 @@ def written_weights(
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rotated(out: Path) -> bool:
+    return (out / "conversion.json").is_file() and read_manifest(out).rotated
 
 
 def _lossless(plan: Plan) -> bool:

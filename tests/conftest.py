@@ -15,6 +15,17 @@ def tinylm() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tinylm_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tinylm converted, which both stock runtimes load; tests only read it."""
+    from converter.pipeline import Request, convert
+    from converter.ui import Console
+
+    out = tmp_path_factory.mktemp("tinylm") / "out"
+    convert(Request(hf_path=str(TINYLM), mlx_path=out), Console(quiet=True))
+    return out
+
+
+@pytest.fixture(scope="session")
 def twin_of(tmp_path_factory: pytest.TempPathFactory):
     """The folder of a type's float32 twin, made on its first use; tests only read it."""
     from validate.twin import load_example, make_twin

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -110,16 +112,83 @@ def test_a_planted_spike_is_seen_and_survived(spiked):
     from quant.kv.spec import TensorSpec
 
     ids = [int(i) for i in np.random.default_rng(0).integers(5, 500, 320)]
-    measured = sensitivity(spiked, facts, ids[:192], widths=(2, 3, 4, 8))
+    measured = sensitivity(spiked, facts, ids[:192])
     auto = allocated_spec(facts, allocate(facts, measured, bits=4.0))
     forward = forward_of(spiked)
     exact = baseline(forward, own_caches(spiked), ids, chunk=64, start=64)
     plain = TensorSpec(scheme="uniform", bits=4, group=32)
     uniform = spec_for(facts, lambda _: (plain, plain), subtract_mean=False)
     assert effective_bits(auto, facts) <= 4.0 < effective_bits(uniform, facts)
-    ours, stock = (loss(forward, caches(spiked, spec), exact) for spec in (auto, uniform))
+    ours, stock = (
+        loss(forward, caches(spiked, spec), exact)["prefill"] for spec in (auto, uniform)
+    )
     assert ours.kl_mean < stock.kl_mean
     assert ours.kl_mean < 0.1
+
+
+def test_passes_from_a_layer_on_are_whole_passes(spiked):
+    """What precedes a layer is taken from a recording, and nothing of the loss changes."""
+    from quant.kv.cache import QuantizedStateCache
+    from quant.kv.replay import recorded
+    from quant.kv.scan import spec_for
+    from quant.kv.spec import FLOAT, TensorSpec
+
+    facts, ids = (
+        static_scan(spiked),
+        [int(i) for i in np.random.default_rng(1).integers(5, 500, 320)],
+    )
+    two = TensorSpec(scheme="turboquant", bits=2)
+    spec = spec_for(facts, lambda fact: (two, FLOAT) if fact.index == 2 else (FLOAT, FLOAT))
+    layers = list(spiked.layers)
+
+    def cache():
+        rows = [QuantizedStateCache(spec.layers[2], spec.rotations) for _ in "ab"]
+        return rows[0].merge(rows)
+
+    with recorded(spiked, ids, chunk=64) as replay:
+        assert replay.shared
+        called = []
+        for stand in replay._stands:
+            stand.layer = (lambda layer, i: lambda *a, **k: called.append(i) or layer(*a, **k))(
+                stand.layer, len(called)
+            )
+        found = replay.losses(2, cache(), 2)
+        passed = len(called)
+        replay.shared = False
+        whole = replay.losses(2, cache(), 2)
+    assert passed == len(ids) // 64 * (len(layers) - 2)
+    assert found == pytest.approx(whole, rel=1e-3)
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert found[0] > 1e-5
+    assert list(spiked.layers) == layers
+
+
+def test_losses_between_measured_widths_follow_the_codebooks():
+    from quant.kv.codebook import distortion
+    from quant.kv.scan import _between
+
+    for power in (0.7, 1.0, 1.4):
+        known = {b: 3.0 * distortion(64, b) ** power for b in (2, 4)}
+        assert _between(known, 3, 64) == pytest.approx(3.0 * distortion(64, 3) ** power)
+        beyond = known[4] * distortion(64, 6) / distortion(64, 4)
+        assert _between(known, 6, 64) == pytest.approx(beyond)
+        assert _between(known, 4, 64) == known[4]
+
+
+def test_decoding_is_told_apart_from_the_prompt(spiked):
+    """Token by token as many positions as asked, the rest in pieces, all of them once."""
+    from quant.kv.measure import spans
+
+    plan = spans(1200, 64, 1024, 32)
+    assert [low for low, _, _ in plan[:4]] == [0, 512, 1024, 1088]
+    assert [(high - low, told) for low, high, told in plan[-33:]] == [(16, True)] + [(1, True)] * 32
+    assert [low for low, _, _ in plan[1:]] == [high for _, high, _ in plan[:-1]]
+    ids = [int(i) for i in np.random.default_rng(2).integers(5, 500, 160)]
+    forward = forward_of(spiked)
+    exact = baseline(forward, own_caches(spiked), ids, chunk=64, start=64, steps=8)
+    same = loss(forward, own_caches(spiked), exact)
+    assert {part: one.positions for part, one in same.items()} == {"prefill": 88, "decode": 8}
+    assert all(abs(one.kl_mean) < 1e-6 and one.top1 == 1.0 for one in same.values())
 
 
 def test_sliding_layers_stay_as_they_are(twin_of):
@@ -171,14 +240,9 @@ def test_stock_caches_unpacked_compute_what_their_kernel_does(runtime, output):
 # The command
 
 
-@pytest.fixture(scope="module")
-def output(tinylm, tmp_path_factory):
-    from converter.pipeline import Request, convert
-    from converter.ui import Console
-
-    out = tmp_path_factory.mktemp("kv") / "out"
-    convert(Request(hf_path=str(tinylm), mlx_path=out), Console(quiet=True))
-    return out
+@pytest.fixture
+def output(tinylm_output):
+    return tinylm_output
 
 
 @pytest.fixture
@@ -188,6 +252,7 @@ def brief(monkeypatch):
 
     monkeypatch.setattr(module, "SHORT", 128)
     monkeypatch.setattr(module, "LONG", 320)
+    monkeypatch.setattr(module, "STEPS", 8)
 
 
 @pytest.mark.usefixtures("brief")
@@ -213,12 +278,14 @@ def test_settings_are_written_measured_and_vouched_for(output, tmp_path):
     assert config["effective_bits"] == 4.25
     assert json.loads((out / "kv_cache.json").read_text()) == report
     chosen = report["chosen"]["long"]
-    assert chosen["all"]["kl_mean"] < 2e-3
-    assert chosen["keys only"]["kl_mean"] + chosen["values only"]["kl_mean"] > 0
+    for part in ("prefill", "decode"):
+        assert chosen[part]["all"]["kl_mean"] < 2e-3
+        assert chosen[part]["keys only"]["kl_mean"] + chosen[part]["values only"]["kl_mean"] > 0
+    assert chosen["decode"]["all"]["positions"] == 8
     measured = {row["flags"]: row for row in report["stock"] if "error" not in row}
     assert any("turboquant" in flags for flags in measured)
     assert report["flags"][0]["kl_mean"] == min(
-        row["long"]["all"]["kl_mean"] for row in measured.values()
+        row["long"]["decode"]["all"]["kl_mean"] for row in measured.values()
     )
     assert "turboquant" in summary_text(report)
     card = write_card(out).read_text()
@@ -245,6 +312,70 @@ def test_a_text_too_short_to_tell_is_refused_and_nothing_changes(output, tmp_pat
         )
     assert (output / "config.json").read_bytes() == before
     assert not (output / "kv_cache.json").exists()
+
+
+def test_the_study_has_the_fast_blas(output):
+    """Whether MLX was first imported after the fast BLAS is seen in a process of its own only."""
+    code = f"""
+import quant.kv.study as module
+from pathlib import Path
+from converter.kv import study_output
+from converter.ui import Console
+from quant.kv.turbo import KvError
+from validate.runtime import prepare_mlx
+
+def stopped(*given, **named):
+    raise KvError("prepared" if prepare_mlx() else "MLX came first")
+
+module.study = stopped
+study_output(Path({str(output)!r}), scheme="auto", bits=4, group=None, text=None,
+             console=Console(quiet=True))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "cannot be quantized as asked: prepared" in done.stderr
+
+
+# Told from headers
+
+
+@pytest.mark.parametrize(
+    ("model_type", "asked", "message"),
+    [
+        ("qwen2", {"scheme": "uniform"}, "layer 0, keys: groups of 64 do not divide 32 channels"),
+        ("qwen2", {"scheme": "turboquant", "bits": 3.5}, r"3\.5 bits do not split 32 channels"),
+        ("deepseek_v3", {"scheme": "auto"}, "4 layers stay in float: .* reads keys and values"),
+        ("gpt_oss", {"scheme": "auto"}, "2 layers stay in float: its cache is a RotatingKVCache"),
+        ("bert", {"scheme": "auto"}, "no stock runtime generates text with bert"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_converted(twin_of, model_type, asked, message):
+    from converter.errors import PlanError
+    from converter.kv import KvAsked
+    from converter.pipeline import Request, plan_request
+
+    request = Request(hf_path=str(twin_of(model_type)), kv=KvAsked(**asked))
+    with pytest.raises(PlanError, match=f"--kv-quant-scheme.*{message}"):
+        plan_request(request)
+
+
+def test_the_plan_says_which_layers_stay_in_float(twin_of, capfd):
+    from converter.cli.app import cli
+    from converter.cli.errors import run
+
+    arguments = ["plan", "--hf-path", str(twin_of("minicpmv4_6")), "--kv-quant-scheme", "auto"]
+    assert run(lambda: cli.main(arguments, standalone_mode=False)) == 0
+    shown = capfd.readouterr().out
+    assert "KV cache: 2 of 6 layers can be quantized" in shown
+    assert "4 layers stay in float: its cache is a ArraysCache" in shown
+
+
+def test_layers_that_read_the_keys_of_another_are_served(twin_of):
+    """Gemma 4: three caches for six layers, the last of which take an earlier one's keys."""
+    from converter.kv import KvAsked
+    from converter.pipeline import Request, plan_request
+
+    told = plan_request(Request(hf_path=str(twin_of("gemma4")), kv=KvAsked(scheme="auto"))).kv
+    assert told[0] == "KV cache: 1 of 3 layers can be quantized"
 
 
 @pytest.mark.parametrize(

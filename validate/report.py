@@ -164,7 +164,7 @@ def kv_rows(study: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     rows += [{**row, "setting": row["flags"]} for row in study["stock"]]
     failed = [row for row in rows if "error" in row]
     measured = [row for row in rows if "error" not in row]
-    return sorted(measured, key=lambda row: float(row["long"]["all"]["kl_mean"])) + failed
+    return sorted(measured, key=lambda row: float(row["long"]["decode"]["all"]["kl_mean"])) + failed
 
 
 def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -108,6 +108,32 @@ def trace_loader(
     return _trace(load, config, tensors, runtime=runtime, model_file=model_file)
 
 
+@contextlib.contextmanager
+def planned_model(
+    config: Mapping[str, Any],
+    tensors: Headers,
+    *,
+    runtime: str,
+    model_file: Path | None = None,
+) -> Iterator[Any]:
+    """The model that ``runtime`` would load from a checkpoint with these headers, without values.
+
+    Nothing is computed while the block runs: calling the model tells shapes, and what it refuses.
+    RuntimeRefusal in the runtime's own words.
+    """
+    prepare_mlx()
+    import mlx.core as mx
+
+    _import_models(config, model_file)
+    arrays = {
+        name: mx.zeros(shape, getattr(mx, _MLX[code])) for name, (code, shape) in tensors.items()
+    }
+    with _folder(config, sorted(arrays), model_file) as folder, _reading(arrays):
+        yield MlxRuntime.load(
+            folder, runtime=runtime, trust_remote_code=model_file is not None, lazy=True
+        ).model
+
+
 def trace_drafter(config: Mapping[str, Any], tensors: Headers) -> tuple[Traced, dict[str, Any]]:
     """The drafter that mlx-vlm takes out of a release itself, and its config, from headers alone.
 

@@ -147,6 +147,7 @@ def _attention(at: Mount, s: Sizes, *, keyed: bool) -> None:
     at.norm("q_norm", s.head_dim)
     at.linear("o_proj", s.hidden, s.heads * s.head_dim)
     width = s.kv_heads * s.head_dim
+    at.changed_values("values are normalised, and layers share them")
     if keyed:
         at.linear("k_proj", width, s.hidden)
         at.linear("v_proj", width, s.hidden)

@@ -186,6 +186,7 @@ def _attention(at: Mount, s: Sizes, index: int) -> None:
     at.linear("q_proj", s.heads * size, s.hidden)
     at.linear("o_proj", s.hidden, s.heads * size)
     at.norm("q_norm", size)
+    at.changed_values("values are normalised, and layers share them")
     if s.shares(index):
         why = "the layer takes keys and values from an earlier one"
         for name in ("k_proj", "v_proj"):

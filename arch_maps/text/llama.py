@@ -96,6 +96,8 @@ def attention(at: Mount, s: Sizes) -> None:
     at.linear("k_proj", s.kv_heads * s.head_dim, s.hidden, bias=bias)
     at.linear("v_proj", s.kv_heads * s.head_dim, s.hidden, bias=bias)
     at.linear(s.output, s.hidden, s.heads * s.head_dim, bias=s.attention_bias)
+    norms = s.qk_norms if s.qk_norm else ()
+    at.linear_values("v_proj", s.output, head=s.head_dim, beside=("q_proj", "k_proj", *norms))
     if s.qk_norm:
         for name, heads in zip(s.qk_norms, (s.heads, s.kv_heads), strict=True):
             at.norm(name, heads * s.head_dim if s.wide_qk_norm else s.head_dim)

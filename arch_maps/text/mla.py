@@ -43,6 +43,7 @@ def attention(at: Mount, s: Sizes, *, absorbed: bool = True, halves: bool = Fals
 
     ``halves`` where the release rotates the halves of a head together, and the runtime neighbours.
     """
+    at.changed_values("values are made from a latent vector, which is what the cache holds")
     if halves:
         _paired(at, s)
         return

@@ -93,6 +93,7 @@ def gated_attention(at: Mount, s: Sizes) -> None:
     at.linear("o_proj", s.hidden, s.heads * s.head_dim, bias=bias)
     at.norm("q_norm", s.head_dim, offset=NORM_OFFSET)
     at.norm("k_norm", s.head_dim, offset=NORM_OFFSET)
+    at.changed_values("a gate multiplies what attention gives, channel by channel")
 
 
 def gated_delta_net(at: Mount, s: Sizes) -> None:

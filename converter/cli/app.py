@@ -49,6 +49,7 @@ def cli(context: click.Context, /, **given: Any) -> None:
 @opt.source()
 @opt.recipe
 @opt.mapping
+@opt.kv_cache
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; default: one per core.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON.")
 def plan(**given: Any) -> None:

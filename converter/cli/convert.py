@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from converter.errors import GateError, UsageError
+from converter.kv import KvAsked
 from converter.manifest import verify
 from converter.maps import MapChoice
 from converter.mtp import SUFFIX
@@ -54,6 +55,7 @@ def convert_command(given: dict[str, Any]) -> None:
 
 def plan_command(given: dict[str, Any]) -> None:
     """convert plan: show what would be done."""
+    _check_kv(given)
     request = request_from({**given, "mlx_path": None, "overwrite": False})
     planned = plan_request(request, Console(quiet=given["as_json"]))
     if given["as_json"]:
@@ -62,6 +64,8 @@ def plan_command(given: dict[str, Any]) -> None:
         return
     for plan in (*planned.plans, *planned.drafters):
         click.echo(plan_tables(plan, workers=request.thread_count), nl=False)
+    for line in planned.kv:
+        click.echo(line)
 
 
 def validate_command(given: dict[str, Any]) -> None:
@@ -163,6 +167,7 @@ def request_from(given: dict[str, Any]) -> Request:
         ),
         adapter_path=given["adapter_path"],
         mtp=given["mtp"],
+        kv=_kv_asked(given),
         command=command_text(sys.argv[1:]),
     )
 
@@ -180,6 +185,17 @@ def _check_kv(given: dict[str, Any]) -> None:
     check_flags(given["kv_quant_scheme"], given["kv_bits"], int(group) if group else None)
     if given["kv_quant_scheme"] and given.get("target") == "torch":
         raise UsageError("--kv-quant-scheme: a torch checkpoint has no MLX cache")
+
+
+def _kv_asked(given: dict[str, Any]) -> KvAsked | None:
+    if given.get("kv_quant_scheme") is None:
+        return None
+    group = given["kv_group_size"]
+    return KvAsked(
+        scheme=given["kv_quant_scheme"],
+        bits=given["kv_bits"],
+        group=int(group) if group else None,
+    )
 
 
 def _study_kv(out: Path, given: dict[str, Any], console: Console) -> dict[str, Any]:
@@ -304,6 +320,7 @@ def _recipes(given: dict[str, Any]) -> list[Options]:
                 target=given["target"],
                 dequantize=given["dequantize"],
                 calibration=_calibration(given, quant, target=bool(target)),
+                rotate_values=given["kv_rotate_values"],
                 **target,
             )
         ]
@@ -312,7 +329,12 @@ def _recipes(given: dict[str, Any]) -> list[Options]:
 
 
 def _quantized(given: dict[str, Any], quant: QuantSpec) -> Options:
-    return Options(dtype=given["dtype"], quant=quant, calibration=_calibration(given, quant))
+    return Options(
+        dtype=given["dtype"],
+        quant=quant,
+        calibration=_calibration(given, quant),
+        rotate_values=given["kv_rotate_values"],
+    )
 
 
 def _target(given: dict[str, Any]) -> dict[str, Any]:
@@ -392,7 +414,8 @@ def _variants(given: dict[str, Any]) -> list[Options]:
         except ValueError as error:
             raise UsageError(f"--variants: {error}") from error
         if quant is None:
-            recipes.append(Options(dtype=dtype, dequantize=True))
+            turned = given["kv_rotate_values"]
+            recipes.append(Options(dtype=dtype, dequantize=True, rotate_values=turned))
         else:
             recipes.append(_quantized(given, quant))
     if all(options.calibration is None for options in recipes):

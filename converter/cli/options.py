@@ -66,6 +66,12 @@ recipe = _all(
         help="Choose the format of each matrix for this many bits per weight; reads the weights.",
     ),
     click.option("--q-target-size", help="The same for a size of the weight files, such as 4.2GB."),
+    click.option(
+        "--kv-rotate-values",
+        is_flag=True,
+        help="Fold a rotation of every head into value and output projections, so that any "
+        "runtime's quantized cache loses less.",
+    ),
     click.option("-d", "--dequantize", is_flag=True, help="Plain weights from an MLX checkpoint."),
     click.option("--to", "target", type=click.Choice(["mlx", "torch"]), default="mlx"),
     click.option("--variants", help="Several outputs from one read, such as bf16,8bit,4bit,mxfp4."),

@@ -13,6 +13,7 @@ from arch_maps.ops import (
     Concat,
     Constant,
     Expr,
+    HeadHadamard,
     LowRank,
     Permute,
     Reshape,
@@ -114,7 +115,7 @@ def rebuild(expr: Expr, leaf: Any) -> Expr:
             return expr
         case Concat() | Stack():
             return replace(expr, parts=tuple(rebuild(part, leaf) for part in expr.parts))
-        case Permute() | Reshape() | Slice() | Affine():
+        case Permute() | Reshape() | Slice() | Affine() | HeadHadamard():
             return replace(expr, x=rebuild(expr.x, leaf))
         case LowRank():
             x, up, down = (rebuild(child, leaf) for child in children(expr))

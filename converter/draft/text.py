@@ -14,7 +14,17 @@ from converter.draft.sizes import Sizes
 from converter.draft.statements import hoisted, leaf_of, statements
 from converter.draft.words import Words, call, lookups, quoted, tuple_text, views, wrapped
 
-_OPS = ("Affine", "Concat", "Constant", "LowRank", "Permute", "Reshape", "Slice", "Stack")
+_OPS = (
+    "Affine",
+    "Concat",
+    "Constant",
+    "HeadHadamard",
+    "LowRank",
+    "Permute",
+    "Reshape",
+    "Slice",
+    "Stack",
+)
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 _DIGITS = re.compile(r"(?<=\.)\d+(?=\.|$)")
 

@@ -14,6 +14,7 @@ from arch_maps.ops import (
     Concat,
     Constant,
     Expr,
+    HeadHadamard,
     LowRank,
     Permute,
     Reshape,
@@ -84,6 +85,9 @@ class Words:
                 scale = [] if expr.scale == 1.0 else [f"scale={expr.scale!r}"]
                 offset = [] if expr.offset == 0.0 else [f"offset={expr.offset!r}"]
                 return call("Affine", [inner, *scale, *offset])
+            case HeadHadamard():
+                inner = self.expression(expr.x, labels, mount)
+                return call("HeadHadamard", [inner, str(expr.axis), str(int(expr.head))])
             case LowRank():
                 wide = labels[1] if len(labels) > 1 else None
                 down = self.expression(expr.down, [None, wide], mount)

@@ -13,6 +13,7 @@ from arch_maps.ops import Source as Leaf
 from arch_maps.registry import ArchMap
 from arch_maps.rules import Drop, Kind, Rule
 from converter.errors import PlanError
+from converter.plan import rotate
 from converter.plan.build import assemble, main_dtype, pending_tensors
 from converter.plan.model import Output, Plan
 from converter.plan.options import Options
@@ -29,12 +30,14 @@ def build_back_plan(
     restore: Iterable[str] = (),
     layout: str | None = None,
     carried: Iterable[str] = (),
+    rotated: bool = False,
 ) -> Plan:
     """Plan an MLX checkpoint (decoded view) as torch or as plain MLX; raises PlanError.
 
     ``torch_config`` is the release's own config where a manifest kept it, ``layout`` the layout
     it was read in, ``restore`` the tied tensors that the release held twice, ``carried`` torch
-    tensors that ``source`` holds beside the checkpoint's own and that go along as they are.
+    tensors that ``source`` holds beside the checkpoint's own and that go along as they are,
+    ``rotated`` whether the values of ``source`` are rotated and are to be turned back.
     """
     facts = Facts(source.config)
     chosen = next((one for one in arch.layouts if one.name == layout), arch.layouts[0])
@@ -47,7 +50,8 @@ def build_back_plan(
     if problems:
         raise PlanError(problems)
     if options.target == "torch":
-        rules = _inverse_rules(tensors.rules, tensors.drops, set(restore), carried, problems)
+        there = rotate.values(tensors.rules, tensors.values)[0] if rotated else tensors.rules
+        rules = _inverse_rules(there, tensors.drops, set(restore), carried, problems)
         rules += [_as_is(source, name) for name in carried]
         config = dict(torch_config) if torch_config is not None else start(source.config)
         metadata = {"format": "pt"}

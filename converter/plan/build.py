@@ -18,6 +18,7 @@ from arch_maps.ops import Source as Leaf
 from arch_maps.rules import Kind, Rule
 from converter.decode import View, quantization_settings
 from converter.errors import PlanError, UsageError
+from converter.plan import rotate
 from converter.plan.calibrated import calibrated_spec
 from converter.plan.layout import Pending, lay_out
 from converter.plan.match import Match
@@ -58,7 +59,10 @@ def build_plan(
         raise PlanError(problems)
     spec_for = _quantization(source, match, options)
     view = View(source=source) if view is None else replace(view, source=source)
-    outputs, notes = _outputs(view, match.rules, dtype, spec_for, problems, options)
+    rules, turned = match.rules, ""
+    if options.rotate_values:
+        rules, turned = rotate.values(match.rules, match.values)
+    outputs, notes = _outputs(view, rules, dtype, spec_for, problems, options)
     if problems:
         raise PlanError(problems)
     if options.quant is not None and all(out.quant is None for out, _ in outputs):
@@ -77,7 +81,7 @@ def build_plan(
         drops=(*match.drops, *view.drops),
         options=options,
         config=config,
-        notes=(*source.notes, *match.notes, *facts.notes, *notes),
+        notes=(*source.notes, *match.notes, *facts.notes, *notes, *([turned] if turned else [])),
         origin=origin,
         metadata={"format": "mlx"},
         shard_bytes=shard_bytes,

@@ -13,7 +13,7 @@ from arch_maps.facts import Facts, spell_shape
 from arch_maps.ops import Source as SourceLeaf
 from arch_maps.ops import sources
 from arch_maps.registry import ArchMap, find, map_name, model_types
-from arch_maps.rules import Drop, Layout, Rule, Tensors
+from arch_maps.rules import Drop, Layout, Rule, Tensors, ValuePath
 from arch_maps.unmapped import RUNTIME_ONLY, UNMAPPED
 from converter.errors import PlanError
 from converter.source import Source, TensorInfo
@@ -33,6 +33,7 @@ class Match:
     drops: tuple[Drop, ...]
     """Only those whose tensor is present."""
     notes: tuple[str, ...]
+    values: tuple[ValuePath, ...] = ()
 
 
 def find_map(config: Mapping[str, Any]) -> ArchMap:
@@ -68,9 +69,16 @@ def match_release(source: Source, arch: ArchMap) -> Match:
     layout, tensors, facts = min(candidates, key=lambda one: unmatched(source, one[1]))
     problems = disagreements(source.tensors, tensors)
     if problems:
-        raise PlanError(_grouped(problems))
+        raise PlanError(grouped(problems))
     present = tuple(drop for drop in tensors.drops if drop.name in source.tensors)
-    return Match(arch, layout, tuple(tensors.rules), present, tuple(facts.notes))
+    return Match(
+        arch,
+        layout,
+        tuple(tensors.rules),
+        present,
+        tuple(facts.notes),
+        tuple(tensors.values),
+    )
 
 
 def unmatched(source: Source, tensors: Tensors) -> int:
@@ -130,7 +138,7 @@ def _near(name: str, others: list[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _grouped(problems: Iterable[str]) -> list[str]:
+def grouped(problems: Iterable[str]) -> list[str]:
     """One line for each run of layers that share a problem, the first lines of each kind."""
     groups: dict[str, list[str]] = defaultdict(list)
     for problem in problems:

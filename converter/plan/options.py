@@ -35,6 +35,8 @@ class Options:
     """The only group size to choose from, None for all."""
     allocation: Allocation | None = None
     """What was chosen for the target; ``quant`` is then the spec of most weights."""
+    rotate_values: bool = False
+    """Whether a rotation of every head is folded into value and output projections."""
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in MLX_DTYPES:
@@ -108,4 +110,6 @@ class Options:
             recipe["target_size"] = {"bits": self.target_bits, "bytes": self.target_bytes}
         if self.allocation is not None:
             recipe["allocation"] = self.allocation.to_json()
+        if self.rotate_values:
+            recipe["rotate_values"] = True
         return recipe

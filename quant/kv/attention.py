@@ -155,11 +155,14 @@ class _Softmax:
         self.sums[id(basis)] = (basis, found if kept is None else kept[1] + found)
 
     def result(self) -> Any:
-        total = None
+        import mlx.core as mx
+
+        total: Any = None
         for basis, value in self.sums.values():
             plain = basis.inverse(value) if basis else value
             total = plain if total is None else total + plain
-        return total / self.total
+        # A query may attend to nothing (padding in a batch): zero, so that nothing spreads.
+        return total / mx.maximum(self.total, 1e-30)
 
 
 def _masked(scores: mx.array, mask: Any, start: int, end: int, length: int, total: int) -> mx.array:

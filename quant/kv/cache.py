@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,12 +11,13 @@ from quant.kv.attention import Part, Plain, Stored, attend
 from quant.kv.rotation import Rotation
 from quant.kv.spec import LayerSpec, TensorSpec
 from quant.kv.store import Store
+from quant.kv.turbo import KvError
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 _BLOCK: Final = 64
-"""Tokens that leave the full-precision window together."""
+"""Tokens that leave the full-precision window together; without a window, each on its own."""
 
 
 class QuantizedStateCache:
@@ -56,6 +57,8 @@ class QuantizedStateCache:
         if skip < keys.shape[2]:
             self.last = _joined(self.last, keys[:, :, skip:], values[:, :, skip:])
         self.offset += keys.shape[2]
+        if not self.spec.window:  # attended to as it is stored, from the first
+            self._settle()
         return self, self
 
     def attend(self, queries: mx.array, *, scale: float, mask: Any = None) -> mx.array:
@@ -89,7 +92,8 @@ class QuantizedStateCache:
     def _settle(self) -> None:
         """Encode what has left the window, in whole blocks."""
         tokens = self.last.tokens if self.last else 0
-        over = (tokens - self.spec.window) // _BLOCK * _BLOCK
+        block = _BLOCK if self.spec.window else 1
+        over = (tokens - self.spec.window) // block * block
         if self.last is None or over <= 0 or self.offset < self.spec.start:
             return
         keys, values = self.last.keys(0, over), self.last.values(0, over)
@@ -131,6 +135,47 @@ class QuantizedStateCache:
             self.first = _cut(self.first, left)
         self.offset -= count
         return count
+
+    # What the runtimes' batch generation calls
+
+    @property
+    def batch(self) -> int:
+        """Sequences, which are equally long."""
+        run = self.first or self.last
+        return int(run.key_array.shape[0]) if run else 1
+
+    def row(self, index: int) -> QuantizedStateCache:
+        """A copy of one sequence."""
+        made = QuantizedStateCache(self.spec, self.rotations)
+        made.offset, made.dims = self.offset, self.dims
+        one = slice(index, index + 1)
+        made.first, made.last = (
+            Plain(run.key_array[one], run.value_array[one]) if run else None
+            for run in (self.first, self.last)
+        )
+        made.mean = None if self.mean is None else self.mean[one]
+        if self.stores is not None:
+            made.stores = made._new_stores()
+            for store, own in zip(made.stores, self.stores, strict=True):
+                store.arrays = tuple(part[one] for part in own.kept())
+                store.count = own.count
+        return made
+
+    @classmethod
+    def merge(cls, caches: Sequence[Any]) -> Any:
+        """Single caches as one batch of unequal lengths."""
+        from quant.kv.batch import BatchQuantizedStateCache
+
+        return BatchQuantizedStateCache.merge(caches)
+
+    def to_batch(self, left_padding: Sequence[int]) -> Any:
+        """An empty batch of these settings, for prompts that are padded on the left."""
+        from quant.kv.batch import BatchQuantizedStateCache
+
+        if self.offset:
+            raise KvError("a cache that holds tokens joins a batch by merge()")
+        rows = [QuantizedStateCache(self.spec, self.rotations) for _ in left_padding]
+        return BatchQuantizedStateCache(rows, [int(pad) for pad in left_padding], 0)
 
     def size(self) -> int:
         """Tokens."""

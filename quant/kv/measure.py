@@ -1,13 +1,16 @@
-"""What a cache costs: a text fed through it in chunks, against the same through a float cache."""
+"""What a cache costs: a text fed through it, against the same text through a float cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+LEAD: Final = 512
+"""Tokens that go through at once where nothing is measured."""
 
 Forward = Callable[[Any, list[Any]], "mx.array"]
 """(token ids [1, length], caches) -> logits [1, length, vocabulary]"""
@@ -15,7 +18,7 @@ Forward = Callable[[Any, list[Any]], "mx.array"]
 
 @dataclass(frozen=True, kw_only=True)
 class KvLoss:
-    """KL of next-token distributions from the float cache's, in nats, over all positions."""
+    """KL of next-token distributions from the float cache's, in nats, over some positions."""
 
     kl_mean: float
     kl_p99: float
@@ -33,12 +36,18 @@ class KvLoss:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Log-probabilities of the float cache for one text, from ``start`` on."""
+    """Log-probabilities of the float cache for one text, from token ``start`` on.
+
+    The text is a prompt taken in pieces of ``chunk`` tokens, and ``steps`` tokens after it that are
+    decoded one by one.
+    """
 
     ids: tuple[int, ...]
     chunk: int
     start: int
-    pieces: tuple[Any, ...]
+    steps: int
+    rows: Any
+    """[len(ids) - start, vocabulary], float32."""
 
 
 def forward_of(model: Any) -> Forward:
@@ -52,56 +61,105 @@ def forward_of(model: Any) -> Forward:
 
 
 def baseline(
-    forward: Forward, caches: list[Any], ids: Sequence[int], *, chunk: int, start: int = 0
+    forward: Forward,
+    caches: list[Any],
+    ids: Sequence[int],
+    *,
+    chunk: int,
+    start: int = 0,
+    steps: int = 0,
 ) -> Baseline:
-    """Run ``ids`` through float ``caches`` and keep what they predict from position ``start``."""
-    pieces = tuple(piece for _, piece in _chunks(forward, caches, ids, chunk, start))
-    return Baseline(tuple(ids), chunk, start, pieces)
-
-
-def loss(forward: Forward, caches: list[Any], wanted: Baseline) -> KvLoss:
-    """Run the baseline's text through other caches, and compare position by position.
-
-    The text goes through in the same chunks, so that later chunks attend to what the caches made
-    of the earlier ones: a single prefill would attend to everything as it came.
-    """
-    import mlx.core as mx
-    import numpy as np
-
-    kls, agree, gained = [], [], 0.0
-    after = {index: token for index, token in enumerate(wanted.ids[1:])}
-    found = _chunks(forward, caches, wanted.ids, wanted.chunk, wanted.start)
-    for (at, other), exact in zip(found, wanted.pieces, strict=True):
-        kls.append(np.array((mx.exp(exact) * (exact - other)).sum(axis=-1)))
-        agree.append(np.array(exact.argmax(axis=-1) == other.argmax(axis=-1)))
-        known = [(row, after[at + row]) for row in range(exact.shape[0]) if at + row in after]
-        if known:
-            rows, tokens = (mx.array(list(part)) for part in zip(*known, strict=True))
-            gained += float((exact[rows, tokens] - other[rows, tokens]).sum())
-    kl, same = np.concatenate(kls), np.concatenate(agree)
-    return KvLoss(
-        kl_mean=float(kl.mean()),
-        kl_p99=float(np.quantile(kl, 0.99)),
-        top1=float(same.mean()),
-        ppl_ratio=float(np.exp(gained / max(1, kl.size))),
-        positions=int(kl.size),
-        tokens=len(wanted.ids),
-    )
-
-
-def _chunks(forward: Forward, caches: list[Any], ids: Sequence[int], chunk: int, start: int) -> Any:
-    """(position, log-probabilities [length, vocabulary] in float32) of each chunk from ``start``.
-
-    ``start`` is rounded up to a whole chunk.
-    """
+    """Run ``ids`` through float ``caches`` and keep what they predict from token ``start`` on."""
     import mlx.core as mx
 
-    for at in range(0, len(ids), chunk):
-        logits = forward(mx.array([list(ids[at : at + chunk])]), caches)[0]
-        if at >= start:
-            logits = logits.astype(mx.float32)
-            logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-            mx.eval(logits)
-            yield at, logits
-        else:
-            mx.eval(logits)
+    found = [rows[0] for _, rows in _pieces(forward, caches, ids, spans(len(ids), chunk, start, 0))]
+    return Baseline(tuple(ids), chunk, start, steps, mx.concatenate(found))
+
+
+def loss(forward: Forward, caches: list[Any], wanted: Baseline) -> dict[str, KvLoss]:
+    """Run the baseline's text through other caches: the loss of "prefill" and of "decode".
+
+    The prompt goes through in pieces, so that each attends to what the caches made of those before
+    it; what follows goes through token by token, which takes another way through the attention
+    layers of some runtimes. Either is absent where the baseline has none of it.
+    """
+    return rowwise(forward, caches, wanted, 1)[0]
+
+
+def rowwise(
+    forward: Forward, caches: list[Any], wanted: Baseline, batch: int
+) -> list[dict[str, KvLoss]]:
+    """:func:`loss` of ``batch`` copies of the text, whose caches may differ row by row."""
+    tallies = [{"prefill": _Tally(), "decode": _Tally()} for _ in range(batch)]
+    total = len(wanted.ids)
+    plan = spans(total, wanted.chunk, wanted.start, wanted.steps)
+    for at, rows in _pieces(forward, caches, wanted.ids, plan, batch):
+        end = at + rows.shape[1]
+        exact = wanted.rows[at - wanted.start : end - wanted.start]
+        part = "prefill" if at < total - wanted.steps else "decode"
+        for tally, row in zip(tallies, rows, strict=True):
+            tally[part].add(exact, row, wanted.ids[at + 1 : end + 1])
+    return [
+        {part: found.loss(total) for part, found in tally.items() if found.kl} for tally in tallies
+    ]
+
+
+@dataclass
+class _Tally:
+    kl: list[Any] = field(default_factory=list)
+    same: list[Any] = field(default_factory=list)
+    gained: float = 0.0
+
+    def add(self, exact: Any, other: Any, following: Sequence[int]) -> None:
+        """Rows [length, vocabulary] of both; ``following`` are the tokens that came."""
+        import mlx.core as mx
+        import numpy as np
+
+        self.kl.append(np.array((mx.exp(exact) * (exact - other)).sum(axis=-1)))
+        self.same.append(np.array(exact.argmax(axis=-1) == other.argmax(axis=-1)))
+        if following:
+            rows, tokens = mx.arange(len(following)), mx.array(list(following))
+            self.gained += float((exact[rows, tokens] - other[rows, tokens]).sum())
+
+    def loss(self, tokens: int) -> KvLoss:
+        """Everything together."""
+        import numpy as np
+
+        kl, same = np.concatenate(self.kl), np.concatenate(self.same)
+        return KvLoss(
+            kl_mean=float(kl.mean()),
+            kl_p99=float(np.quantile(kl, 0.99)),
+            top1=float(same.mean()),
+            ppl_ratio=float(np.exp(self.gained / kl.size)),
+            positions=int(kl.size),
+            tokens=tokens,
+        )
+
+
+def spans(total: int, chunk: int, start: int, steps: int) -> list[tuple[int, int, bool]]:
+    """(first token, one past the last, measured) of each piece that a text is taken in."""
+    prompt = total - steps
+    cuts = [*range(0, start, LEAD), *range(start, prompt, chunk), *range(prompt, total)]
+    ends = [*cuts[1:], total]
+    return [(low, high, low >= start) for low, high in zip(cuts, ends, strict=True)]
+
+
+def _pieces(
+    forward: Forward,
+    caches: list[Any],
+    ids: Sequence[int],
+    plan: Sequence[tuple[int, int, bool]],
+    batch: int = 1,
+) -> Iterator[tuple[int, Any]]:
+    """(first token, log-probabilities [batch, length, vocabulary] in float32), where measured."""
+    import mlx.core as mx
+
+    for low, high, measured in plan:
+        logits = forward(mx.array([list(ids[low:high])] * batch), caches)
+        if not measured:  # what the caches hold needs no output projection
+            mx.eval([cache.state for cache in caches if not cache.empty()])
+            continue
+        logits = logits.astype(mx.float32)
+        logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        mx.eval(logits)
+        yield low, logits

@@ -7,14 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
+from inspect import signature
 from typing import Any, Final
 
+from quant.kv.batch import BatchQuantizedStateCache
 from quant.kv.cache import QuantizedStateCache
 from quant.kv.spec import KvSpec
 from quant.kv.turbo import KvError
 
 _RUNTIMES: Final = ("mlx_lm", "mlx_vlm")
 _ATTENTION: Final = "quantized_scaled_dot_product_attention"
+_WHOLE: Final = "scaled_dot_product_attention"
+_OURS: Final = (QuantizedStateCache, BatchQuantizedStateCache)
 
 
 def caches(model: Any, spec: KvSpec) -> list[Any]:
@@ -26,6 +30,28 @@ def caches(model: Any, spec: KvSpec) -> list[Any]:
     """
     own = own_caches(model)
     install(type(model).__module__.partition(".")[0])
+    return _replaced(own, spec)
+
+
+def use(model: Any, spec: KvSpec) -> None:
+    """Let a loaded model make quantized caches from now on, whoever asks it for caches.
+
+    So they reach what makes its caches itself: the servers and batch generators of both runtimes.
+    ``model`` is what :func:`caches` takes. A second call replaces the settings of the first.
+    """
+    vars(model).pop("make_cache", None)
+    caches(model, spec)  # refuses now what it would refuse later
+
+    def make_cache() -> list[Any]:
+        return _replaced(stock(), spec)
+
+    runtime = type(model).__module__.partition(".")[0]
+    plain = import_module(f"{runtime}.models.cache").KVCache
+    stock = getattr(model, "make_cache", lambda: [plain() for _ in model.layers])
+    model.make_cache = make_cache
+
+
+def _replaced(own: list[Any], spec: KvSpec) -> list[Any]:
     if len(own) != len(spec.layers):
         raise KvError(f"the model has {len(own)} caches, the settings {len(spec.layers)} layers")
     made: list[Any] = []
@@ -57,17 +83,26 @@ def install(runtime: str) -> None:
     """Let a runtime's attention read these caches; does nothing a second time.
 
     Both runtimes send caches that have ``bits`` through one function of their base module. It is
-    wrapped: for a cache of ours it hands the queries over, for any other it is what it was.
+    wrapped: for a cache of ours it hands the queries over, for any other it is what it was. So is
+    the function before it, wherever a model's module has taken it: layers that read the keys of an
+    earlier layer call it without a cache.
     """
     base: Any = import_module(f"{runtime}.models.base")
-    stock = getattr(base, _ATTENTION)
-    if not hasattr(stock, "reads_quantized_state"):
-        setattr(base, _ATTENTION, _reading(stock))
+    for name in (_ATTENTION, _WHOLE):
+        stock = getattr(base, name)
+        if not hasattr(stock, "reads_quantized_state"):
+            setattr(base, name, _reading(stock))
+    whole = getattr(base, _WHOLE)
+    for path, module in list(sys.modules.items()):
+        taken = path.startswith(f"{runtime}.models.") and getattr(module, _WHOLE, None)
+        if taken is whole.__wrapped__:
+            setattr(module, _WHOLE, whole)
     # Saved prompt caches name their class; the loader looks among the runtime's own.
     home: Any = sys.modules[f"{runtime}.models.cache"] if runtime in sys.modules else None
     if home is None:
         home = import_module(f"{runtime}.models.cache")
-    setattr(home, QuantizedStateCache.__name__, QuantizedStateCache)
+    for one in _OURS:
+        setattr(home, one.__name__, one)
 
 
 @contextmanager
@@ -91,7 +126,7 @@ def dense_on_cpu(runtime: str) -> Iterator[None]:
         group_size: int = 64,
         bits: int = 8,
     ) -> Any:
-        if isinstance(keys, QuantizedStateCache):
+        if isinstance(keys, _OURS):
             return keys.attend(queries, scale=scale, mask=mask)
         k, v = (
             mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
@@ -110,13 +145,17 @@ def dense_on_cpu(runtime: str) -> Iterator[None]:
 
 
 def _reading(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``stock``, of queries, keys, values and more, but for keys that are a cache of ours."""
+    order = list(signature(stock).parameters)[3:]
+
     @wraps(stock)
     def attention(queries: Any, keys: Any, values: Any, *args: Any, **named: Any) -> Any:
-        if not isinstance(keys, QuantizedStateCache):
+        if not isinstance(keys, _OURS):
             return stock(queries, keys, values, *args, **named)
-        scale = named["scale"] if "scale" in named else args[0]
-        mask = named["mask"] if "mask" in named else args[1]
-        return keys.attend(queries, scale=scale, mask=mask)
+        given = {**dict(zip(order, args, strict=False)), **named}
+        if given.get("sinks") is not None:
+            raise ValueError("quantized caches are not attended to with attention sinks")
+        return keys.attend(queries, scale=given["scale"], mask=given.get("mask"))
 
     attention.reads_quantized_state = True  # type: ignore[attr-defined]
     return attention

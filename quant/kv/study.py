@@ -11,6 +11,7 @@ from quant.kv.measure import Baseline, Forward, baseline, forward_of, loss
 from quant.kv.runtime import dense_on_cpu, own_caches
 from quant.kv.scan import (
     CHUNK,
+    WIDTHS,
     LayerFacts,
     allocate,
     allocated_spec,
@@ -25,8 +26,12 @@ from quant.kv.turbo import KvError
 
 Choice = Literal["uniform", "turboquant", "auto"]
 CHOICES: Final[tuple[Choice, ...]] = ("uniform", "turboquant", "auto")
+STEPS: Final = 32
+"""Tokens that are decoded one by one, after the prompt."""
 SHORT: Final = 512
-LONG: Final = 4096 + 2 * CHUNK
+LONG: Final = 4096 + 7 * CHUNK + STEPS
+_FAR: Final = 4096
+"""Where measuring starts in a text that is longer."""
 _TRIES: Final = 5
 
 
@@ -76,18 +81,26 @@ def study(
         measured = sensitivity(model, facts, short, progress=progress)
         spec = allocated_spec(facts, allocate(facts, measured, bits=bits))
         report["sensitivity"] = [
-            {"layer": layer, "of": role, "bits": width, "kl_mean": kl}
+            {
+                "layer": layer,
+                "of": role,
+                "bits": width,
+                "kl_mean": kl,
+                "measured": width in measured.measured,
+            }
             for (layer, role, width), kl in sorted(measured.kl.items())
         ]
     else:
-        tensor = TensorSpec(scheme=choice, bits=bits, group=group, tries=_TRIES)
+        tensor = tensor_spec(choice, bits, group)
         spec = spec_for(facts, lambda fact: (tensor, tensor))
     forward = forward_of(model)
     texts = {"short": short, "long": list(ids[:LONG])}
     exact: dict[str, Baseline] = {}
     for name, text in texts.items():
         say(f"KV cache: {len(text)} tokens with a float cache")
-        exact[name] = baseline(forward, own_caches(model), text, chunk=CHUNK, start=_start(text))
+        exact[name] = baseline(
+            forward, own_caches(model), text, chunk=CHUNK, start=_start(text), steps=STEPS
+        )
     say("KV cache: as chosen")
     report["chosen"] = {
         "scheme": choice,
@@ -102,9 +115,19 @@ def study(
     return Study(spec=spec, report=report)
 
 
+def tensor_spec(choice: str, bits: float, group: int = 64) -> TensorSpec:
+    """How keys and values are stored alike; for "auto" one of the widths that it chooses from."""
+    if choice == "auto":
+        return TensorSpec(scheme="turboquant", bits=WIDTHS[0], tries=_TRIES)
+    scheme: Any = choice
+    return TensorSpec(scheme=scheme, bits=bits, group=group, tries=_TRIES)
+
+
 def _start(text: Sequence[int]) -> int:
     """Where measuring starts: of a long text its last part, which attends to all before it."""
-    return CHUNK if len(text) <= SHORT else len(text) - SHORT
+    if len(text) <= SHORT:
+        return CHUNK
+    return _FAR if len(text) > _FAR + STEPS + CHUNK else len(text) - len(text) // 4
 
 
 def stock_settings(model: Any, facts: Sequence[LayerFacts]) -> list[Stock]:
@@ -144,14 +167,16 @@ def _stock_row(
     try:
         with dense_on_cpu(type(model).__module__.partition(".")[0]):
             for name, wanted in exact.items():
-                stepped = _with_stock(model, forward, setting)
-                row[name] = {"all": loss(stepped, own_caches(model), wanted).to_json()}
+                stepped = stock_forward(model, forward, setting)
+                found = loss(stepped, own_caches(model), wanted)
+                row[name] = {part: {"all": one.to_json()} for part, one in found.items()}
     except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
         row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     return row
 
 
-def _with_stock(model: Any, forward: Forward, setting: Stock) -> Forward:
+def stock_forward(model: Any, forward: Forward, setting: Stock) -> Forward:
+    """``forward``, after which the runtime quantizes the caches as it does when it generates."""
     if type(model).__module__.startswith("mlx_vlm"):
         quantize: Any = import_module("mlx_vlm.generate.common").maybe_quantize_kv_cache
         extra: dict[str, Any] = {"kv_quant_scheme": setting.scheme, "kv_bits": setting.bits}
@@ -168,14 +193,14 @@ def _with_stock(model: Any, forward: Forward, setting: Stock) -> Forward:
 
 
 def flags_for(study: Study) -> list[dict[str, Any]]:
-    """Ready-to-paste flags of the stock runtime with their loss at long context, least first."""
+    """Ready-to-paste flags of the stock runtime with their loss, decoding a long text."""
     rows = [row for row in study.report["stock"] if "error" not in row]
     return sorted(
         (
             {
                 "flags": row["flags"],
                 "effective_bits": row["effective_bits"],
-                "kl_mean": row["long"]["all"]["kl_mean"],
+                "kl_mean": row["long"]["decode"]["all"]["kl_mean"],
             }
             for row in rows
         ),

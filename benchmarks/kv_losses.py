@@ -1,0 +1,249 @@
+"""What KV-cache schemes cost on models, ours beside the stock runtime's own."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+TWINS = ("qwen3", "qwen2", "minicpmv4_6", "gemma4")
+MODELS = ("tinylm", "rotated", *TWINS, "spike")
+_SPIKE = 900.0
+_TWIN_TOKENS = 1504
+Row = dict[str, Any]
+
+
+def losses(name: str) -> Iterator[Row]:
+    """One of MODELS: a trained one, twins, one with a spike in its key biases, rotated values."""
+    from converter.pipeline import Request, convert
+    from converter.ui import Console
+    from validate.twin import load_example, make_twin
+
+    trained = ROOT / "tests" / "fixtures" / "tinylm"
+    model_type = "qwen2" if name == "spike" else name
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        if name == "rotated":
+            yield from _rotated(trained, place, _text(trained))
+            return
+        source, ids = trained, _text(trained)
+        if name != "tinylm":
+            source = place / "twin"
+            make_twin(load_example(model_type), source)
+            ids = [int(i) for i in np.random.default_rng(0).integers(5, 500, _TWIN_TOKENS)]
+        convert(Request(hf_path=str(source), mlx_path=place / "out"), Console(quiet=True))
+        model, label = _loaded(place / "out"), f"{model_type} twin"
+        if name == "spike":
+            _spike(model)
+            label = f"{label}, a key bias of norm {_SPIKE:.0f}"
+        yield from _model("tinylm (trained)" if name == "tinylm" else label, model, ids)
+
+
+def _text(folder: Path) -> list[int]:
+    from quant.kv.study import LONG
+    from validate.processor import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer is not None
+    text = (folder / "eval.txt").read_text(encoding="utf-8")[:40_000]
+    return list(tokenizer.encode(text, add_special_tokens=False))[:LONG]
+
+
+def _loaded(out: Path) -> Any:
+    from validate.runtime import MlxRuntime
+
+    model = MlxRuntime.load(out, runtime="mlx_vlm")
+    model.to_float32(dense=True)
+    return getattr(model.model, "language_model", model.model)
+
+
+def _spike(model: Any) -> None:
+    """Two channels of one layer's key bias stand out, as in Qwen2 and 2.5 releases."""
+    import mlx.core as mx
+
+    projection = model.layers[1].self_attn.k_proj
+    bias = np.zeros(projection.bias.shape, np.float32)
+    bias[[7, 11]] = 0.78 * _SPIKE, -0.626 * _SPIKE
+    projection.bias = mx.array(bias)
+
+
+class _Bench:
+    """One model and text, with what the float cache predicts."""
+
+    def __init__(self, label: str, model: Any, ids: list[int]) -> None:
+        from quant.kv.measure import baseline, forward_of
+        from quant.kv.runtime import own_caches
+        from quant.kv.scan import CHUNK, static_scan
+        from quant.kv.study import STEPS
+
+        self.label, self.model, self.ids = label, model, ids
+        self.facts = static_scan(model)
+        self.forward = forward_of(model)
+        start = len(ids) - STEPS - 7 * CHUNK
+        self.exact = baseline(
+            self.forward, own_caches(model), ids, chunk=CHUNK, start=start, steps=STEPS
+        )
+
+    def row(self, setting: str, bits: float, found: Mapping[str, Any]) -> Row:
+        """The table's row."""
+        prefill, decode = found["prefill"], found["decode"]
+        return {
+            "model": self.label,
+            "tokens": prefill.tokens,
+            "setting": setting,
+            "bits": bits,
+            "prefill": prefill.kl_mean,
+            "p99": prefill.kl_p99,
+            "decode": decode.kl_mean,
+            "same first choice": prefill.top1,
+            "perplexity": f"x {prefill.ppl_ratio:.4f}",
+        }
+
+    def ours(self, setting: str, spec: Any) -> Iterator[Row]:
+        """A setting of ours, its keys alone, and its values alone."""
+        from quant.kv.measure import loss
+        from quant.kv.runtime import caches
+        from quant.kv.scan import halves
+
+        runs = {setting: spec}
+        if "auto" in setting:
+            runs |= {f"{setting}, {name}": one for name, one in halves(spec).items()}
+        for name, one in runs.items():
+            yield self.row(
+                name, self.bits(one), loss(self.forward, caches(self.model, one), self.exact)
+            )
+
+    def bits(self, spec: Any) -> float:
+        """Bits per number at the text's length, over layers that can be quantized."""
+        from quant.kv.spec import FLOAT, LayerSpec
+
+        total = weight = 0.0
+        for fact, layer in zip(self.facts, spec.layers, strict=True):
+            if not fact.quantizable:
+                continue
+            layer = layer or LayerSpec(key=FLOAT, value=FLOAT)
+            coded = max(0, len(self.ids) - layer.sinks - layer.window) / len(self.ids)
+            for tensor, dim, role in (
+                (layer.key, fact.key_dim, "key"),
+                (layer.value, fact.value_dim, "value"),
+            ):
+                stored = tensor.codec(dim, spec.rotation(dim), role).effective_bits
+                total += dim * (coded * stored + (1 - coded) * 16)
+                weight += dim
+        return total / weight
+
+    def stock(self, setting: Any) -> Row:
+        """A setting of the runtime's own."""
+        from quant.kv.measure import loss
+        from quant.kv.runtime import dense_on_cpu, own_caches
+        from quant.kv.study import stock_forward
+
+        name = f"mlx-vlm {setting.scheme} {setting.bits:g}"
+        try:
+            with dense_on_cpu("mlx_vlm"):
+                stepped = stock_forward(self.model, self.forward, setting)
+                found = loss(stepped, own_caches(self.model), self.exact)
+        except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+            said = str(error).splitlines()[0][:80]
+            rest = dict.fromkeys(("p99", "decode", "same first choice", "perplexity"), "")
+            return {
+                "model": self.label,
+                "tokens": len(self.ids),
+                "setting": name,
+                "bits": "",
+                "prefill": f"refused: {said}",
+                **rest,
+            }
+        return self.row(name, self._stock_bits(setting), found)
+
+    def spared(self) -> int | None:
+        """The layer that mlx-vlm's turboquant leaves in float: the last of three or more."""
+        return len(self.facts) - 1 if len(self.facts) > 2 else None
+
+    def _stock_bits(self, setting: Any) -> float:
+        places = [fact for fact in self.facts if fact.quantizable]
+        turbo = setting.scheme == "turboquant"
+        stored = [
+            16.0
+            if turbo and fact.index == self.spared()
+            else setting.bits + (16 / fact.key_dim if turbo else 32 / setting.group)
+            for fact in places
+        ]
+        return sum(stored) / len(stored)
+
+
+def _model(label: str, model: Any, ids: list[int]) -> Iterator[Row]:
+    from quant.kv.measure import LEAD
+    from quant.kv.scan import allocate, allocated_spec, sensitivity, spec_for
+    from quant.kv.spec import FLOAT, TensorSpec
+    from quant.kv.study import SHORT, Stock
+
+    bench = _Bench(label, model, ids)
+    facts = bench.facts
+    group = 64 if all(fact.key_dim % 64 == 0 for fact in facts if fact.quantizable) else 32
+    measured = sensitivity(model, facts, ids[:SHORT])
+    yield from bench.ours(
+        "ours auto 3.5", allocated_spec(facts, allocate(facts, measured, bits=3.5))
+    )
+    four = TensorSpec(scheme="turboquant", bits=4, tries=5)
+    three = replace(four, bits=3)
+    affine = TensorSpec(scheme="uniform", bits=4, group=group)
+    yield from bench.ours("ours turboquant 4", spec_for(facts, lambda _: (four, four)))
+    # The runtime attends to the first piece of a prompt as it came, and encodes it then.
+    alone: dict[str, Any] = {"sinks": 0, "window": 0, "start": LEAD + 1, "subtract_mean": False}
+
+    def but_spared(key: TensorSpec, value: TensorSpec) -> Any:
+        return lambda fact: (FLOAT, FLOAT) if fact.index == bench.spared() else (key, value)
+
+    for name, bits, choose in (
+        ("turboquant", 4.0, but_spared(four, four)),
+        ("turboquant", 3.5, but_spared(three, four)),
+        ("uniform", 4.0, lambda _: (affine, affine)),
+    ):
+        spec = spec_for(facts, choose, **alone)
+        yield from bench.ours(f"ours {name} {bits:g}, codec alone", spec)
+        setting = Stock(flags="", scheme=name, bits=bits, group=group, effective_bits=0.0)
+        yield bench.stock(setting)
+
+
+def _rotated(trained: Path, place: Path, text: list[int]) -> Iterator[Row]:
+    """The runtime's own scheme on values as they are and rotated, two of their channels massive."""
+    from converter.pipeline import Request, convert
+    from converter.plan import Options
+    from converter.ui import Console
+    from quant.kv.study import Stock
+
+    source = place / "massive"
+    _massive(trained, source)
+    for rotate in (False, True):
+        out = place / f"massive-{rotate}"
+        options = Options(dtype="float32", rotate_values=rotate)
+        convert(Request(hf_path=str(source), mlx_path=out, recipes=(options,)), Console(quiet=True))
+        label = "tinylm, massive values" + (", --kv-rotate-values" if rotate else "")
+        bench = _Bench(label, _loaded(out), text)
+        for bits in (4.0, 8.0):
+            yield bench.stock(
+                Stock(flags="", scheme="uniform", bits=bits, group=64, effective_bits=0.0)
+            )
+
+
+def _massive(trained: Path, source: Path) -> None:
+    """The same function, but in two channels of every head values are sixteen times larger."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(trained, source)
+    weights = {name: x.float() for name, x in load_file(source / "model.safetensors").items()}
+    for name in list(weights):
+        if name.endswith("v_proj.weight"):
+            output = name.replace("v_proj", "o_proj")
+            for channel in (5, 40):
+                weights[name][channel::64] *= 16
+                weights[output][:, channel::64] /= 16
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
