@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 TYPES = (
     *("llama", "qwen3", "qwen2", "mistral", "gemma2", "phi3", "granite", "olmo2", "stablelm"),
@@ -138,11 +139,9 @@ def _card(folder: Path) -> None:
 
 
 def _upload(api: Any, repo: str, folder: Path) -> None:
-    from huggingface_hub import constants
-
-    constants.HF_HUB_DISABLE_XET = True
     api.create_repo(repo)
-    api.upload_folder(repo_id=repo, folder_path=folder)
+    with patch("huggingface_hub.constants.HF_HUB_DISABLE_XET", True):
+        api.upload_folder(repo_id=repo, folder_path=folder)
 
 
 def _unknown(folder: Path) -> None:

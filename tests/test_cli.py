@@ -211,7 +211,7 @@ class TestVerify:
 def test_unexpected_failure_is_one_line(release, tmp_path, capsys, monkeypatch):
     from converter import pipeline
 
-    def broken(request):
+    def broken(request, console):
         raise RuntimeError("surprise hf_abcdefghijklmnopqrstuvwxyzABCDEFGH")
 
     monkeypatch.setattr(pipeline, "plan_request", broken)
@@ -225,7 +225,7 @@ def test_unexpected_failure_is_one_line(release, tmp_path, capsys, monkeypatch):
 def test_interrupt_says_how_to_go_on(release, tmp_path, capsys, monkeypatch):
     from converter import pipeline
 
-    def interrupted(request):
+    def interrupted(request, console):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "plan_request", interrupted)

@@ -130,13 +130,13 @@ def test_a_release_with_a_surplus_tensor_is_refused_in_the_runtimes_words(twin_o
         plan_request(Request(hf_path=str(folder), maps=BY_RUNTIME))
 
 
-def test_a_quantized_release_is_refused(twin_of, tmp_path):
+def test_a_config_that_tells_of_codes_that_are_not_there_is_refused(twin_of, tmp_path):
     folder = tmp_path / "twin"
     copy_tree(twin_of("qwen3"), folder)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "awq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(PlanError, match="already quantized"):
+    with pytest.raises(PlanError, match="says awq, but no tensor is quantized so"):
         plan_request(Request(hf_path=str(folder), maps=BY_RUNTIME))
 
 

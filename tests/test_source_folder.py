@@ -215,7 +215,7 @@ def test_whole_model_beside_an_unrelated_file(folder: Path) -> None:
         (
             "m.gguf",
             "DIR: no weights found (looked for *.safetensors, *.bin, *.pt, *.pth); m.gguf is not "
-            "a layout this can read",
+            "a layout this can read; give the release that the GGUF file was made from",
         ),
         (
             "consolidated.safetensors",
