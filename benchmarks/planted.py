@@ -134,14 +134,12 @@ def _expert(site: Site, rules: Sequence[Rule]) -> Iterator[Planted]:
         import mlx.core as mx
 
         value = site.get(rule.target)
-        wrong = value[0].T.reshape(value[0].shape)
         if value.shape[1] == 1 or value.shape[2] == 1:
             return
-        yield Planted(
-            "transposed expert",
-            (site.module(rule.target),),
-            {rule.target: mx.concatenate([wrong[None], value[1:]])},
-        )
+        for number, expert in enumerate(value):
+            wrong = expert.T.reshape(expert.shape)[None]
+            whole = mx.concatenate([value[:number], wrong, value[number + 1 :]])
+            yield Planted("transposed expert", (site.module(rule.target),), {rule.target: whole})
 
 
 def _scale(site: Site, rules: Sequence[Rule]) -> Iterator[Planted]:
@@ -172,14 +170,27 @@ class Ground:
             convert(Request(hf_path=str(source), mlx_path=out), Console(quiet=True))
         reference = TorchReference.load(source)
         self.ids = [(11 + 37 * n) % min(200, reference.vocab_size) for n in range(24 + STEPS)]
-        traced = trace_reference(reference.model, source, reference.text_inputs(self.ids))
-        self.traced = Traced(0, 24, STEPS, traced)
+        apart = bool(reference.answer_so_far(()))
+        asked, more = self.ids[:24], self.ids[24:]
+        inputs = reference.text_inputs(asked if apart else self.ids)
+        inputs |= reference.answer_so_far(more)
+        traced = trace_reference(reference.model, source, inputs)
+        self.traced = Traced(0, 24, STEPS, traced, 1 if apart else None)
         self.rules = rules_of(source, read_config(source), None)
         self.model = self._load(out)
         self.site = Site(self.model, out)
 
     def faults(self) -> list[Planted]:
-        return list(faults(self.site, self.rules))
+        """One fault of each sort; of experts, the first that the prompt's tokens go to."""
+        clean, found = self.model.logits(self.ids[:24]), dict[str, Planted]()
+        for fault in faults(self.site, self.rules):
+            if fault.name in found:
+                continue
+            self.site.plant(fault)
+            if not np.array_equal(self.model.logits(self.ids[:24]), clean):
+                found[fault.name] = fault
+            self.site.mend(fault)
+        return list(found.values())
 
     def locate(self, fault: Planted | None = None) -> Where:
         """Where the runtime parts from the reference, with a fault planted or without."""

@@ -32,6 +32,8 @@ Array = npt.NDArray[Any]
 
 PASSES: Final = 2
 """Most visits of each code in one descent."""
+FITS: Final = 5
+"""Most times that scale and bias are fitted to the codes, and the codes to them again."""
 _ZERO: Final = np.float32(0)
 _ONE_AND_HALF_ULP: Final = np.float32(1.5 * 2.0**23)
 _LEAST_SCALE: Final = np.float32(1e-7)
@@ -124,30 +126,37 @@ def affine_descent(kind: int, group: int) -> Kernel:
                     least = found
                     for i in range(group):
                         best[i] = q[i]
-                multiply(m, q, mq)
-                for i in range(group):
-                    t[i] = q[i] * mq[i]
-                    t[group + i] = mq[i]
-                    t[2 * group + i] = q[i] * r[i]
-                    t[3 * group + i] = r[i]
-                qq = _fold_sum(t, 0, group)
-                q1 = _fold_sum(t, group, group)
-                towards_s = _fold_sum(t, 2 * group, group)
-                towards_b = _fold_sum(t, 3 * group, group)
-                spread = qq * total - q1 * q1
-                if spread > np.float32(1e-6) * qq * total:
-                    s = _round_to(s + (towards_s * total - towards_b * q1) / spread, kind)
-                    b = _round_to(b + (towards_b - (s - best_s) * q1) / total, kind)
-                    if abs(s) >= _LEAST_SCALE and (s != best_s or b != best_b):
-                        for i in range(group):
-                            r[i] -= (s - best_s) * mq[i] + (b - best_b) * m1[i]
-                        descend(m, s, levels, q, r, e)
-                        found = error(x, s, b, q, r, t)
-                        if found < least:
-                            best_s = s
-                            best_b = b
-                            for i in range(group):
-                                best[i] = q[i]
+                for _ in range(FITS):
+                    multiply(m, q, mq)
+                    for i in range(group):
+                        t[i] = q[i] * mq[i]
+                        t[group + i] = mq[i]
+                        t[2 * group + i] = q[i] * r[i]
+                        t[3 * group + i] = r[i]
+                    qq = _fold_sum(t, 0, group)
+                    q1 = _fold_sum(t, group, group)
+                    towards_s = _fold_sum(t, 2 * group, group)
+                    towards_b = _fold_sum(t, 3 * group, group)
+                    spread = qq * total - q1 * q1
+                    if not spread > np.float32(1e-6) * qq * total:
+                        break
+                    next_s = _round_to(s + (towards_s * total - towards_b * q1) / spread, kind)
+                    next_b = _round_to(b + (towards_b - (next_s - s) * q1) / total, kind)
+                    if abs(next_s) < _LEAST_SCALE or (next_s == s and next_b == b):
+                        break
+                    for i in range(group):
+                        r[i] -= (next_s - s) * mq[i] + (next_b - b) * m1[i]
+                    s = next_s
+                    b = next_b
+                    descend(m, s, levels, q, r, e)
+                    found = error(x, s, b, q, r, t)
+                    if not found < least:
+                        break
+                    least = found
+                    best_s = s
+                    best_b = b
+                    for i in range(group):
+                        best[i] = q[i]
                 scales[row, g] = _store(best_s, kind)
                 biases[row, g] = _store(best_b, kind)
                 for i in range(group):

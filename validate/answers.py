@@ -116,20 +116,22 @@ def trace_questions(
             continue
         progress(f"torch: modules, {modality}")
         inputs: Mapping[str, Any]
-        prompt, steps = len(item.question.ids), 0
+        prompt, more = len(item.question.ids), item.greedy.tokens[:0]
+        apart = bool(model.answer_so_far(()))
         if item.question.inputs:
             inputs = item.question.inputs
         else:
             prompt, more = min(prompt, TOKENS), item.greedy.tokens[:STEPS]
-            steps = len(more)
-            inputs = model.text_inputs([*item.question.ids[:prompt], *more])
+            asked = item.question.ids[:prompt]
+            inputs = model.text_inputs(asked if apart else [*asked, *more])
         try:
-            whole = {**model.cast(inputs), **model.answer_so_far(())}
+            whole = {**model.cast(inputs), **model.answer_so_far(more)}
             reference = trace_reference(model.model, model.folder, whole)
         except (RuntimeError, TypeError, ValueError) as error:
             progress(f"torch: modules cannot be traced: {error}")
             continue
-        found[modality] = Traced(index, prompt, steps, reference)
+        rows = 1 if apart else None
+        found[modality] = Traced(index, prompt, len(more), reference, rows)
     return found
 
 

@@ -200,10 +200,19 @@ def _heals(steps: Sequence[Step], index: int, *, decode: bool) -> str:
             return ""
         right = step.side == "out" and all(s.good(decode=decode) for s in taken)
         return "elsewhere" if right or step.side == "in" else "by a norm"
-    if taken or step.side == "in":
+    if taken or step.side == "in" or _was_fed(steps, index):
         return ""
     later = next((s for s in steps[index + 1 :] if s.side == "in" and s.fresh), None)
     return "elsewhere" if later is not None and later.good(decode=decode) else ""
+
+
+def _was_fed(steps: Sequence[Step], index: int) -> bool:
+    """Whether a module without children was seen to take floats: its output is its weights' alone.
+
+    Tables that tokens are looked up in take none, and may be scaled inside or behind.
+    """
+    step = steps[index]
+    return step.leaf and any(s.torch == step.torch and s.side == "in" for s in steps[:index])
 
 
 def _had_good_inputs(steps: Sequence[Step], index: int, *, decode: bool) -> bool:

@@ -37,6 +37,11 @@ class Traced:
     prompt: int
     steps: int
     reference: Reference
+    rows: int | None = None
+    """Rows before those of the single tokens; None for the prompt's own.
+
+    A decoder beside an encoder has one, the token that it starts with.
+    """
 
 
 def rules_of(folder: Path, config: Mapping[str, Any], arch: ArchMap | None) -> tuple[Rule, ...]:
@@ -74,7 +79,7 @@ def locate(
         traced.reference.trace,
         traced.reference.again,
         trace,
-        prompt=traced.prompt,
+        prompt=traced.prompt if traced.rows is None else traced.rows,
         steps=traced.steps,
         outputs=apart,
     )

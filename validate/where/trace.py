@@ -34,7 +34,7 @@ class Trace:
         """Values of all calls as one array, and the axis along which calls follow one another.
 
         Leading axes of size one are left out. The axis is None for a single call. None as a whole
-        where the calls differ along more than one axis, or along none.
+        where the calls differ along more than one axis, or along none without being single tokens.
         """
         found = self.events.get((path, side))
         if not found:
@@ -50,6 +50,8 @@ class Trace:
             varying = [
                 n for n, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1
             ]
+            if not varying and arrays[0].shape[-2:-1] == (1,):
+                varying = [arrays[0].ndim - 2]  # single tokens from the first call on
             if len(varying) != 1:
                 return None
             axis = varying[0]
