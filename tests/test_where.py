@@ -10,7 +10,7 @@ from arch_maps.rules import Kind, Rule
 from benchmarks.planted import Ground
 from validate.where.compare import compare_traces
 from validate.where.pairs import Pair, pair_modules
-from validate.where.trace import Trace
+from validate.where.trace import Trace, kept_rows
 
 TYPES = ("qwen3", "qwen3_moe", "gemma4")
 """Dense; a mixture whose experts transformers stacks; scalars on layers."""
@@ -142,3 +142,21 @@ def test_the_floor_is_the_reference_s_own_noise():
     assert compare_traces(pairs, right, right, found, prompt=1, steps=0, outputs=1.0).first
     quiet = compare_traces(pairs, right, noisy, found, prompt=1, steps=0, outputs=1.0)
     assert quiet.first is None
+
+
+def test_some_rows_of_large_calls_are_enough(tmp_path, twin_of, runtimes, monkeypatch):
+    monkeypatch.setattr("validate.where.trace.MOST", 256)
+    here = Ground(twin_of("qwen3"), tmp_path / "out")
+    calls = [c for event in here.traced.reference.trace.events.values() for c in event]
+    assert not all(call.whole for call in calls)
+    assert here.locate().first is None
+    norm = next(fault for fault in here.faults() if fault.name == "norm off by one")
+    assert here.locate(norm).first is not None
+
+
+def test_rows_are_kept_evenly_and_the_same_of_the_same_shape():
+    assert kept_rows((1, 100, 64)) is None
+    rows = kept_rows((1, 4096, 1024))
+    assert rows is not None
+    assert (rows[0], rows[-1], len(rows)) == (0, 4095, 1024)
+    assert np.array_equal(rows, kept_rows((4096, 1024)))

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from validate.where.trace import Trace
+import numpy as np
+
+from validate.where.trace import Trace, kept_rows
 
 
 @contextmanager
@@ -16,8 +18,6 @@ def trace_mlx(model: Any, paths: Iterable[str]) -> Iterator[Trace]:
     Python looks ``__call__`` up on the class, so each module gets a class of its own meanwhile,
     called as before and below the one it had.
     """
-    import mlx.core as mx
-
     trace = Trace()
     wanted = set(paths)
     undo: list[tuple[Any, type]] = []
@@ -30,8 +30,6 @@ def trace_mlx(model: Any, paths: Iterable[str]) -> Iterator[Trace]:
     finally:
         for module, own in reversed(undo):
             module.__class__ = own
-        for key, values in trace.events.items():
-            trace.events[key] = [_numpy(value, mx) for value in values]
 
 
 def _watched(own: type, path: str, trace: Trace) -> type:
@@ -42,11 +40,11 @@ def _watched(own: type, path: str, trace: Trace) -> type:
     def watching(self: Any, *given: Any, **named: Any) -> Any:
         value = _first((*given, *named.values()), mx)
         if value is not None:
-            trace.add(path, "in", value)
+            trace.add(path, "in", *_kept(value, mx))
         output = call(self, *given, **named)
         value = _first(output if isinstance(output, tuple | list) else (output,), mx)
         if value is not None:
-            trace.add(path, "out", value)
+            trace.add(path, "out", *_kept(value, mx))
         return output
 
     return type(own.__name__, (own,), {"__call__": watching, "__module__": own.__module__})
@@ -61,11 +59,16 @@ def _first(values: Any, mx: Any) -> Any:
     return None
 
 
-def _numpy(value: Any, mx: Any) -> Any:
-    """The values of an array; of one that exists only inside a compiled function, nothing."""
-    import numpy as np
+def _kept(value: Any, mx: Any) -> tuple[Any, tuple[int, ...]]:
+    """The values to keep of a call, computed at once, and the shape of all of them.
 
+    Of an array that exists only inside a compiled function there are none.
+    """
+    shape = tuple(value.shape)
+    rows = kept_rows(shape)
     try:
-        return np.array(value.astype(mx.float32))
+        if rows is not None:
+            value = value.reshape(-1, shape[-1])[mx.array(rows)]
+        return np.array(value.astype(mx.float32)), shape
     except (ValueError, RuntimeError):
-        return np.float32(np.nan)
+        return np.float32(np.nan), ()

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from validate.loaded import Written, written_tensors
-from validate.where.trace import Trace
+from validate.where.trace import Trace, kept_rows
 
 WIDE_BYTES: Final = 2 << 30
 """Largest float64 copy of a model that is made to measure its noise."""
@@ -87,7 +87,7 @@ def _run(
         def hook(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             value = _first((*given, *named.values()))
             if value is not None:
-                trace.add(path, "in", _numpy(value))
+                trace.add(path, "in", *_kept(value))
 
         return hook
 
@@ -96,7 +96,7 @@ def _run(
             value = _first(output if isinstance(output, tuple | list) else (output,))
             if value is None:
                 return None
-            trace.add(path, "out", _numpy(value))
+            trace.add(path, "out", *_kept(value))
             if change is not None and isinstance(output, torch.Tensor):
                 return change(output)
             return None
@@ -128,6 +128,13 @@ def _first(values: Any) -> Any:
         if isinstance(state, torch.Tensor):
             return state
     return None
+
+
+def _kept(value: Any) -> tuple[Any, tuple[int, ...]]:
+    """The values to keep of a call, and the shape of all of them."""
+    shape = tuple(value.shape)
+    rows = kept_rows(shape)
+    return _numpy(value if rows is None else value.reshape(-1, shape[-1])[rows]), shape
 
 
 def _numpy(value: Any) -> Any:
