@@ -144,14 +144,24 @@ def test_the_floor_is_the_reference_s_own_noise():
     assert quiet.first is None
 
 
-def test_some_rows_of_large_calls_are_enough(tmp_path, twin_of, runtimes, monkeypatch):
-    monkeypatch.setattr("validate.where.trace.MOST", 256)
-    here = Ground(twin_of("qwen3"), tmp_path / "out")
-    calls = [c for event in here.traced.reference.trace.events.values() for c in event]
-    assert not all(call.whole for call in calls)
-    assert here.locate().first is None
-    norm = next(fault for fault in here.faults() if fault.name == "norm off by one")
-    assert here.locate(norm).first is not None
+def test_some_rows_of_large_calls_are_enough(monkeypatch):
+    monkeypatch.setattr("validate.where.trace.MOST", 64)
+    values = np.random.default_rng(0).standard_normal((100, 8)).astype(np.float32)
+    wrong = values + 1
+
+    def kept(array) -> Trace:
+        made = Trace()
+        rows = kept_rows(array.shape)
+        made.add("a", "out", array.reshape(-1, 8)[rows], array.shape)
+        assert len(rows) == 8
+        return made
+
+    pairs = [Pair("a", "a")]
+    given = {"prompt": 100, "steps": 0, "outputs": 1.0}
+    right = kept(values)
+    assert compare_traces(pairs, right, right, kept(values[None]), **given).steps[0].error == 0
+    assert compare_traces(pairs, right, right, kept(wrong), **given).first is not None
+    assert not compare_traces(pairs, right, right, kept(values[:99]), **given).steps
 
 
 def test_rows_are_kept_evenly_and_the_same_of_the_same_shape():
