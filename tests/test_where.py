@@ -144,14 +144,13 @@ def test_the_floor_is_the_reference_s_own_noise():
     assert quiet.first is None
 
 
-def test_some_rows_of_large_calls_are_enough(monkeypatch):
-    monkeypatch.setattr("validate.where.trace.MOST", 64)
+def test_some_rows_of_large_calls_are_enough():
     values = np.random.default_rng(0).standard_normal((100, 8)).astype(np.float32)
     wrong = values + 1
 
     def kept(array) -> Trace:
         made = Trace()
-        rows = kept_rows(array.shape)
+        rows = kept_rows(array.shape, 64)
         made.add("a", "out", array.reshape(-1, 8)[rows], array.shape)
         assert len(rows) == 8
         return made
@@ -165,8 +164,8 @@ def test_some_rows_of_large_calls_are_enough(monkeypatch):
 
 
 def test_rows_are_kept_evenly_and_the_same_of_the_same_shape():
-    assert kept_rows((1, 100, 64)) is None
-    rows = kept_rows((1, 4096, 1024))
+    assert kept_rows((1, 100, 64), 1 << 20) is None
+    rows = kept_rows((1, 4096, 1024), 1 << 20)
     assert rows is not None
     assert (rows[0], rows[-1], len(rows)) == (0, 4095, 1024)
-    assert np.array_equal(rows, kept_rows((4096, 1024)))
+    assert np.array_equal(rows, kept_rows((4096, 1024), 1 << 20))

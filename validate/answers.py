@@ -10,6 +10,7 @@ from validate.processor import load_tokenizer, media_inputs, tokenize
 from validate.reference import Greedy, Logits, TorchReference, read_config
 from validate.where.row import STEPS, TOKENS, Traced
 from validate.where.torch_trace import trace_reference
+from validate.where.trace import MOST, MOST_OF_MEDIA
 
 GREEDY_TOKENS: Final = 12
 GREEDY_MEDIA_TOKENS: Final = 4
@@ -126,7 +127,8 @@ def trace_questions(
             inputs = model.text_inputs(asked if apart else [*asked, *more])
         try:
             whole = {**model.cast(inputs), **model.answer_so_far(more)}
-            reference = trace_reference(model.model, model.folder, whole)
+            most = MOST_OF_MEDIA if item.question.inputs else MOST
+            reference = trace_reference(model.model, model.folder, whole, most=most)
         except (RuntimeError, TypeError, ValueError) as error:
             progress(f"torch: modules cannot be traced: {error}")
             continue

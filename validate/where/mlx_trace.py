@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from validate.where.trace import Trace, kept_rows
+from validate.where.trace import MOST, Trace, kept_rows
 
 
 @contextmanager
-def trace_mlx(model: Any, paths: Iterable[str]) -> Iterator[Trace]:
+def trace_mlx(model: Any, paths: Iterable[str], *, most: int = MOST) -> Iterator[Trace]:
     """Note the calls of the modules at ``paths`` while the context is open.
 
     Python looks ``__call__`` up on the class, so each module gets a class of its own meanwhile,
     called as before and below the one it had.
     """
-    trace = Trace()
+    trace = Trace(most)
     wanted = set(paths)
     undo: list[tuple[Any, type]] = []
     try:
@@ -40,11 +40,11 @@ def _watched(own: type, path: str, trace: Trace) -> type:
     def watching(self: Any, *given: Any, **named: Any) -> Any:
         value = _first((*given, *named.values()), mx)
         if value is not None:
-            trace.add(path, "in", *_kept(value, mx))
+            trace.add(path, "in", *_kept(value, trace.most, mx))
         output = call(self, *given, **named)
         value = _first(output if isinstance(output, tuple | list) else (output,), mx)
         if value is not None:
-            trace.add(path, "out", *_kept(value, mx))
+            trace.add(path, "out", *_kept(value, trace.most, mx))
         return output
 
     return type(own.__name__, (own,), {"__call__": watching, "__module__": own.__module__})
@@ -59,13 +59,13 @@ def _first(values: Any, mx: Any) -> Any:
     return None
 
 
-def _kept(value: Any, mx: Any) -> tuple[Any, tuple[int, ...]]:
+def _kept(value: Any, most: int, mx: Any) -> tuple[Any, tuple[int, ...]]:
     """The values to keep of a call, computed at once, and the shape of all of them.
 
     Of an array that exists only inside a compiled function there are none.
     """
     shape = tuple(value.shape)
-    rows = kept_rows(shape)
+    rows = kept_rows(shape, most)
     try:
         if rows is not None:
             value = value.reshape(-1, shape[-1])[mx.array(rows)]

@@ -68,7 +68,8 @@ def locate(
     name_of = file_names(written_tensors(folder), parameters)
     loaded = {name_of(path): path for path in parameters}
     pairs = pair_modules(rules, traced.reference.held, loaded)
-    with trace_mlx(model, [pair.mlx for pair in pairs]) as trace:
+    most = traced.reference.trace.most
+    with trace_mlx(model, [pair.mlx for pair in pairs], most=most) as trace:
         made = run()
     # The first row of the steps is the prompt's last.
     found = np.concatenate([made.prefill, made.steps[1:]])

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from validate.loaded import Written, written_tensors
-from validate.where.trace import Trace, kept_rows
+from validate.where.trace import MOST, Trace, kept_rows
 
 WIDE_BYTES: Final = 2 << 30
 """Largest float64 copy of a model that is made to measure its noise."""
@@ -34,26 +34,31 @@ class Reference:
     """[tokens, vocabulary] of the first run."""
 
 
-def trace_reference(model: Any, folder: Path, inputs: Mapping[str, Any]) -> Reference:
-    """Run prepared ``inputs`` of batch one through a float32 model loaded from ``folder``."""
+def trace_reference(
+    model: Any, folder: Path, inputs: Mapping[str, Any], *, most: int = MOST
+) -> Reference:
+    """Run prepared ``inputs`` of batch one through a float32 model loaded from ``folder``.
+
+    At most ``most`` values are kept of each call.
+    """
     import torch
 
     held = _held(model, folder)
     modules = {name for name, _ in model.named_modules() if name}
-    trace, logits = _run(model, inputs, modules)
+    trace, logits = _run(model, inputs, modules, most)
     size = 8 * sum(value.numel() for value in model.parameters())
     # Complex tables of rotations would lose their imaginary parts.
     if size <= WIDE_BYTES and not any(value.is_complex() for value in model.buffers()):
         wide = copy.deepcopy(model).to(torch.float64)
         try:
             with _default_dtype(torch.float64):
-                again, _ = _run(wide, _cast(inputs, torch.float64), modules)
+                again, _ = _run(wide, _cast(inputs, torch.float64), modules, most)
             return Reference(trace, again, "float64", held, logits)
         except (RuntimeError, TypeError, NotImplementedError):
             pass  # an operation that this class only has in float32
         finally:
             del wide
-    again, _ = _run(model, inputs, modules, change=_Disturbance())
+    again, _ = _run(model, inputs, modules, most, change=_Disturbance())
     return Reference(trace, again, "one rounding per module", held, logits)
 
 
@@ -76,18 +81,19 @@ def _run(
     model: Any,
     inputs: Mapping[str, Any],
     modules: set[str],
+    most: int,
     *,
     change: Callable[[Any], Any] | None = None,
 ) -> tuple[Trace, Any]:
     import torch
 
-    trace = Trace()
+    trace = Trace(most)
 
     def before(path: str) -> Callable[..., None]:
         def hook(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             value = _first((*given, *named.values()))
             if value is not None:
-                trace.add(path, "in", *_kept(value))
+                trace.add(path, "in", *_kept(value, trace.most))
 
         return hook
 
@@ -96,7 +102,7 @@ def _run(
             value = _first(output if isinstance(output, tuple | list) else (output,))
             if value is None:
                 return None
-            trace.add(path, "out", *_kept(value))
+            trace.add(path, "out", *_kept(value, trace.most))
             if change is not None and isinstance(output, torch.Tensor):
                 return change(output)
             return None
@@ -130,10 +136,10 @@ def _first(values: Any) -> Any:
     return None
 
 
-def _kept(value: Any) -> tuple[Any, tuple[int, ...]]:
+def _kept(value: Any, most: int) -> tuple[Any, tuple[int, ...]]:
     """The values to keep of a call, and the shape of all of them."""
     shape = tuple(value.shape)
-    rows = kept_rows(shape)
+    rows = kept_rows(shape, most)
     return _numpy(value if rows is None else value.reshape(-1, shape[-1])[rows]), shape
 
 

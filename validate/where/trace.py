@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 Side = Literal["in", "out"]
 Values = NDArray[np.float32]
 MOST: Final = 1 << 20
-"""Values kept of one call: pictures go through towers with thousands of rows in each module."""
+"""Values kept of one call of a text, which is short: all of them in any model."""
+MOST_OF_MEDIA: Final = 1 << 16
+"""The same of a picture or a sound: towers have thousands of modules with as many rows each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +31,13 @@ class Call:
         return self.values.shape == self.shape
 
 
-def kept_rows(shape: Sequence[int]) -> NDArray[np.int64] | None:
+def kept_rows(shape: Sequence[int], most: int) -> NDArray[np.int64] | None:
     """Which rows of all but the last axis are kept of a call, evenly spread; None for all."""
     size = max(1, shape[-1]) if shape else 1
     rows = math.prod(shape[:-1])
-    if rows * size <= MOST:
+    if rows * size <= most:
         return None
-    kept = max(1, MOST // size)
+    kept = max(1, most // size)
     return np.linspace(0, rows - 1, num=min(kept, rows)).astype(np.int64)
 
 
@@ -46,6 +48,8 @@ class Trace:
     A module that runs for each token apart is one event that grows.
     """
 
+    most: int = MOST
+    """Values kept of each call."""
     events: dict[tuple[str, Side], list[Call]] = field(default_factory=dict)
 
     def add(self, path: str, side: Side, values: Any, shape: Sequence[int] | None = None) -> None:
