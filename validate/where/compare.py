@@ -201,8 +201,11 @@ def _heals(steps: Sequence[Step], index: int, *, decode: bool) -> str:
             return ""
         right = step.side == "out" and all(s.good(decode=decode) for s in taken)
         return "elsewhere" if right or step.side == "in" else "by a norm"
-    if taken or step.side == "in" or _was_fed(steps, index):
+    if taken or step.side == "in":
         return ""
+    if _was_fed(steps, index):  # right where a scale or an order is made good further out
+        around = next((s for s in rest if s.side == "out" and _inside(step.torch, s.torch)), None)
+        return "elsewhere" if around is not None and around.good(decode=decode) else ""
     later = next((s for s in steps[index + 1 :] if s.side == "in" and s.fresh), None)
     return "elsewhere" if later is not None and later.good(decode=decode) else ""
 
