@@ -19,8 +19,10 @@ BAR = 0.8
 """The most that the mean KL of formats chosen for TARGET may be of uniform 4 bits, groups of 64."""
 
 
-def rows(source: Path, judge: Judge, given: argparse.Namespace, folder: Path) -> Iterator[Row]:
-    """For each method uniform 4 bits, then formats chosen for 4.5 bits per weight.
+def rows(
+    source: Path, judge: Judge, given: argparse.Namespace, folder: Path
+) -> Iterator[tuple[str, Row]]:
+    """The method and its row: for each uniform 4 bits, then formats chosen for 4.5 bits per weight.
 
     Chosen by the weights alone where the method needs no text, and by the activations.
     """
@@ -47,8 +49,8 @@ def rows(source: Path, judge: Judge, given: argparse.Namespace, folder: Path) ->
                 hf_path=str(source), mlx_path=out, recipes=(options,), calibration_data=data
             )
             done = convert(request, Console(quiet=True))[0]
-            row = judge.row(done, spec, time.perf_counter() - start)
-            yield replace(row, mode=f"affine 4 g64, {name}" if name == "uniform" else name)
+            formats = f"affine 4 g64, {name}" if name == "uniform" else name
+            yield method, judge.row(formats, done.folder, time.perf_counter() - start)
 
 
 def main() -> int:
@@ -58,29 +60,30 @@ def main() -> int:
     parser.add_argument("--methods", nargs="*", default=["rtn", "imatrix", "gptq"])
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--eval-sequences", type=int, default=48)
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     given = parser.parse_args()
-    judge = Judge(given.source, given)
+    judge = Judge(given.source)
     print("| method | formats | bytes | bits/weight | KL | p99 | top-1 | ppl | of uniform | s |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
-    found: list[Row] = []
+    found: list[tuple[str, Row]] = []
     missed = False
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("XDG_CACHE_HOME", folder)
-        for row in rows(given.source, judge, given, Path(folder)):
-            found.append(row)
-            uniform = next(r for r in found if r.method == row.method)
+        for method, row in rows(given.source, judge, given, Path(folder)):
+            found.append((method, row))
+            uniform = next(other for own, other in found if own == method)
             ratio = row.kl / uniform.kl
             missed |= row is not uniform and (ratio > BAR or row.bytes > uniform.bytes)
             print(
-                f"| {row.method} | {row.mode} | {row.bytes} | {row.bits_per_weight:.3f} | "
+                f"| {method} | {row.name} | {row.bytes} | {row.bits_per_weight:.3f} | "
                 f"{row.kl:.5f} | {row.p99:.4f} | {row.top1:.3f} | {row.perplexity:.2f} | "
                 f"{ratio:.3f} | {row.seconds:.1f} |",
                 flush=True,
             )
     if given.json:
-        given.json.write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
+        given.json.write_text(
+            json.dumps([{"method": m, **asdict(row)} for m, row in found], indent=1) + "\n"
+        )
     return int(missed)
 
 
