@@ -64,7 +64,7 @@ def plan(**given: Any) -> None:
 @click.option("--mlx-path", type=click.Path(path_type=Path), required=True, help="The checkpoint.")
 @opt.map_file
 @opt.adapter
-@opt.proof
+@opt.judging
 @click.option("--json", "as_json", is_flag=True, help="Print parity.json.")
 def validate(**given: Any) -> None:
     """Run an existing MLX checkpoint, whoever made it, against its torch release."""
@@ -135,9 +135,17 @@ def accept(out: Path, **given: Any) -> None:
 @cli.command()
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
-@click.option("--seed", type=int, default=0, help="Another seed, other weights.")
-@click.option("--max-shard-size", default="5GB", help="As transformers writes shards.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the weights.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Another seed, other weights.")
+@click.option(
+    "--max-shard-size", default="5GB", show_default=True, help="As transformers writes shards."
+)
 def twin(source: str, out: Path, dtype: str, seed: int, max_shard_size: str) -> None:
     """Make a tiny checkpoint of the architecture of SOURCE: a folder, hub id, or type[:variant]."""
     from converter.cli.tools import twin_command
@@ -151,7 +159,7 @@ def maps() -> None:
 
 
 @maps.command(name="list")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print what is known of each as JSON.")
 def maps_list(as_json: bool) -> None:
     """Every mapped model_type."""
     from converter.cli.tools import maps_list_command
@@ -170,7 +178,7 @@ def maps_show(model_type: str) -> None:
 
 @maps.command(name="check")
 @click.argument("source")
-@click.option("--revision")
+@click.option("--revision", help="Branch, tag or commit of a hub release.")
 @opt.map_file
 def maps_check(source: str, revision: str | None, map_file: Path | None) -> None:
     """Whether a release's headers and a runtime's parameters are accounted for, one by one."""
@@ -181,7 +189,7 @@ def maps_check(source: str, revision: str | None, map_file: Path | None) -> None
 
 @maps.command(name="draft")
 @click.argument("source")
-@click.option("--revision")
+@click.option("--revision", help="Branch, tag or commit of a hub release.")
 @click.option("--out", type=click.Path(path_type=Path), help="The file; default: print it.")
 def maps_draft(source: str, revision: str | None, out: Path | None) -> None:
     """Write a first map of an unmapped release, from what a runtime's loader does to it."""
@@ -212,8 +220,16 @@ def upload(out: Path, **given: Any) -> None:
 
 
 @cli.command()
-@click.option("--dir", "folder", type=click.Path(path_type=Path), required=True)
-@click.option("--port", type=click.IntRange(0, 65535), default=8090, show_default=True)
+@click.option(
+    "--dir", "folder", type=click.Path(path_type=Path), required=True, help="Where the repos are."
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8090,
+    show_default=True,
+    help="0: any free one; the address is printed.",
+)
 def hub(folder: Path, port: int) -> None:
     """Serve a staging hub on loopback: the hub's protocol over a folder, without accounts."""
     from converter.staging import serve

@@ -91,7 +91,7 @@ def batch_retry(jobs: tuple[str, ...], state: Path | None, ledger: str | None) -
 @batch.command(name="park")
 @_patterns
 @_placed
-@click.option("--reason", default="parked by hand", show_default=True)
+@click.option("--reason", default="parked by hand", show_default=True, help="Shown in status.")
 def batch_park(jobs: tuple[str, ...], state: Path | None, ledger: str | None, reason: str) -> None:
     """Leave JOBS alone until they are retried by hand."""
     catalogue = _catalogue(state, ledger)

@@ -41,7 +41,11 @@ recipe = _all(
     click.option("--q-bits", type=int, help="2 3 4 5 6 8; default 4 for affine."),
     click.option("--q-group-size", type=int, help="32 64 128; default 64 for affine."),
     click.option(
-        "--q-mode", type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]), default="affine"
+        "--q-mode",
+        type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]),
+        default="affine",
+        show_default=True,
+        help="Integers with scale and bias, or microscaled floats of one width and group size.",
     ),
     click.option(
         "--q-method",
@@ -73,7 +77,14 @@ recipe = _all(
         "runtime's quantized cache loses less.",
     ),
     click.option("-d", "--dequantize", is_flag=True, help="Plain weights from an MLX checkpoint."),
-    click.option("--to", "target", type=click.Choice(["mlx", "torch"]), default="mlx"),
+    click.option(
+        "--to",
+        "target",
+        type=click.Choice(["mlx", "torch"]),
+        default="mlx",
+        show_default=True,
+        help="torch: the release's own names and layouts, from a converted checkpoint.",
+    ),
     click.option("--variants", help="Several outputs from one read, such as bf16,8bit,4bit,mxfp4."),
 )
 
@@ -155,14 +166,18 @@ kv_cache = _all(
     click.option("--kv-group-size", type=click.Choice(["32", "64", "128"]), help="For uniform."),
 )
 
-proof = _all(
+judging = _all(
     click.option(
         "--draft-for",
         type=click.Path(path_type=Path, exists=True, file_okay=False),
         help="The converted model that a drafter is judged beside.",
     ),
-    click.option("--no-validate", is_flag=True, help="Skip the parity report (no upload then)."),
     click.option(
         "--kl-threshold", type=float, help="Fail when quantizing costs more mean KL than this."
     ),
+)
+
+proof = _all(
+    judging,
+    click.option("--no-validate", is_flag=True, help="Skip the parity report (no upload then)."),
 )
