@@ -16,6 +16,7 @@ from converter.plan.model import Output, Plan
 from converter.release import Release
 from converter.source import open_folder
 from converter.ui import Console
+from quant.calibrate.pictures import Picture
 from quant.calibrate.store import Statistics
 from quant.recipe import CALIBRATED
 
@@ -81,6 +82,7 @@ def statistics_of(
     if calibration is None or not tasks:
         return None
     from converter.plain import plain_release  # which executes a plan itself
+    from quant.calibrate.pictures import pictures_in
     from quant.calibrate.run import calibrate
     from quant.calibrate.text import CalibrationError, calibration_of, read_text
 
@@ -100,11 +102,41 @@ def statistics_of(
                 calibration=calibration,
                 source=identity(plan, release),
                 say=console.say,
+                more=lambda: picture_rows(plain, pictures_in(data), trust=trust_remote_code),
                 trust_remote_code=trust_remote_code,
             )
     except CalibrationError as error:
         raise PlanError([str(error)]) from error
     return Calibrated(found)
+
+
+def picture_rows(
+    folder: Path, pictures: Sequence[Picture], *, trust: bool = False
+) -> list[dict[str, Any]]:
+    """Keyword arguments of a forward call for each picture, by the release's own processor.
+
+    Raises CalibrationError naming the picture that cannot be read or prepared.
+    """
+    if not pictures:
+        return []
+    from PIL import Image
+
+    from quant.errors import CalibrationError
+    from validate.processor import load_processor, picture_inputs
+    from validate.reference import ReferenceError
+
+    rows = []
+    try:
+        processor = load_processor(folder, trust_remote_code=trust)
+        for picture in pictures:
+            with Image.open(picture.path) as image:
+                inputs = picture_inputs(processor, image.convert("RGB"), picture.question)
+            rows.append(inputs)
+    except (OSError, ValueError, ImportError, ReferenceError) as error:
+        raise CalibrationError(
+            f"--calibration-data: {pictures[len(rows)].path} cannot be prepared: {error}"
+        ) from error
+    return rows
 
 
 def _tasks(outputs: Sequence[Output]) -> list[Any]:

@@ -26,3 +26,7 @@ class NonFiniteError(ElementError):
 
 class CastOverflowError(ElementError):
     """A finite value lies outside the range of the type it is cast to."""
+
+
+class CalibrationError(ValueError):
+    """Calibration cannot be done as asked; the message says what to change."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from validate.cases import Case, draw, media_question
 from validate.libraries import missing_library
@@ -17,6 +17,9 @@ from validate.reference import ReferenceError, borrowed_settings, model_class, r
 from validate.runtime import RUNTIMES
 from validate.sounds import SAMPLING_RATE, synthesise
 from validate.stand_ins import StandIn, stand_in
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any | None:
@@ -174,11 +177,16 @@ def media_inputs(folder: Path, case: Case, *, trust_remote_code: bool = False) -
         if isinstance(error, ValueError) and missing_library(error) is None:
             raise
         raise ReferenceError(f"{folder}: its processor cannot be loaded here: {error}") from error
-    prompt = spoken(processor, case)
-    media: dict[str, Any] = {"images": [draw(case)]}
-    if case.modality == "audio":
-        media = {"audio": [synthesise(case)], "sampling_rate": SAMPLING_RATE}
-    return dict(processor(text=[prompt], **media, return_tensors="pt"))
+    if case.modality == "image":
+        return picture_inputs(processor, draw(case), case.text)
+    media = {"audio": [synthesise(case)], "sampling_rate": SAMPLING_RATE}
+    return dict(processor(text=[spoken(processor, case)], **media, return_tensors="pt"))
+
+
+def picture_inputs(processor: Any, picture: "Image", question: str) -> dict[str, Any]:
+    """Model inputs for a picture and a question, as one user turn."""
+    prompt = spoken(processor, Case(name="picture", modality="image", text=question))
+    return dict(processor(text=[prompt], images=[picture], return_tensors="pt"))
 
 
 def spoken(speaker: Any, case: Case) -> str:

@@ -101,6 +101,7 @@ def options_from(recipe: Mapping[str, Any]) -> Options:
             sha256=calibration["text"],
             sequences=calibration["sequences"],
             length=calibration["length"],
+            pictures=calibration.get("pictures", ""),
         ),
     )
 

@@ -19,7 +19,7 @@ from arch_maps.rules import Kind, Rule
 from converter.decode import View, quantization_settings
 from converter.errors import PlanError, UsageError
 from converter.plan import rotate
-from converter.plan.calibrated import calibrated_spec
+from converter.plan.calibrated import calibrated_spec, unseen_pictures
 from converter.plan.layout import Pending, lay_out
 from converter.plan.match import Match
 from converter.plan.model import Output, Plan, Shard, StoredTensor
@@ -55,6 +55,8 @@ def build_plan(
     dtype = options.dtype or stored_dtype(source.config)
     if dtype is not None and dtype not in TORCH_NAMES:
         problems.append(f"config.json: dtype {dtype!r} is not one that MLX can store")
+    if options.calibration is not None:
+        problems += unseen_pictures(options.calibration, match.arch)
     if problems:
         raise PlanError(problems)
     spec_for = _quantization(source, match, options)

@@ -5,8 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 from arch_maps.ops import exact
+from arch_maps.registry import ArchMap
 from arch_maps.rules import Kind, Rule
+from quant.calibrate.text import Calibration
 from quant.recipe import CALIBRATED, QuantSpec
+
+
+def unseen_pictures(calibration: Calibration, arch: ArchMap) -> list[str]:
+    """What is wrong with a calibration set that has pictures for a release without eyes."""
+    if not calibration.pictures or "image" in arch.modalities:
+        return []
+    return [
+        f"--calibration-data: holds pictures, which {arch.model_type} does not take; give a folder "
+        "of text alone"
+    ]
 
 
 def calibrated_spec(rule: Rule, spec: QuantSpec, *, headless: bool) -> tuple[QuantSpec, str]:

@@ -31,16 +31,18 @@ def calibrate(
     calibration: Calibration,
     source: Mapping[str, Any],
     say: Say,
+    more: Callable[[], Sequence[Mapping[str, Any]]] = tuple,
     trust_remote_code: bool = False,
 ) -> Statistics:
     """What the tasks' method needs: moments for "imatrix", the codes for "gptq".
 
     ``reader`` and ``shapes`` give the tensors of the release in ``folder``; ``source`` identifies
-    its content. Moments are cached and serve any bits, mode and group up to their width; GPTQ's
-    codes depend on all settings, because each block is calibrated on the outputs of the quantized
-    blocks before it. An interrupted pass goes on at the block where it stopped. The same files,
-    versions and processor give the same statistics, whatever the number of threads; what is made
-    from them is the same everywhere. Raises CalibrationError.
+    its content; ``more`` makes further rows, such as of pictures. Moments are cached and serve any
+    bits, mode and group up to their width; GPTQ's codes depend on all settings, because each block
+    is calibrated on the outputs of the quantized blocks before it. An interrupted pass goes on at
+    the block where it stopped. The same files, versions and processor give the same statistics,
+    whatever the number of threads; what is made from them is the same everywhere. Raises
+    CalibrationError.
     """
     width = max([_WIDTH, *(task.spec.group_size for task in tasks)])
     key: dict[str, Any] = {
@@ -59,7 +61,7 @@ def calibrate(
 
     from quant.calibrate.stream import StreamedModel
 
-    rows = model_rows(tokenized(text, folder, calibration))
+    rows = [*model_rows(tokenized(text, folder, calibration)), *more()]
     streamed = StreamedModel(folder, reader, shapes, trust_remote_code=trust_remote_code)
     gathering = Gathering(streamed, tasks, rows, reader, shapes)
     moments = moments_store.finished()

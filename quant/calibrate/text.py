@@ -8,33 +8,41 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from quant.calibrate.pictures import digest, pictures_in, questions_beside
+from quant.errors import CalibrationError as CalibrationError
+
 DEFAULT_SEQUENCES = 64
 DEFAULT_LENGTH = 512
 _SUFFIXES = {".txt", ".md", ".json", ".jsonl", ".py"}
 _LIMIT = 64 << 20
 
 
-class CalibrationError(ValueError):
-    """Calibration cannot be done as asked; the message says what to change."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """Which text calibrates, as a plan records it: the text by its sha256, and how much of it."""
+    """What calibrates, as a plan records it: text and pictures by sha256, and how much text."""
 
     sha256: str
     sequences: int = DEFAULT_SEQUENCES
     length: int = DEFAULT_LENGTH
+    pictures: str = ""
+    """Of the pictures and the questions about them; empty without any."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
-        return {"text": self.sha256, "sequences": self.sequences, "length": self.length}
+        pictures = {"pictures": self.pictures} if self.pictures else {}
+        return {
+            "text": self.sha256,
+            "sequences": self.sequences,
+            "length": self.length,
+            **pictures,
+        }
 
 
 def read_text(path: Path | None) -> str:
     """The text of a file, of all text files of a folder in name order, or the built-in text.
 
-    Raises CalibrationError naming what cannot be read.
+    Questions about a folder's pictures are no text of it; one with pictures alone has the built-in
+    text. Raises CalibrationError naming what cannot be read.
     """
     if path is None:
         return (files("quant.calibrate") / "data" / "default.txt").read_text(encoding="utf-8")
@@ -42,10 +50,15 @@ def read_text(path: Path | None) -> str:
         raise CalibrationError(f"--calibration-data {path}: no such file or folder")
     found = [path]
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
+        questions = questions_beside(path)
+        here = (p for p in path.rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
+        found = sorted(p for p in here if p not in questions)
+        if not found and pictures_in(path):
+            return read_text(None)
         if not found:
             raise CalibrationError(
-                f"--calibration-data {path}: holds no text ({', '.join(sorted(_SUFFIXES))})"
+                f"--calibration-data {path}: holds no text ({', '.join(sorted(_SUFFIXES))}) and "
+                "no picture"
             )
     if sum(p.stat().st_size for p in found) > _LIMIT:
         raise CalibrationError(f"--calibration-data {path}: more than 64 MB of text; give less")
@@ -59,9 +72,13 @@ def read_text(path: Path | None) -> str:
 
 
 def calibration_of(path: Path | None, *, sequences: int, length: int) -> Calibration:
-    """What a plan records of the text at ``path``; raises CalibrationError."""
-    digest = hashlib.sha256(read_text(path).encode()).hexdigest()
-    return Calibration(sha256=digest, sequences=sequences, length=length)
+    """What a plan records of the text and the pictures at ``path``; raises CalibrationError."""
+    return Calibration(
+        sha256=hashlib.sha256(read_text(path).encode()).hexdigest(),
+        sequences=sequences,
+        length=length,
+        pictures=digest(pictures_in(path)),
+    )
 
 
 def tokenized(text: str, folder: Path, calibration: Calibration) -> list[list[int]]:
