@@ -16,18 +16,21 @@ from batch_helpers import (
     used,
     wanted,
 )
-from postgres import running_postgres
-from sqlalchemy import select, update
+from sqlalchemy import select, text, update
 
+from benchmarks.postgres import running_postgres
 from converter.batch import ledger as ledger_module
 from converter.batch.catalogue import Catalogue, choose
+from converter.batch.claims import LeaseLostError
 from converter.batch.database import Database
 from converter.batch.failures import Failure, classify, verdict
-from converter.batch.ledger import LeaseLostError
+from converter.batch.ledger import Ledger
+from converter.batch.pieces import Pieces
 from converter.batch.recipes import Policy
 from converter.batch.schema import attempt, job, migrate, release, version_table
 from converter.batch.watchlist import Retries
 from converter.errors import ConvertError, GateError, HubError, PlanError, UsageError
+from converter.execute.folder import BusyError
 
 
 @pytest.fixture(autouse=True)
@@ -156,19 +159,94 @@ def test_a_newer_ledger_is_left_alone(tmp_path):
     url = f"sqlite:///{tmp_path / 'ledger.db'}"
     database = Database(url)
     database.do(lambda c: c.execute(update(version_table).values(version=99)))
-    with pytest.raises(UsageError, match="schema version 99 and this program knows 1"):
+    with pytest.raises(UsageError, match="schema version 99 and this program knows 2"):
         Database(url)
-    database.do(lambda c: c.execute(update(version_table).values(version=1)))
-    Database(url).do(lambda c: migrate(c, (lambda _: pytest.fail("run twice"),)))
+    database.do(lambda c: c.execute(update(version_table).values(version=2)))
+    Database(url).do(lambda c: migrate(c, (lambda _: pytest.fail("run twice"),) * 2))
 
 
 def test_an_older_ledger_is_brought_up_step_by_step(tmp_path):
     database = Database(f"sqlite:///{tmp_path / 'ledger.db'}")
     done = []
-    steps = (lambda c: done.append(1), lambda c: done.append(2), lambda c: done.append(3))
+    steps = tuple(lambda c, number=number: done.append(number) for number in (1, 2, 3, 4))
     database.do(lambda c: migrate(c, steps))
-    assert done == [2, 3]
-    assert database.do(lambda c: c.scalar(select(version_table.c.version))) == 3
+    assert done == [3, 4]
+    assert database.do(lambda c: c.scalar(select(version_table.c.version))) == 4
+
+
+def test_a_ledger_of_the_first_version_keeps_its_jobs(url):
+    add(Catalogue(ledger(url)))
+    database = ledger(url).database
+    for statement in ("DROP TABLE piece", "ALTER TABLE job DROP COLUMN needs"):
+        database.do(lambda c, statement=statement: c.execute(text(statement)))
+    database.do(lambda c: c.execute(update(version_table).values(version=1)))
+    mine = ledger(url)
+    (task,) = mine.claim().tasks
+    assert (task.target, task.needs) == ("night/model-bf16", None)
+    assert Pieces(mine).open() == []
+
+
+def test_a_job_that_needs_a_tag_is_left_to_those_who_have_it(url):
+    catalogue = Catalogue(ledger(url))
+    add(catalogue, "acme/model", "bf16", "4bit")
+    plain = ledger(url, lease=60, gated_wait=1000)
+    claim = plain.claim()
+    said = plain.hand_over(claim, claim.tasks[0].id, "metal")
+    assert said.startswith("waits for a worker tagged metal")
+    plain.give_back(claim)
+    assert [task.variant for task in plain.claim().tasks] == ["4bit"]
+    assert plain.next_due() is None
+    apple = Ledger(plain.database, retries=plain.retries, tags={"metal", "darwin"})
+    assert [due.repo for due in apple.due()] == []  # the release is in other hands
+    plain.expire(plain.owner)
+    assert [task.variant for due in apple.due() for task in due.tasks] == ["bf16", "4bit"]
+    claim = apple.claim()
+    assert [(task.variant, task.needs) for task in claim.tasks] == [
+        ("bf16", "metal"),
+        ("4bit", None),
+    ]
+    apple.passed(claim, claim.tasks[0].id, "publish", used(), published=True)
+    (entry, _) = catalogue.entries()
+    assert (entry.state, entry.job.needs, entry.job.error) == ("published", None, None)
+
+
+def test_pieces_are_claimed_once_each_and_only_while_their_release_is_held(url):
+    add(Catalogue(ledger(url)), "acme/model", "bf16", "4bit")
+    mine, other = ledger(url, lease=60), ledger(url, lease=60)
+    claim = mine.claim()
+    pieces, theirs = Pieces(mine), Pieces(other)
+    jobs = [task.id for task in claim.tasks]
+    pieces.cut(claim, jobs, 3)
+    first, second = pieces.claim(), theirs.claim()
+    assert [(p.number, p.count, p.repo) for p in (first, second)] == [
+        (1, 3, "acme/model"),
+        (2, 3, "acme/model"),
+    ]
+    assert [task.variant for task in second.tasks] == ["bf16", "4bit"]
+    assert theirs.claim(only=first.id) is None
+    assert theirs.claim(of=[claim.release + 1]) is None
+    theirs.settle(first, "done")  # is not theirs to say
+    pieces.settle(first, "done")
+    theirs.settle(second, "failed")
+    assert pieces.left(claim) == 1
+    pieces.cut(claim, jobs, 3)  # the same again: what is done stays done, what failed is open
+    assert pieces.left(claim) == 2
+    third = theirs.claim()
+    theirs.expire(other.owner)
+    assert pieces.heartbeat([third]) == {third.id}
+    taken = pieces.claim(only=third.id)
+    assert (taken.number, taken.fence) == (third.number, third.fence + 1)
+    assert theirs.heartbeat([third]) == {third.id}
+    assert pieces.heartbeat([taken]) == set()
+    mine.give_back(claim)
+    assert theirs.open() == []
+    with pytest.raises(LeaseLostError):
+        pieces.cut(claim, jobs, 5)
+    claim = other.claim()
+    theirs.cut(claim, jobs, 2)
+    assert (theirs.left(claim), len(theirs.open())) == (2, 2)
+    theirs.clear(claim)
+    assert theirs.left(claim) == 0
 
 
 @pytest.mark.parametrize(
@@ -234,6 +312,7 @@ def caused(error: BaseException, cause: BaseException) -> BaseException:
         (PlanError(["x"]), "unsupported"),
         (GateError("x"), "gate"),
         (UsageError("x"), "usage"),
+        (BusyError("another process is at it"), "disk"),
         (ConvertError("x"), "failed"),
         (caused(ConvertError("x"), OSError(28, "full")), "disk"),
         (OSError(5, "failing"), "disk"),

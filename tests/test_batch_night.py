@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.night import Night, simulate, summary
+from benchmarks.night import Night, simulate
+from benchmarks.night_report import summary
 from converter.batch.examine import examine
 from converter.batch.orders import Order, Part
 from converter.batch.recipes import Policy

@@ -23,6 +23,8 @@ from validate.model_file import ModelFileError, runtimes_of, trusted
 Logits = NDArray[np.float32]
 _READING: Final = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 RUNTIMES: Final = ("mlx_vlm", "mlx_lm")
+_NEEDS_METAL: Final = ("metal", "::eval] currently only supports float32")
+"""What a runtime's error says, in lower case, where MLX's CPU backend has no such kernel."""
 _prepared = False
 
 
@@ -394,7 +396,7 @@ def _refusals(runtime: str, folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        needs_metal = "metal" in text.lower()
+        needs_metal = any(mark in text.lower() for mark in _NEEDS_METAL)
         reason = "it needs Metal, which this machine does not have" if needs_metal else text
         raise RuntimeRefusal(
             f"{runtime} cannot run {folder.name}: {reason}", needs_metal=needs_metal

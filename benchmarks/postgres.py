@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own: a new cluster behind a socket, gone when they end."""
+"""A PostgreSQL server of one's own: a new cluster behind a socket, gone at the end."""
 
 import importlib.util
 import os
