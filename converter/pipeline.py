@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from arch_maps.config import stored_dtype
-from arch_maps.ops import RowReader
+from arch_maps.ops import RowReader, sources
 from arch_maps.registry import ArchMap
 from converter.adapter import Fusion, fuse, read_adapter
 from converter.adapter.torch_folder import fused_folder
@@ -26,10 +26,12 @@ from converter.execute.folder import (
     explain,
     locked,
     publish,
+    sharing,
     sync_tree,
     work_folder,
 )
 from converter.execute.journal import NAME as JOURNAL
+from converter.execute.parts import Part, forget_parts, outputs_of, record, recorded
 from converter.kv import KvAsked, check_planned
 from converter.manifest import Manifest, read_manifest, write_manifest
 from converter.maps import WRITTEN, MapChoice, choose_map, load_map
@@ -73,6 +75,8 @@ class Request:
     command: str = ""
     cache: Path | None = None
     """Where files from the hub go; None for the client's own cache."""
+    part: Part | None = None
+    """The shards to make, where other processes make the others in the same folder."""
 
     @property
     def thread_count(self) -> int:
@@ -220,7 +224,13 @@ def output_folders(request: Request, planned: Planned) -> list[Path]:
 
 
 def convert(request: Request, console: Console) -> list[Converted]:
-    """Plan, fetch, execute and finish; the outputs are whole when this returns."""
+    """Plan, fetch, execute and finish; the outputs are whole when this returns.
+
+    A request for one part makes its shards and finishes nothing: the result is empty, and the
+    same request without ``part`` makes what is left and the outputs of it.
+    """
+    if request.part is not None:
+        _require_separable(request)
     planned = plan_request(request, console)
     targets = output_folders(request, planned)
     drafters = [drafter_folder(out) for out in targets] if planned.drafters else []
@@ -236,7 +246,7 @@ def convert(request: Request, console: Console) -> list[Converted]:
     for line in planned.kv:
         console.say(line)
     with console.progress("download", unit="bytes") as tick:
-        release = fetch(planned.release, progress=tick)
+        release = fetch(planned.release, weights=_files_read(request, planned), progress=tick)
     source = _relocated(planned, release)
     todo = [
         (plan, out)
@@ -249,6 +259,8 @@ def convert(request: Request, console: Console) -> list[Converted]:
         members = [(plan, out) for plan, out in todo if out in group]
         if members:
             _execute_all(request, console, planned, release, source, members)
+    if request.part is not None:
+        return []
     beside = [*([None] * len(targets)), *(targets if drafters else [])]
     return [
         Converted(
@@ -262,6 +274,19 @@ def convert(request: Request, console: Console) -> list[Converted]:
         )
         for plan, out, target in zip(plans, folders, beside, strict=True)
     ]
+
+
+def _files_read(request: Request, planned: Planned) -> set[str] | None:
+    """The weight files that a part reads; None where all are, or where that is not known."""
+    if request.part is None or planned.view.coded or planned.fusion is not None:
+        return None
+    files = planned.source.tensors
+    return {
+        files[leaf.name].file
+        for plan in planned.plans
+        for out in outputs_of(plan, request.part.shards(plan))
+        for leaf in sources(out.expr)
+    }
 
 
 def _require_space(todo: Sequence[tuple[Plan, Path]]) -> None:
@@ -296,25 +321,29 @@ def _execute_all(
         beside, workers = todo[0][1], request.thread_count
         fused = fused_folder(release, planned.fusion, beside=beside, workers=workers)
     with fused as folder:
-        jobs = [
-            Job(
+        statistics = [
+            statistics_of(
                 plan,
-                work_folder(out, plan.hash),
-                statistics_of(
-                    plan,
-                    release,
-                    data=request.calibration_data,
-                    beside=out,
-                    console=console,
-                    trust_remote_code=request.trust_remote_code,
-                    folder=folder,
-                ),
+                release,
+                data=request.calibration_data,
+                beside=out,
+                console=console,
+                trust_remote_code=request.trust_remote_code,
+                folder=folder,
             )
             for plan, out in todo
         ]
+    part, stamp = request.part, release.stamp()
     with ExitStack() as stack:
-        for job in jobs:
-            stack.enter_context(locked(job.work))
+        jobs, known = [], []
+        for (plan, out), calibrated in zip(todo, statistics, strict=True):
+            work = work_folder(out, plan.hash)
+            stack.enter_context(locked(work) if part is None else sharing(work, part.name))
+            known.append(recorded(work, plan, stamp))
+            shards = plan.shards if part is None else part.shards(plan)
+            left = tuple(shard for shard in shards if shard.file not in known[-1])
+            name = "" if part is None else part.name
+            jobs.append(Job(plan, work, calibrated, shards=left, part=name))
         reader = stack.enter_context(release.source.open())
         rows: RowReader = reader
         if planned.view.coded:
@@ -327,18 +356,37 @@ def _execute_all(
                     jobs,
                     source,
                     reader=rows,
-                    stamp=release.stamp(),
+                    stamp=stamp,
                     workers=request.thread_count,
                     progress=tick,
                 )
         except PlanError:
             for job in jobs:  # a damaged source: nothing of it is worth resuming
-                shutil.rmtree(job.work, ignore_errors=True)
+                if part is None:
+                    shutil.rmtree(job.work, ignore_errors=True)
             raise
-        for job, (plan, out), hashes in zip(jobs, todo, digests, strict=True):
+        for job, (plan, out), made, before in zip(jobs, todo, digests, known, strict=True):
             with explain(job.work):
-                _finish(job.work, plan, release, request, hashes)
+                if part is not None:
+                    record(job.work, part, plan, stamp, made)
+                    continue
+                _finish(job.work, plan, release, request, {**before, **made})
                 publish(job.work, out)
+
+
+def _require_separable(request: Request) -> None:
+    """Refuse to make in parts what needs the whole: UsageError."""
+    needs = [
+        flag
+        for flag, asked in (
+            ("--q-method imatrix or gptq", any(r.calibration for r in request.recipes)),
+            ("--q-target-bpw", any(r.targeted for r in request.recipes)),
+            ("--mtp", request.mtp),
+        )
+        if asked
+    ]
+    if needs:
+        raise UsageError(f"--shard: {needs[0]} looks at the whole release; leave one of them out")
 
 
 def _finish(
@@ -369,6 +417,7 @@ def _finish(
     )
     sync_tree(work)
     (work / JOURNAL).unlink()
+    forget_parts(work)
 
 
 def _reusable(

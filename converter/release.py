@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -104,14 +105,20 @@ def open_release(
     return _open_hub(hf_path, revision, allow_mlx=allow_mlx, cache=cache)
 
 
-def fetch(release: Release, *, progress: Progress | None = None) -> Release:
-    """The release with all its files on this machine, hashes checked; raises HubError."""
+def fetch(
+    release: Release, *, weights: Collection[str] | None = None, progress: Progress | None = None
+) -> Release:
+    """The release with its files on this machine, hashes checked; raises HubError.
+
+    ``weights`` names the weight files that will be read, None for all.
+    """
     if release.snapshot is None or release.root is not None:
         return release
     from converter.hub import download
 
     snapshot = release.snapshot
-    wanted = [*release.source.weight_files, *release.sidecars, "config.json"]
+    files = release.source.weight_files if weights is None else sorted(weights)
+    wanted = [*files, *release.sidecars, "config.json"]
     if QUANT_CONFIG in snapshot.by_path:
         wanted.append(QUANT_CONFIG)
     if _CARD in snapshot.by_path:

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from converter.errors import GateError, UsageError
+from converter.execute.parts import Part
 from converter.kv import KvAsked
 from converter.manifest import verify
 from converter.maps import MapChoice
@@ -41,6 +42,9 @@ def convert_command(given: dict[str, Any]) -> None:
     _check_kv(given)
     request = request_from(given)
     outputs = convert(request, console)
+    if request.part is not None:
+        console.say(f"made: part {given['shard']}")
+        return
     for output in outputs:
         console.say(f"converted: {output.folder}")
         if given["kv_quant_scheme"] is not None and output.target is None:
@@ -168,8 +172,19 @@ def request_from(given: dict[str, Any]) -> Request:
         adapter_path=given["adapter_path"],
         mtp=given["mtp"],
         kv=_kv_asked(given),
+        part=None if given.get("shard") is None else _part(given),
         command=command_text(sys.argv[1:]),
     )
+
+
+def _part(given: dict[str, Any]) -> Part:
+    """The part that --shard names; UsageError for flags that are about the whole output."""
+    whole = [f"--{n.replace('_', '-')}" for n in ("upload_repo", "kv_quant_scheme") if given[n]]
+    if whole or given["upload_repo"] == "":
+        raise UsageError(
+            f"--shard: {(*whole, '--upload-repo')[0]} is for the command that finishes the output"
+        )
+    return Part.parse(given["shard"])
 
 
 def command_text(arguments: Sequence[str]) -> str:

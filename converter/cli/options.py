@@ -124,6 +124,12 @@ mapping = _all(
 output = _all(
     click.option("--mlx-path", type=click.Path(path_type=Path), help="Output folder."),
     click.option("--overwrite", is_flag=True, help="Replace a finished output."),
+    click.option(
+        "--shard",
+        metavar="I/N",
+        help="Make only this part of the output's shards, in a folder that other machines see; "
+        "the command without it finishes the output.",
+    ),
     click.option("--workers", type=click.IntRange(1, 256), help="Threads; default: one per core."),
     click.option("--quiet", is_flag=True, help="No progress, errors and results only."),
 )

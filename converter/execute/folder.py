@@ -14,6 +14,10 @@ from converter.errors import ConvertError, UsageError
 MANIFEST = "conversion.json"
 
 
+class BusyError(UsageError):
+    """Another process holds what this one needs; later it will not."""
+
+
 def work_folder(out: Path, plan_hash: str) -> Path:
     """The folder in which the plan is executed before it becomes ``out``."""
     out = _absolute(out)
@@ -48,11 +52,30 @@ def locked(work: Path) -> Iterator[None]:
     The lock file goes at the end; one that a killed process left is empty and locks nothing.
     """
     path = work.with_suffix(".lock")  # beside the folder, which is renamed while it is held
+    with _held(path, work):
+        yield
+
+
+@contextmanager
+def sharing(work: Path, part: str) -> Iterator[None]:
+    """Make the work folder and hold one part of it, while nobody holds the whole.
+
+    Other processes may hold other parts at the same time.
+    """
+    with (
+        _held(work.with_suffix(".lock"), work, shared=True),
+        _held(work.with_suffix(f".{part}.lock"), work),
+    ):
+        yield
+
+
+@contextmanager
+def _held(path: Path, work: Path, *, shared: bool = False) -> Iterator[None]:
     with explain(work):
-        work.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(path, shared=shared)
         if descriptor is None:
-            raise UsageError(
+            raise BusyError(
                 f"{work}: another process is working on the same conversion; wait for it"
             )
     try:
@@ -60,18 +83,31 @@ def locked(work: Path) -> Iterator[None]:
             work.mkdir(exist_ok=True)
         yield
     finally:
-        path.unlink(missing_ok=True)
+        if not shared or _alone(descriptor):
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _lock(path: Path) -> int | None:
+def _alone(descriptor: int) -> bool:
+    """Make a shared lock an exclusive one, if nobody else has it."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _lock(path: Path, *, shared: bool) -> int | None:
     """A descriptor that holds the lock file ``path``, or None while another process does."""
     import fcntl
 
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, how | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         except FileNotFoundError:

@@ -18,9 +18,14 @@ class Journal:
     true even after a power cut; a torn last line is ignored.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], *, trusted: bool = True) -> None:
-        """Open the journal in ``folder``; one of other work, or not ``trusted``, starts over."""
-        self.path = folder / NAME
+    def __init__(
+        self, folder: Path, identity: dict[str, Any], *, trusted: bool = True, part: str = ""
+    ) -> None:
+        """Open the journal in ``folder``; one of other work, or not ``trusted``, starts over.
+
+        ``part`` names the part of the work that it is of, where it is not of all.
+        """
+        self.path = folder / (f"{NAME}.{part}" if part else NAME)
         self.done: set[int] = set()
         header = json.dumps(identity, sort_keys=True).encode() + b"\n"
         valid = self._load(header) if trusted else 0

@@ -35,38 +35,56 @@ Progress = Callable[[int, int], None]
 
 @dataclass(slots=True)
 class Job:
-    """One plan and the folder it is executed in."""
+    """One plan and the folder it is executed in; only some of its ``shards``, where given.
+
+    ``part`` names the journal where other processes make other shards in the same folder.
+    """
 
     plan: Plan
     work: Path
     calibrated: Calibrated | None = None
+    shards: tuple[Shard, ...] | None = None
+    part: str = ""
     journal: Journal = field(init=False)
     files: dict[str, int] = field(init=False, default_factory=dict)
     pending: list[int] = field(init=False, default_factory=list)
     written: int = field(init=False, default=0)
     digests: Digests = field(init=False)
+    _outputs: frozenset[int] = field(init=False)
     _durable: bool = field(init=False, default=True)
+
+    def wants(self, unit: units.Unit) -> bool:
+        """Whether a unit belongs to these shards and is not on disk yet."""
+        return unit.output in self._outputs and unit.number not in self.journal.done
 
     def open(self, stamp: dict[str, Any]) -> None:
         """Open or resume: the files at their final sizes, headers written."""
         identity = {"plan": self.plan.hash, "source": stamp, "unit_bytes": units.UNIT_BYTES}
         if self.calibrated is not None:
             identity["calibration"] = self.calibrated.digest
+        shards = self.plan.shards if self.shards is None else self.shards
+        files = {shard.file for shard in shards}
+        self._outputs = frozenset(
+            number
+            for number, out in enumerate(self.plan.outputs)
+            if any(tensor.file in files for tensor in out.stored.values())
+        )
         with explain(self.work):
             whole = True
-            for shard in self.plan.shards:
+            for shard in shards:
                 descriptor, found = _open_shard(self.work / shard.file, shard)
                 self.files[shard.file] = descriptor
                 whole &= found
-            self.journal = Journal(self.work, identity, trusted=whole)
+            self.journal = Journal(self.work, identity, trusted=whole, part=self.part)
             sync_folder(self.work)
-        sizes = {shard.file: shard.size for shard in self.plan.shards}
-        self.digests = Digests(self.files, sizes)
-        for shard in self.plan.shards:
+        self.digests = Digests(self.files, {shard.file: shard.size for shard in shards})
+        for shard in shards:
             self.digests.written(shard.file, 0, len(shard.header))
 
     def write(self, file: str, offset: int, array: np.ndarray) -> None:
-        """Put the bytes of ``array`` at ``offset`` of ``file``."""
+        """Put the bytes of ``array`` at ``offset`` of ``file``, if it is one of these shards."""
+        if file not in self.files:
+            return
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         _pwrite_all(self.files[file], flat.data, offset)
         self.digests.written(file, offset, offset + flat.nbytes)
@@ -75,6 +93,8 @@ class Job:
         """Count what an earlier run wrote of these units as written."""
         for unit in done:
             for tensor in self.plan.outputs[unit.output].stored.values():
+                if tensor.file not in self.files:
+                    continue
                 row_bytes = tensor.nbytes // row_count(tensor.shape)
                 start = tensor.start + unit.start * row_bytes
                 stop = tensor.start + unit.stop * row_bytes
@@ -135,7 +155,8 @@ def execute(
                     with contextlib.suppress(OSError):
                         job.flush(threading.Lock())
                 raise
-            _check_aliases(jobs[0].plan, source, reader)
+            if not any(job.part for job in jobs):  # the run that makes the output whole checks
+                _check_aliases(jobs[0].plan, source, reader)
             with explain(jobs[0].work):
                 return [job.digests.finish() for job in jobs]
     finally:
@@ -152,7 +173,7 @@ def _run(
 ) -> None:
     outputs = jobs[0].plan.outputs
     ordered = units.reading_order(source, outputs, units.units_of(source, outputs))
-    todo = [unit for unit in ordered if any(unit.number not in job.journal.done for job in jobs)]
+    todo = [unit for unit in ordered if any(job.wants(unit) for job in jobs)]
     for job in jobs:
         job.already([unit for unit in ordered if unit.number in job.journal.done])
     total, finished = len(ordered), len(ordered) - len(todo)
@@ -164,7 +185,7 @@ def _run(
         rows: np.ndarray | None = None
         checked = False
         for job in jobs:
-            if unit.number in job.journal.done:
+            if not job.wants(unit):
                 continue
             size = 0
             try:
