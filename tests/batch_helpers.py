@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from converter.batch.catalogue import Catalogue, Seen, Wanted
+from converter.batch.claims import Used
 from converter.batch.database import Database
 from converter.batch.failures import Failure
-from converter.batch.ledger import Ledger, Used
+from converter.batch.ledger import Ledger
 from converter.batch.orders import Answer, Order
 from converter.batch.recipes import Policy
 from converter.batch.watchlist import Retries
@@ -59,8 +60,8 @@ def wanted(repo="acme/model", *variants, policy=None) -> list[Wanted]:
     ]
 
 
-def add(catalogue: Catalogue, repo="acme/model", *variants, **settings) -> int:
-    return catalogue.enqueue(seen(repo, **settings), wanted(repo, *variants))
+def add(catalogue: Catalogue, repo="acme/model", *variants, policy=None, **settings) -> int:
+    return catalogue.enqueue(seen(repo, **settings), wanted(repo, *variants, policy=policy))
 
 
 def used(**settings) -> Used:
@@ -91,6 +92,17 @@ def story(folder: Path) -> list[list]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def first(name: str, tries: int) -> bool:
+    """Whether this is the first try of all: here, or on any machine that has the folder ONCE."""
+    if "ONCE" not in os.environ:
+        return tries == 1
+    try:
+        Path(os.environ["ONCE"], name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def pretend(stage: str):
     def work(order: Order) -> Answer:
         note(order, stage, "begin")
@@ -98,12 +110,14 @@ def pretend(stage: str):
         if name.startswith(f"kill-{stage}"):
             os.kill(os.getpid(), signal.SIGKILL)
         tries = [s for _, s, what, r, _ in story(order.folder.parent) if r == order.repo]
-        if name.startswith(f"once-{stage}") and tries.count(stage) == 1:
+        if name.startswith(f"once-{stage}") and first(name, tries.count(stage)):
             time.sleep(float(name.rpartition("-")[2]))
         if name.startswith(f"slow-{stage}"):
             time.sleep(float(name.rpartition("-")[2]))
         if name == f"says-{stage}":
             print("token hf_sentinelsentinel in a library's own words", file=sys.stderr)
+        if stage == "accept" and os.environ.get("METAL") is None:
+            raise RuntimeError("accepted where there is no Metal")
         if name.startswith(f"raise-{stage}"):
             raise RuntimeError("a fault of the program")
         time.sleep(0.05)
@@ -116,6 +130,7 @@ def pretend(stage: str):
         if stage == "examine":
             size = int(name.rpartition("-")[2]) if name.startswith("needs-") else 100
             answer.needs = {"disk": size, "memory": size}
+            answer.cuts = int(name.rpartition("-")[2]) if name.startswith("cut-") else 1
             answer.facts = {job: {"plan": "p", "output_bytes": 10} for job in jobs}
         if stage in ("publish", "card"):
             answer.published = {job: f"http://hub/{job}" for job in jobs}
@@ -124,9 +139,8 @@ def pretend(stage: str):
     return work
 
 
-examine, fetch, convert, prove, publish, card = map(
-    pretend, ("examine", "fetch", "convert", "prove", "publish", "card")
-)
+NAMES = ("examine", "fetch", "convert", "prove", "accept", "publish", "card")
+examine, fetch, convert, prove, accept, publish, card = map(pretend, NAMES)
 
 
 def stage(name: str, order: Order) -> Answer:
@@ -143,7 +157,7 @@ class Named:
         return stage(self.name, order)
 
 
-STAGES = {n: Named(n) for n in ("examine", "fetch", "convert", "prove", "publish", "card")}
+STAGES = {name: Named(name) for name in NAMES}
 
 WATCHLIST = """
 namespace = "night"
@@ -193,6 +207,7 @@ def start_forkserver() -> None:
     multiprocessing.set_forkserver_preload(["batch_helpers"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", PATHS)
+        patch.setenv("METAL", "1")  # who may be asked to accept is what the tests are about
         forkserver.ensure_running()
 
 

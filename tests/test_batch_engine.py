@@ -25,6 +25,7 @@ from converter.batch.catalogue import Catalogue
 from converter.batch.discover import Found
 from converter.batch.engine import Engine, Outcome
 from converter.batch.orders import Order, Part
+from converter.batch.pieces import Pieces
 from converter.batch.recipes import Policy
 from converter.batch.run import status_of, sweep
 from converter.batch.watchlist import Budgets
@@ -53,16 +54,20 @@ def place(tmp_path):
     return f"sqlite:///{tmp_path / 'ledger.db'}", work
 
 
-def engine(place, lines=None, *, budgets=None, **retries):
+def engine(place, lines=None, *, budgets=None, tags=(), shared=False, split=None, **retries):
     url, work = place
+    mine = ledger(url, **{**QUICK, **retries})
+    mine.tags = frozenset(tags)
     return Engine(
-        ledger(url, **{**QUICK, **retries}),
+        mine,
         work,
         budgets=Budgets(**(budgets or {})),
         workers=1,
         stages=STAGES,
         say=(lines if lines is not None else []).append,
         preload=(),
+        shared=shared,
+        split=split,
     )
 
 
@@ -176,6 +181,43 @@ def test_one_crash_is_tried_again_and_two_are_quarantined(place):
     assert [p.name for p in place[1].iterdir() if p.is_dir()] == []
 
 
+def test_acceptance_goes_to_whoever_has_the_tag_from_what_the_folder_holds(place):
+    add(catalogue_of(place), "acme/model", "bf16", policy=Policy(accept="metal"))
+    outcome = engine(place, shared=True).run()
+    assert [job["state"] for job in outcome.failed] == ["waiting"]
+    assert status_of(Found(), outcome) == 0
+    assert [s for _, s, what, _, _ in story(place[1]) if what == "end"][-1] == "prove"
+    sweep(place[1], catalogue_of(place), shared=True)
+    assert [path.name for path in place[1].iterdir() if path.is_dir()] == ["acme--model@c1"]
+    engine(place, shared=True).run()  # is not asked again
+    engine(place, shared=True, tags={"metal"}).run()
+    assert states(place) == {"model-bf16": "published"}
+    stages = [s for _, s, what, _, _ in story(place[1]) if what == "end"]
+    assert stages.count("accept") == 1
+    assert stages[-2:] == ["accept", "publish"]
+    assert [path.name for path in place[1].iterdir()] == ["story.jsonl"]
+
+
+def test_a_large_conversion_is_in_pieces_that_other_engines_help_with(place):
+    add(catalogue_of(place), "acme/cut-4")
+    lines, helped = [], []
+    helper = engine(place, helped, shared=True, patience=1000)
+    mine = engine(place, lines, shared=True, split=1000)
+    thread = threading.Thread(target=helper.run)
+    mine._claim()
+    thread.start()
+    mine.run()
+    helper.stop()
+    thread.join(timeout=180)
+    assert states(place) == {"cut-4-bf16": "published"}
+    begun = [line for line in lines + helped if "convert piece" in line]
+    assert sorted(begun) == [f"acme/cut-4@c1: convert piece {n} of 4" for n in (1, 2, 3, 4)]
+    assert any("convert in 4 pieces" in line for line in lines)
+    converted = [s for _, s, what, _, _ in story(place[1]) if (s, what) == ("convert", "end")]
+    assert len(converted) == 5  # and once to finish
+    assert Pieces(mine.ledger).open() == []
+
+
 def test_transient_failures_back_off_within_the_run(place):
     add(catalogue_of(place), "acme/flaky-fetch", "bf16", "4bit")
     outcome = engine(place).run()
@@ -255,6 +297,8 @@ def test_a_killed_run_takes_its_children_along_and_loses_nothing(tmp_path):
     said, _ = third.communicate(timeout=180)
     assert third.returncode == 0, said
     assert "the last run here was killed with 1 releases in hand" in said
+    assert "Traceback" not in said
+    assert list((state / "tmp").iterdir()) == []
     (entry,) = catalogue_of((url, None)).entries()
     assert (entry.job.state, entry.job.lost) == ("published", 1)
     assert [path.name for path in work.iterdir()] == ["story.jsonl"]

@@ -19,6 +19,11 @@ class Budget:
         self._limit = limit
         self._held: dict[object, int] = {}
 
+    @property
+    def limit(self) -> int:
+        """Bytes that may be used when nothing is reserved."""
+        return self._limit()
+
     def reserve(self, key: object, size: int) -> bool:
         """Set bytes aside; False when others have too much of it now."""
         others = sum(held for other, held in self._held.items() if other != key)

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row, and_, delete, select, update
 
 from converter.batch.ledger import OPEN, Ledger, insert_new
 from converter.batch.recipes import Policy, recipe_hash
-from converter.batch.schema import attempt, job, release, run, watermark
+from converter.batch.schema import attempt, job, piece, release, run, watermark
 from converter.plan import Options
 
 UNFINISHED = (*OPEN, "parked", "quarantined")
@@ -134,10 +134,11 @@ class Catalogue:
     def _renew_policy(
         self, connection: Connection, row: Row[Any], policy: Policy, now: float
     ) -> None:
-        if row.policy == policy.to_json():
+        if Policy(**row.policy) == policy:
             return
         values: dict[str, Any] = {"policy": policy.to_json(), "updated": now}
-        if row.state == "parked" and row.error_class == "gate":
+        waits = row.state == "waiting" and row.needs is not None
+        if waits or (row.state == "parked" and row.error_class == "gate"):
             values |= _fresh(now)
         connection.execute(update(job).where(job.c.id == row.id).values(values))
 
@@ -207,7 +208,8 @@ class Catalogue:
                     continue
                 home = releases[row.release_id]
                 live = home.owner is not None and home.lease_until >= now
-                running = live and row.state in OPEN and row.not_before <= now
+                elsewhere = row.needs is not None and not row.inside
+                running = live and row.state in OPEN and row.not_before <= now and not elsewhere
                 found.append(Entry(row, home, running))
             found.sort(key=lambda e: (e.release.repo, -e.release.modified, e.job.id))
             return found
@@ -281,6 +283,7 @@ class Catalogue:
             connection.execute(delete(attempt).where(attempt.c.job_id.in_(ids)))
             connection.execute(delete(job).where(job.c.id.in_(ids)))
             left = select(job.c.release_id)
+            connection.execute(delete(piece).where(piece.c.release_id.not_in(left)))
             connection.execute(delete(release).where(release.c.id.not_in(left)))
             # What was forgotten lies below the watermarks, where nobody would look again.
             connection.execute(delete(watermark))
@@ -309,6 +312,7 @@ def _fresh(now: float) -> dict[str, Any]:
         "inside": 0,
         "lost": 0,
         "not_before": now,
+        "needs": None,
         "error_class": None,
         "error": None,
         "updated": now,

@@ -7,6 +7,7 @@ so that they overlap; what the engine knows beyond the ledger may be lost at any
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections import Counter
@@ -19,22 +20,27 @@ from typing import Any, Final
 
 from converter.batch import budget
 from converter.batch.child import WARM, Child, context, start
+from converter.batch.claims import Claim, LeaseLostError, Used
 from converter.batch.failures import Failure
-from converter.batch.ledger import Claim, LeaseLostError, Ledger, Used
-from converter.batch.orders import Answer, Order
-from converter.batch.progress import InHand, Step
+from converter.batch.ledger import Ledger
+from converter.batch.orders import Answer, Order, Part
+from converter.batch.piecework import STAGE as PIECE_STAGE
+from converter.batch.piecework import PieceWork
+from converter.batch.progress import InHand, Step, parts_of
 from converter.batch.watchlist import Budgets
 
 TICK_S: Final = 0.2
 GRACE_S: Final = 60.0
-_SLOT: Final = {"examine": "jobs", "convert": "jobs", "prove": "jobs"} | {
+_SLOT: Final = dict.fromkeys(("examine", "convert", "prove", "accept"), "jobs") | {
     "fetch": "downloads",
     "publish": "uploads",
     "card": "uploads",
 }
-_FIRST: Final = ("publish", "card", "examine", "fetch", "prove", "convert")
+_FIRST: Final = ("publish", "card", "examine", "fetch", "accept", "prove", "convert")
 """Which stage gets a free slot: what ends a job, then what keeps the network busy."""
 _FINISHING: Final = ("publish", "card")
+_LARGE: Final = ("convert", "prove", "accept")
+"""Stages whose memory is counted."""
 Stages = Mapping[str, Callable[[Order], Answer]]
 
 
@@ -62,10 +68,13 @@ class Engine:
         stages: Stages,
         say: Callable[[str], None],
         preload: Sequence[str] = WARM,
+        shared: bool = False,
+        split: int | None = None,
     ) -> None:
         """``folder`` holds the work; ``stages`` is what the children do; ``say`` takes lines.
 
-        ``preload`` names the modules that children find loaded.
+        ``preload`` names the modules that children find loaded. ``shared`` says that other
+        workers have the same ``folder``; releases of ``split`` bytes are converted with them.
         """
         self.ledger = ledger
         self.folder = folder
@@ -78,6 +87,16 @@ class Engine:
         self._hands: dict[int, InHand] = {}
         self._children: list[tuple[Child, InHand, Step]] = []
         self._context = context(preload)
+        self.shared = shared
+        self.split = split
+        self._piecework = PieceWork(
+            ledger,
+            self._folder_of,
+            work=stages[PIECE_STAGE],
+            context=self._context,
+            workers=workers,
+            say=say,
+        )
         self._disk = budget.disk(folder, budgets.disk)
         self._memory = budget.memory(budgets.memory)
         self._twins = ledger.twins()
@@ -96,6 +115,7 @@ class Engine:
         finally:
             for child, _, _ in self._children:
                 child.kill()
+            self._piecework.give_back()
             for hand in list(self._hands.values()):
                 self._drop(hand)
         self.outcome.stopped = bool(self.stopping)
@@ -108,9 +128,13 @@ class Engine:
             return self._wind_down()
         self._claim()
         self._begin()
-        if self._children or self._hands:
-            self._sleep(TICK_S if self._children else 0.0)
+        if self._children or self._piecework.running or self._hands:
+            self._sleep(TICK_S)
             return True
+        return self._rest()
+
+    def _rest(self) -> bool:
+        """Nothing is in hand: wait for what will be due soon, or end."""
         due = self.ledger.next_due()
         if due is None or due > self.ledger.retries.patience:
             return False
@@ -119,6 +143,7 @@ class Engine:
 
     def _wind_down(self) -> bool:
         self._stopped_at = self._stopped_at or time.monotonic()
+        self._piecework.give_back()
         late = self.stopping > 1 or time.monotonic() - self._stopped_at > GRACE_S
         for child, hand, _ in list(self._children):
             if late or child.stage not in _FINISHING:
@@ -130,6 +155,7 @@ class Engine:
 
     def _sleep(self, seconds: float) -> None:
         watched = [c.process.sentinel for c, _, _ in self._children]
+        watched += [c.process.sentinel for c, _ in self._piecework.running]
         if watched:
             wait(watched, timeout=seconds)
         elif seconds:
@@ -139,6 +165,7 @@ class Engine:
         if time.monotonic() - self._beat < self.ledger.retries.lease / 4:
             return
         self._beat = time.monotonic()
+        self._piecework.keep()
         if self._hands:
             for lost in self.ledger.heartbeat([hand.claim for hand in self._hands.values()]):
                 self._abandon(self._hands[lost])
@@ -153,22 +180,46 @@ class Engine:
         self._forget(hand)
 
     def _claim(self) -> None:
-        limit = self.budgets.jobs + self.budgets.downloads + self.budgets.uploads
-        while len(self._hands) < limit:
+        while len(self._hands) < self.limit:
             claim = self.ledger.claim(self._hands)
             if claim is None:
-                return
-            hand = InHand(claim, self._order(claim))
-            self._hands[claim.release] = hand
-            self.say(f"{hand.name}: {len(claim.tasks)} variants are due")
+                break
+            self._take(claim)
+        if self.shared and self._slot_free(PIECE_STAGE):
+            self._piecework.look(None)
+
+    @property
+    def limit(self) -> int:
+        """How many releases may be in hand at once."""
+        return self.budgets.jobs + self.budgets.downloads + self.budgets.uploads
+
+    def _take(self, claim: Claim) -> None:
+        hand = InHand(claim, self._order(claim))
+        self._hands[claim.release] = hand
+        self.say(f"{hand.name}: {len(claim.tasks)} variants are due")
+        if not self.shared:  # nothing that is made here could be carried to another worker
+            self._hand_over(hand, hand.elsewhere(self.ledger.tags))
+
+    def _hand_over(self, hand: InHand, parts: Sequence[Part]) -> None:
+        """Leave jobs to a worker with the tag that their acceptance needs."""
+        try:
+            for part in parts:
+                tag = str(part.policy.accept)
+                text = self.ledger.hand_over(hand.claim, part.job, tag)
+                hand.leave(part)
+                self._note(hand, part.target, "waiting", Failure("worker", text))
+        except LeaseLostError:
+            self._abandon(hand)
+
+    def _folder_of(self, repo: str, commit: str) -> Path:
+        return self.folder / f"{repo.replace('/', '--')}@{commit[:12]}"
 
     def _order(self, claim: Claim) -> Order:
-        name = f"{claim.repo.replace('/', '--')}@{claim.commit[:12]}"
         return Order(
             repo=claim.repo,
             commit=claim.commit,
-            folder=self.folder / name,
-            parts=InHand.parts_of(claim),
+            folder=self._folder_of(claim.repo, claim.commit),
+            parts=parts_of(claim.tasks),
             workers=self.workers,
             bandwidth=None
             if self.budgets.bandwidth is None
@@ -179,15 +230,40 @@ class Engine:
         ready = [(hand, step) for hand in self._hands.values() for step in hand.ready()]
         for hand, step in sorted(ready, key=lambda pair: _FIRST.index(pair[1].stage)):
             held = hand.claim.release in self._hands
-            if held and self._slot_free(step.stage) and self._room(hand, step):
+            able = step.stage != "accept" or step.parts[0].policy.accept in self.ledger.tags
+            if held and not able:
+                self._hand_over(hand, step.parts)
+            elif held and step.stage == "convert" and self._with_others(hand, step):
+                continue
+            elif held and self._slot_free(step.stage) and self._room(hand, step):
                 self._start(hand, step)
+        self._piecework.begin(partial(self._slot_free, PIECE_STAGE))
         for hand in [hand for hand in self._hands.values() if hand.done()]:
             self._drop(hand)
 
     def _slot_free(self, stage: str) -> bool:
         slot = _SLOT[stage]
         used = sum(_SLOT[child.stage] == slot for child, _, _ in self._children)
+        used += len(self._piecework.running) if slot == _SLOT[PIECE_STAGE] else 0
         return used < int(getattr(self.budgets, slot))
+
+    def _with_others(self, hand: InHand, step: Step) -> bool:
+        """Whether a conversion is in pieces, with some left that a worker has or will take.
+
+        When none is left, the same stage finds everything made, and finishes the outputs.
+        """
+        if self.split is None or hand.claim.weight_bytes < self.split or hand.cuts < 2:
+            return False
+        try:
+            if not hand.cut:
+                jobs = [part.job for part in step.parts]
+                self._piecework.pieces.cut(hand.claim, jobs, hand.cuts)
+                hand.cut = True
+                self.say(f"{hand.name}: convert in {hand.cuts} pieces")
+            return bool(self._piecework.pieces.left(hand.claim))
+        except LeaseLostError:
+            self._abandon(hand)
+            return True
 
     def _room(self, hand: InHand, step: Step) -> bool:
         """Whether disk and memory can be set aside; what could never be is a failure."""
@@ -196,7 +272,7 @@ class Engine:
             wanted = [(self._disk, hand.claim.release, hand.needs.get("disk", 0))]
             if (why := self._memory.refusal(hand.needs.get("memory", 0))) is not None:
                 return self._refuse(hand, step, why)  # before anything is downloaded
-        elif step.stage in ("convert", "prove"):
+        elif step.stage in _LARGE:
             wanted = [(self._memory, hand.claim.release, hand.needs.get("memory", 0))]
         for resource, key, size in wanted:
             if not resource.reserve(key, size):
@@ -224,6 +300,7 @@ class Engine:
         hand.busy(step)
 
     def _listen(self) -> None:
+        self._piecework.listen()
         for entry in list(self._children):
             if entry not in self._children:  # its release was abandoned a moment ago
                 continue
@@ -232,7 +309,7 @@ class Engine:
             if ended is None:
                 continue
             self._children.remove(entry)
-            if step.stage in ("convert", "prove"):
+            if step.stage in _LARGE:
                 self._memory.free(hand.claim.release)
             size = ended.bytes if isinstance(ended, Answer) else None
             used = Used(
@@ -288,6 +365,9 @@ class Engine:
         """Give a release back; its folder stays only for jobs that will be tried again soon."""
         if hand.finished():
             shutil.rmtree(hand.order.folder, ignore_errors=True)
+        if hand.cut:
+            with contextlib.suppress(LeaseLostError):
+                self._piecework.pieces.clear(hand.claim)
         self.ledger.give_back(hand.claim)
         self._forget(hand)
 

@@ -11,6 +11,7 @@ from converter.batch.orders import Answer, Order, Part
 from converter.batch.published import find_published
 from converter.batch.recipes import digest
 from converter.errors import ConvertError, GateError, HubError, PlanError, UsageError
+from converter.execute.parts import most_parts
 from converter.hub import HubSnapshot, download, resolve_revision
 from converter.pipeline import Planned, Request, plan_request
 from converter.plan import Plan
@@ -34,7 +35,7 @@ def examine(order: Order) -> Answer:
     if any(part.policy.twin for part in order.parts):
         _judge_twin(config, order, answer)
     plans = _plans(order, answer)
-    weights = output = proof = parameters = 0
+    weights = output = memory = parameters = 0
     for part, plan in plans:
         address = find_published(part.target, plan.hash, order.folder / "remote")
         facts: dict[str, Any] = {
@@ -52,11 +53,17 @@ def examine(order: Order) -> Answer:
         weights = sum(file.size for file in snapshot.files)
         output += plan.output_bytes
         parameters = max(parameters, plan.parameters)
-        proof = max(proof, memory_estimate(plan, order.workers))
+        memory = max(memory, memory_estimate(plan, order.workers))
     answer.needs = {
         "disk": weights + output + 4 * parameters,  # a float32 reference of one output at a time
-        "memory": max(proof, PROOF_BYTES_PER_PARAMETER * parameters + _BASE_BYTES),
+        "memory": max(memory, PROOF_BYTES_PER_PARAMETER * parameters + _BASE_BYTES),
+        "convert": memory,
     }
+    for facts in answer.facts.values():
+        facts["needs"] = {name: answer.needs[name] for name in ("disk", "memory")}
+    todo = [plan for part, plan in plans if part.job not in answer.published]
+    if todo and not any(plan.options.calibration or plan.options.targeted for plan in todo):
+        answer.cuts = most_parts(todo)
     return answer
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 from converter.errors import ConvertError, GateError, HubError, PlanError, UsageError
+from converter.execute.folder import BusyError
 
 if TYPE_CHECKING:
     from converter.batch.watchlist import Retries
@@ -20,11 +21,12 @@ Kind = Literal[
     "resources",  # more disk or memory than the budget has
     "refused",  # the hub says 401, 403 or 404
     "hub",  # the hub or the network failed
-    "disk",  # the disk is full or failing
+    "disk",  # the disk is full or failing, or another process has the folder
     "crash",  # the process died, or ran out of memory
     "internal",  # a fault of this program
     "lost",  # the worker vanished with its lease
     "held",  # parked by hand
+    "worker",  # waits for a worker with the tag that a stage needs
 ]
 State = Literal["queued", "waiting", "parked", "quarantined", "published", "superseded"]
 
@@ -81,6 +83,8 @@ def _kind(error: BaseException) -> Kind:
         return "unsupported"
     if isinstance(error, GateError):
         return "gate"
+    if isinstance(error, BusyError):
+        return "disk"
     if isinstance(error, UsageError):
         return "usage"
     if isinstance(error, HubError):

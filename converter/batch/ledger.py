@@ -10,11 +10,23 @@ import os
 import platform
 import uuid
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, exists, func, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    and_,
+    exists,
+    func,
+    or_,
+    select,
+    true,
+    update,
+)
 
+from converter.batch.claims import Claim, Due, LeaseLostError, Task, Used, task_of
 from converter.batch.database import Database
 from converter.batch.failures import Failure, State, verdict
 from converter.batch.recipes import digest
@@ -23,47 +35,9 @@ from converter.batch.watchlist import Retries
 from converter.manifest import installed_versions
 
 OPEN: Final = ("queued", "waiting")
+_SHOWN: Final = 200
+"""Due releases that are looked at together; the rest are due later."""
 _TOOLS: Final = ("mlx-dayzero", "mlx", "mlx-lm", "mlx-vlm", "torch", "transformers")
-
-
-class LeaseLostError(Exception):
-    """Another worker holds the release now; whatever was in hand is to be dropped."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """One job of a claim."""
-
-    id: int
-    kind: str
-    variant: str
-    target: str
-    recipe: Mapping[str, Any]
-    policy: Mapping[str, Any]
-    attempts: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
-    """A release that a worker holds, with the jobs that are due."""
-
-    release: int
-    repo: str
-    commit: str
-    weight_bytes: int
-    fence: int
-    tasks: tuple[Task, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Used:
-    """What a stage took: seconds since 1970 by this machine's clock, bytes of memory and data."""
-
-    started: float
-    ended: float
-    peak_memory: int | None = None
-    bytes: int | None = None
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 def tool_versions() -> dict[str, str]:
@@ -75,9 +49,18 @@ class Ledger:
     """One worker's view of the ledger."""
 
     def __init__(
-        self, database: Database, *, retries: Retries | None = None, owner: str | None = None
+        self,
+        database: Database,
+        *,
+        retries: Retries | None = None,
+        owner: str | None = None,
+        tags: Collection[str] = (),
     ) -> None:
-        """Work as ``owner``, by default a name that no other process has."""
+        """Work as ``owner``, by default a name that no other process has.
+
+        ``tags`` says what this worker has that a stage may need.
+        """
+        self.tags = frozenset(tags)
         self.database = database
         self.retries = retries or Retries()
         self.host = platform.node() or "localhost"
@@ -91,39 +74,20 @@ class Ledger:
         if known is None:
             insert_new(connection, toolset, {"hash": self.tools, "versions": self.versions})
 
-    def claim(self, held: Collection[int] = ()) -> Claim | None:
+    def claim(self, held: Collection[int] = (), *, only: int | None = None) -> Claim | None:
         """Take the release that has been due for longest, None when nothing is due.
 
-        ``held`` are the releases in hand already.
+        ``held`` are the releases in hand already; ``only`` is the one that may be taken.
         """
-        return self.database.do(lambda connection: self._claim(connection, tuple(held)))
+        return self.database.do(lambda connection: self._claim(connection, tuple(held), only))
 
-    def _claim(self, connection: Connection, held: Sequence[int]) -> Claim | None:
+    def _claim(self, connection: Connection, held: Sequence[int], only: int | None) -> Claim | None:
         now = self.database.now(connection)
-        # A release that is mine and not in hand: the answer to an earlier claim was lost.
-        free = or_(
-            release.c.owner.is_(None),
-            release.c.lease_until < now,
-            release.c.owner == self.owner,
-        )
-        due = and_(
-            job.c.release_id == release.c.id,
-            job.c.state.in_(OPEN),
-            job.c.not_before <= now,
-            job.c.tools == self.tools,
-        )
-        oldest = select(func.min(job.c.not_before)).where(due).scalar_subquery()
-        other = release.alias()
-        busy = exists().where(  # an older commit of the same repo, whose upload must come first
-            other.c.repo == release.c.repo,
-            other.c.id != release.c.id,
-            other.c.owner.is_not(None),
-            other.c.lease_until >= now,
-        )
+        free = self._free_releases(now)
         candidates = connection.execute(
-            select(release)
-            .where(free, exists().where(due), ~busy, release.c.id.not_in(held))
-            .order_by(oldest, release.c.modified, release.c.id)
+            self._due_releases(now)
+            .where(release.c.id.not_in(held))
+            .where(release.c.id == only if only is not None else true())
             .limit(20)
         ).all()
         for row in candidates:
@@ -155,6 +119,55 @@ class Ledger:
             self._free(connection, row.id, row.claims + 1)
         return None
 
+    def due(self) -> list[Due]:
+        """What could be claimed now, what has been due for longest first."""
+
+        def look(connection: Connection) -> list[Due]:
+            now = self.database.now(connection)
+            rows = connection.execute(self._due_releases(now).limit(_SHOWN)).all()
+            return [
+                Due(
+                    release=row.id,
+                    repo=row.repo,
+                    commit=row.commit,
+                    weight_bytes=row.weight_bytes,
+                    tasks=self._due_tasks(connection, row.id, now),
+                )
+                for row in rows
+            ]
+
+        return self.database.do(look)
+
+    def _free_releases(self, now: float) -> ColumnElement[bool]:
+        # A release that is mine and not in hand: the answer to an earlier claim was lost.
+        return or_(
+            release.c.owner.is_(None),
+            release.c.lease_until < now,
+            release.c.owner == self.owner,
+        )
+
+    def _due_releases(self, now: float) -> Select[Any]:
+        """Free releases with a job that is due, in the order in which they are claimed."""
+        due = and_(
+            job.c.release_id == release.c.id,
+            job.c.state.in_(OPEN),
+            job.c.not_before <= now,
+            self._able(),
+        )
+        oldest = select(func.min(job.c.not_before)).where(due).scalar_subquery()
+        other = release.alias()
+        busy = exists().where(  # an older commit of the same repo, whose upload must come first
+            other.c.repo == release.c.repo,
+            other.c.id != release.c.id,
+            other.c.owner.is_not(None),
+            other.c.lease_until >= now,
+        )
+        return (
+            select(release)
+            .where(self._free_releases(now), exists().where(due), ~busy)
+            .order_by(oldest, release.c.modified, release.c.id)
+        )
+
     def _due_tasks(self, connection: Connection, release_id: int, now: float) -> tuple[Task, ...]:
         soon = now + self.retries.first_wait  # variants that failed together are read together
         rows = connection.execute(
@@ -163,22 +176,16 @@ class Ledger:
                 job.c.release_id == release_id,
                 job.c.state.in_(OPEN),
                 job.c.not_before <= soon,
-                job.c.tools == self.tools,
+                self._able(),
             )
             .order_by(job.c.id)
         ).all()
-        return tuple(
-            Task(
-                id=row.id,
-                kind=row.kind,
-                variant=row.variant,
-                target=row.target,
-                recipe=row.recipe,
-                policy=row.policy,
-                attempts=row.attempts,
-            )
-            for row in rows
-        )
+        return tuple(map(task_of, rows))
+
+    def _able(self) -> ColumnElement[bool]:
+        """Jobs for these versions of the tools, whose next stage these tags are enough for."""
+        fits = or_(job.c.needs.is_(None), job.c.needs.in_(self.tags))
+        return and_(job.c.tools == self.tools, fits)
 
     def _count_lost(self, connection: Connection, row: Row[Any], now: float) -> None:
         """The last owner never gave the release back: it was killed, or its machine was.
@@ -240,7 +247,7 @@ class Ledger:
         """Record that a stage begins; LeaseLostError when the release is another worker's."""
 
         def enter(connection: Connection) -> None:
-            now = self._fence(connection, claim)
+            now = self.fence(connection, claim)
             values = {"stage": stage, "inside": 1, "host": self.host, "updated": now}
             connection.execute(update(job).where(job.c.id.in_(jobs)).values(values))
 
@@ -259,7 +266,7 @@ class Ledger:
         """Record that a stage went well, what was learned, and whether the job is done."""
 
         def record(connection: Connection) -> None:
-            now = self._fence(connection, claim)
+            now = self.fence(connection, claim)
             row = connection.execute(select(job).where(job.c.id == job_id)).one()
             left = {name: count for name, count in row.attempts.items() if name != stage}
             values: dict[str, Any] = {
@@ -270,7 +277,8 @@ class Ledger:
                 "updated": now,
             }
             if published:
-                values |= {"state": "published", "error_class": None, "error": None}
+                values |= {"state": "published", "needs": None}
+                values |= {"error_class": None, "error": None}
             connection.execute(update(job).where(job.c.id == job_id).values(values))
             self._log(connection, row, stage, used, "ok", None)
 
@@ -289,7 +297,7 @@ class Ledger:
         """Record a failure and decide what becomes of the job."""
 
         def record(connection: Connection) -> State:
-            now = self._fence(connection, claim)
+            now = self.fence(connection, claim)
             row = connection.execute(select(job).where(job.c.id == job_id)).one()
             attempts = {**row.attempts, stage: row.attempts.get(stage, 0) + 1}
             crashes = row.crashes + (failure.kind in ("crash", "internal"))
@@ -323,6 +331,19 @@ class Ledger:
 
         return self.database.do(record)
 
+    def hand_over(self, claim: Claim, job_id: int, tag: str) -> str:
+        """Leave a job's next stage to a worker tagged so; the reason that people read."""
+        text = f"waits for a worker tagged {tag}, which drives the output through the runtimes"
+
+        def record(connection: Connection) -> str:
+            now = self.fence(connection, claim)
+            values = {"state": "waiting", "needs": tag, "error_class": "worker", "error": text}
+            changed = update(job).where(job.c.id == job_id)
+            connection.execute(changed.values(not_before=now, inside=0, updated=now, **values))
+            return text
+
+        return self.database.do(record)
+
     def give_back(self, claim: Claim) -> None:
         """End the lease; nothing happens when it has passed on already."""
         self.database.do(lambda connection: self._free(connection, claim.release, claim.fence))
@@ -337,7 +358,7 @@ class Ledger:
                 .join(release, release.c.id == job.c.release_id)
                 .where(
                     job.c.state.in_(OPEN),
-                    job.c.tools == self.tools,
+                    self._able(),
                     or_(release.c.owner.is_(None), release.c.lease_until < now),
                 )
             )
@@ -363,7 +384,8 @@ class Ledger:
 
         self.database.do(record)
 
-    def _fence(self, connection: Connection, claim: Claim) -> float:
+    def fence(self, connection: Connection, claim: Claim) -> float:
+        """The time, once the claim has been found to be live; LeaseLostError otherwise."""
         now = self.database.now(connection)
         held = connection.execute(
             update(release).where(_mine(claim, self.owner)).values(heartbeat=now)

@@ -9,6 +9,7 @@ from typing import Any
 
 from converter.batch.failures import Failure
 from converter.batch.recipes import Policy
+from converter.execute.parts import Part as Shards
 from converter.plan import Options
 
 
@@ -38,6 +39,8 @@ class Order:
     """Bytes per second of downloading."""
     twins: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Verdict and text of the twins that are known, by the hash of their config."""
+    shards: Shards | None = None
+    """The part of a conversion that several workers share, None for all of it."""
 
     @property
     def cache(self) -> Path:
@@ -69,7 +72,9 @@ class Answer:
     published: dict[int, str] = field(default_factory=dict)
     """By job: the address, where the stage ended it."""
     needs: dict[str, int] = field(default_factory=dict)
-    """Bytes of ``disk`` and ``memory`` that the rest will take."""
+    """Bytes of ``disk`` and ``memory`` that the rest will take, and of memory to ``convert``."""
+    cuts: int = 1
+    """Into how many pieces the conversion can be cut."""
     twin: tuple[str, str, str] | None = None
     """A newly judged twin: hash of the config, verdict, text."""
     bytes: int | None = None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from converter.batch.ledger import Claim
+from converter.batch.claims import Claim, Task
 from converter.batch.orders import Answer, Order, Part
 from converter.batch.recipes import Policy, options_from
 
@@ -14,8 +14,10 @@ NEXT = {
     "fetch": "convert",
     "convert": "prove",
     "prove": "publish",
+    "accept": "publish",
 }
-"""The stage after a stage; the last ones have none."""
+"""The stage after a stage; the last ones have none. Who asks for it, has ``accept`` between."""
+_ALONE = ("accept", "prove")
 _TOGETHER = ("examine", "fetch", "convert")
 """Stages that all jobs of a release go through as one."""
 
@@ -28,6 +30,20 @@ class Step:
     parts: tuple[Part, ...]
 
 
+def parts_of(tasks: Sequence[Task]) -> tuple[Part, ...]:
+    """Jobs as parts of an order."""
+    return tuple(
+        Part(
+            job=task.id,
+            variant=task.variant,
+            target=task.target,
+            options=options_from(task.recipe),
+            policy=Policy(**task.policy),
+        )
+        for task in tasks
+    )
+
+
 class InHand:
     """A claimed release on its way through the stages; nothing here outlives the process."""
 
@@ -35,6 +51,9 @@ class InHand:
         self.claim = claim
         self.order = order
         self.needs: dict[str, int] = {}
+        self.cuts = 1
+        self.cut = False
+        """Whether the conversion has been offered in pieces."""
         self._parts = {part.job: part for part in order.parts}
         self._next = {task.id: "card" if task.kind == "card" else "examine" for task in claim.tasks}
         self._busy: set[int] = set()
@@ -45,29 +64,16 @@ class InHand:
         """The release as log lines name it."""
         return f"{self.claim.repo}@{self.claim.commit[:8]}"
 
-    @staticmethod
-    def parts_of(claim: Claim) -> tuple[Part, ...]:
-        """The jobs of a claim as parts of an order."""
-        return tuple(
-            Part(
-                job=task.id,
-                variant=task.variant,
-                target=task.target,
-                options=options_from(task.recipe),
-                policy=Policy(**task.policy),
-            )
-            for task in claim.tasks
-        )
-
     def ready(self) -> Iterator[Step]:
         """The steps that may begin now, the furthest first."""
         for stage in ("publish", "card"):
             for job in self._waiting(stage):
                 yield Step(stage, (self._parts[job],))
-        proving = any(self._next[job] == "prove" for job in self._busy)
-        for job in self._waiting("prove")[:1]:
-            if not proving:  # one reference at a time was counted
-                yield Step("prove", (self._parts[job],))
+        proving = any(self._next[job] in _ALONE for job in self._busy)
+        for stage in _ALONE:
+            for job in self._waiting(stage)[:1]:
+                if not proving:  # one reference at a time was counted
+                    yield Step(stage, (self._parts[job],))
         for stage in _TOGETHER:
             if jobs := self._waiting(stage):
                 yield Step(stage, tuple(self._parts[job] for job in jobs))
@@ -82,7 +88,7 @@ class InHand:
     def settled(self, step: Step, answer: Answer) -> None:
         """The step's stage has ended: its jobs move on, or leave."""
         if answer.needs:
-            self.needs = answer.needs
+            self.needs, self.cuts = answer.needs, answer.cuts
         for part in step.parts:
             self._busy.discard(part.job)
             if part.job in answer.failed:
@@ -91,10 +97,24 @@ class InHand:
             elif part.job in answer.published or step.stage not in NEXT:
                 del self._next[part.job]
             else:
-                self._next[part.job] = NEXT[step.stage]
+                asked = step.stage == "prove" and part.policy.accept is not None
+                self._next[part.job] = "accept" if asked else NEXT[step.stage]
                 plan = answer.facts.get(part.job, {}).get("plan")
                 if plan is not None:
                     self._parts[part.job] = replace(part, plan=str(plan))
+
+    def elsewhere(self, tags: Collection[str]) -> list[Part]:
+        """Parts whose outputs are to be accepted by a worker with another tag than these."""
+        return [
+            part
+            for job, part in self._parts.items()
+            if self._next.get(job, "card") != "card" and part.policy.accept not in (None, *tags)
+        ]
+
+    def leave(self, part: Part) -> None:
+        """Another worker does the rest of this job, from what the folder holds."""
+        del self._next[part.job]
+        self._again = True
 
     def done(self) -> bool:
         """Whether every job has left."""

@@ -34,6 +34,8 @@ class Policy:
     allow_gated: bool = False
     twin: bool = True
     calibration_data: str | None = None
+    accept: str | None = None
+    """Tag of the workers that drive the output through the stock runtimes before it goes."""
 
     def to_json(self) -> dict[str, Any]:
         """As the ledger stores it."""
@@ -71,6 +73,7 @@ def policy_of(watchlist: WatchList, entry: Watch) -> Policy:
         allow_gated=entry.gates.allow_gated,
         twin=entry.gates.twin,
         calibration_data=None if data is None else str(data.expanduser().resolve()),
+        accept=entry.gates.accept,
     )
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from converter.batch.catalogue import Catalogue
 from converter.batch.child import WARM
@@ -25,9 +25,14 @@ from converter.batch.discover import Found, discover
 from converter.batch.engine import Engine, Outcome, Stages
 from converter.batch.ledger import Ledger
 from converter.batch.log import logging_to
+from converter.batch.tags import measured
 from converter.batch.watchlist import Digest, WatchList
 from converter.errors import UsageError
 from converter.execute.folder import locked
+
+if TYPE_CHECKING:
+    from converter.batch.dask import Scheduler
+    from converter.batch.fleet import Fleet
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -38,9 +43,11 @@ HUB: Final = 5
 TERMINATED: Final = 143
 _LONGEST_PATH: Final = 74
 """A socket's path has 107 characters, of which multiprocessing takes 33 for its own."""
+_MULTIPROCESSING: Final = "pymp-"
+"""How the folder begins that multiprocessing removes itself, and complains when it is gone."""
 _STATUS: Final = {"unsupported": UNSUPPORTED, "usage": UNSUPPORTED, "gate": GATE} | {
     **dict.fromkeys(("hub", "refused"), HUB),
-    **dict.fromkeys(("gated", "resources"), DONE),
+    **dict.fromkeys(("gated", "resources", "worker"), DONE),
 }
 _GRAVEST: Final = (FAILED, GATE, HUB, UNSUPPORTED)
 
@@ -84,21 +91,24 @@ def run(
     echo: Callable[[str], None] | None = None,
     stages: Stages | None = None,
     preload: Sequence[str] = WARM,
+    scheduler: Scheduler | None = None,
 ) -> int:
     """Discover, convert and publish until nothing is due; the exit status for monitors.
 
-    Raises UsageError when another run is at work in this state folder.
+    The work is done here, or by the workers of the fleet that ``scheduler`` knows. Raises
+    UsageError when another run is at work in this state folder.
     """
     run_id = uuid.uuid4().hex
     with (
-        _alone(place.state),
-        _temporary(place.state),
+        alone(place.state),
+        temporary(place.state),
         logging_to(place.state / "logs", run_id, echo=echo) as say,
     ):
         database = Database(place.url)
         try:
             worker = worker_name(place.state)
-            ledger = Ledger(database, retries=watchlist.retries, owner=f"{worker}{run_id[:8]}")
+            owner = f"{worker}{run_id[:8]}"
+            ledger = Ledger(database, retries=watchlist.retries, owner=owner, tags=measured())
             if gone := ledger.expire(worker):  # nobody else can hold this folder's lock
                 say(f"the last run here was killed with {gone} releases in hand")
             catalogue = Catalogue(ledger)
@@ -106,26 +116,22 @@ def run(
             status: int = FAILED
             summary: dict[str, Any] = {}
             try:
-                work = place.state / "work"
-                work.mkdir(parents=True, exist_ok=True)
-                sweep(work, catalogue)
+                work = work_folder(watchlist, place)
+                shared = watchlist.fleet.shared is not None
+                sweep(work, catalogue, shared=shared)
                 if renewed := catalogue.renew():
                     say(f"{renewed} unfinished jobs start anew with other tool versions")
-                budgets = watchlist.budgets
-                engine = Engine(
-                    ledger,
-                    work,
-                    budgets=budgets,
-                    workers=max(1, min(8, (os.cpu_count() or 1) // budgets.jobs)),
-                    stages=_stages() if stages is None else stages,
-                    say=say,
-                    preload=preload,
-                )
-                with _stopping(engine):
+                engine: Engine | Fleet
+                if scheduler is None:
+                    settings = engine_settings(watchlist, stages)
+                    engine = Engine(ledger, work, say=say, preload=preload, **settings)
+                else:
+                    engine = _fleet(ledger, scheduler, shared=shared, say=say)
+                with stopping(engine):
                     found = discover(watchlist, catalogue, say=say, now=time.time())
                     say(f"{found.seen} releases seen, {found.matched} wanted, {found.added} new")
                     outcome = engine.run()
-                sweep(work, catalogue)
+                sweep(work, catalogue, shared=shared)
                 status = status_of(found, outcome)
                 summary = summarise(found, outcome, catalogue)
             finally:
@@ -138,7 +144,8 @@ def run(
 
 
 @contextmanager
-def _alone(state: Path) -> Iterator[None]:
+def alone(state: Path) -> Iterator[None]:
+    """Hold a state folder against other runs and workers; UsageError when one has it."""
     state.mkdir(parents=True, exist_ok=True)
     try:
         lock = locked(state / "run")
@@ -156,7 +163,7 @@ def _alone(state: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _temporary(state: Path) -> Iterator[None]:
+def temporary(state: Path) -> Iterator[None]:
     """Keep the temporary files of this run and its children in one place, and empty it.
 
     What a killed run left there goes too. Sockets have short names only: where the state folder's
@@ -178,17 +185,46 @@ def _temporary(state: Path) -> Iterator[None]:
             del os.environ["TMPDIR"]
         else:
             os.environ["TMPDIR"] = before
-        shutil.rmtree(folder, ignore_errors=True)
+        for left in folder.iterdir():
+            if left.is_dir() and not left.name.startswith(_MULTIPROCESSING):
+                shutil.rmtree(left, ignore_errors=True)
+            elif not left.is_dir():
+                left.unlink(missing_ok=True)
 
 
-def _stages() -> Stages:
-    from converter.batch.work import STAGES
+def engine_settings(watchlist: WatchList, stages: Stages | None) -> dict[str, Any]:
+    """What a watch list says about an engine on this machine."""
+    if stages is None:
+        from converter.batch.work import STAGES as stages
+    budgets = watchlist.budgets
+    return {
+        "budgets": budgets,
+        "workers": max(1, min(8, (os.cpu_count() or 1) // budgets.jobs)),
+        "stages": stages,
+        "shared": watchlist.fleet.shared is not None,
+        "split": watchlist.fleet.split,
+    }
 
-    return STAGES
+
+def work_folder(watchlist: WatchList, place: Place) -> Path:
+    """Where releases are worked on: in the state folder, or in the one that workers share."""
+    work = (watchlist.fleet.shared or place.state).expanduser().absolute() / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def _fleet(
+    ledger: Ledger, scheduler: Scheduler, *, shared: bool, say: Callable[[str], None]
+) -> Fleet:
+    from converter.batch.dask import distributed
+    from converter.batch.fleet import Fleet
+
+    distributed()
+    return Fleet(ledger, scheduler, shared=shared, say=say)
 
 
 @contextmanager
-def _stopping(engine: Engine) -> Iterator[None]:
+def stopping(engine: Engine | Fleet) -> Iterator[None]:
     """Let SIGTERM and SIGINT stop the engine with grace while this lasts."""
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -202,12 +238,16 @@ def _stopping(engine: Engine) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def sweep(work: Path, catalogue: Catalogue) -> None:
-    """Remove the folders of releases that nothing more is to be done for."""
+def sweep(work: Path, catalogue: Catalogue, *, shared: bool = False) -> None:
+    """Remove the folders of releases that nothing more is to be done for here.
+
+    What another worker has in hand is its own, unless the folder is ``shared``.
+    """
     kept = {
         f"{entry.release.repo.replace('/', '--')}@{entry.release.commit[:12]}"
         for entry in catalogue.entries()
-        if entry.job.state == "queued"
+        if (shared if entry.running else entry.job.state == "queued")
+        or (shared and entry.job.state == "waiting" and entry.job.needs is not None)
     }
     for folder in work.iterdir():
         if folder.name not in kept:

@@ -23,7 +23,9 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    inspect,
     select,
+    text,
 )
 
 from converter.errors import UsageError
@@ -77,6 +79,7 @@ job = Table(
     Column("not_before", Float, nullable=False, default=0.0),
     Column("error_class", String(12)),
     Column("error", Text),
+    Column("needs", String(40)),  # tag that the worker of the next stage must have
     Column("facts", JSON, nullable=False),  # plan, checkpoint, bytes, parity, address
     Column("peak_memory", BigInteger),
     Column("host", String(200)),
@@ -101,6 +104,23 @@ attempt = Table(
     Column("host", String(200), nullable=False),
     Column("peak_memory", BigInteger),
     Column("bytes", BigInteger),
+)
+
+piece = Table(  # of a conversion that several workers share: some shards of every output
+    "piece",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("release_id", Integer, ForeignKey("release.id"), nullable=False),
+    Column("jobs", JSON, nullable=False),  # ids of the jobs that are converted together
+    Column("number", Integer, nullable=False),  # from 1
+    Column("total", Integer, nullable=False),  # pieces of this conversion
+    Column("state", String(8), nullable=False),  # open, done, failed
+    Column("owner", String(100)),
+    Column("host", String(200)),
+    Column("lease_until", Float, nullable=False, default=0.0),
+    Column("claims", Integer, nullable=False, default=0),
+    Column("updated", Float, nullable=False),
+    UniqueConstraint("release_id", "number", "total"),
 )
 
 twin = Table(
@@ -137,7 +157,13 @@ def _first(connection: Connection) -> None:
     metadata.create_all(connection)
 
 
-MIGRATIONS: Final[tuple[Callable[[Connection], None], ...]] = (_first,)
+def _second(connection: Connection) -> None:
+    metadata.create_all(connection)
+    if "needs" not in {column["name"] for column in inspect(connection).get_columns("job")}:
+        connection.execute(text("ALTER TABLE job ADD COLUMN needs VARCHAR(40)"))
+
+
+MIGRATIONS: Final[tuple[Callable[[Connection], None], ...]] = (_first, _second)
 """Step ``n`` makes version ``n + 1`` out of version ``n``; a released step never changes."""
 
 

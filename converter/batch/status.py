@@ -33,6 +33,7 @@ def _row(entry: Entry) -> dict[str, Any]:
         "class": job.error_class,
         "error": job.error,
         "due": iso(job.not_before),
+        "needs": job.needs,
         "host": job.host,
         "owner": release.owner if entry.running else None,
         "heartbeat": iso(release.heartbeat),

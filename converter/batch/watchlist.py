@@ -30,6 +30,8 @@ from quant.recipe import Method, Mode, QuantSpec
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w./-]+)?")
 _ACCOUNT = re.compile(r"[A-Za-z0-9][\w.-]*")
+TAG = re.compile(r"[a-z0-9][a-z0-9.-]{0,39}")
+"""What a worker may be tagged with."""
 
 
 def _matching(pattern: re.Pattern[str], what: str) -> AfterValidator:
@@ -98,6 +100,8 @@ class Gates(_Strict):
     allow_gated: bool = False
     twin: bool = True
     """Whether a twin is converted and compared before any weight is fetched."""
+    accept: Annotated[str, _matching(TAG, "a tag such as metal, darwin or linux")] | None = None
+    """Tag of the workers that drive outputs through the stock runtimes before publishing."""
 
 
 class Recipe(_Strict):
@@ -186,6 +190,21 @@ class Retries(_Strict):
     """After this long without a heartbeat another machine may take over."""
 
 
+class Fleet(_Strict):
+    """Several workers on one night."""
+
+    shared: Path | None = Field(default=None, strict=False)
+    """Folder that every worker sees under this path; releases are worked on there."""
+    split: Size | None = None
+    """Releases of at least so many bytes are converted by several workers, by output shard."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Fleet:
+        if self.split is not None and self.shared is None:
+            raise ValueError("split needs a shared folder, in which the workers meet")
+        return self
+
+
 class Mail(_Strict):
     """The digest by SMTP."""
 
@@ -223,6 +242,7 @@ class WatchList(_Strict):
     budgets: Budgets = Budgets()
     retries: Retries = Retries()
     digest: Digest = Digest()
+    fleet: Fleet = Fleet()
 
     @model_validator(mode="after")
     def _names_resolve(self) -> WatchList:
@@ -306,7 +326,14 @@ def _fields(location: tuple[Any, ...]) -> list[str]:
     """The keys that exist where an unknown one was found."""
     model: type[BaseModel] = WatchList
     own: dict[str, type[BaseModel]] = {"filters": Filters, "gates": Gates, "budgets": Budgets}
-    own |= {"retries": Retries, "digest": Digest, "mail": Mail, "watch": Watch, "recipes": Recipe}
+    own |= {
+        "fleet": Fleet,
+        "retries": Retries,
+        "digest": Digest,
+        "mail": Mail,
+        "watch": Watch,
+        "recipes": Recipe,
+    }
     for part in location:
         model = own.get(str(part), model)
     return list(model.model_fields)

@@ -1,4 +1,4 @@
-"""The stages after the plan: fetch, convert, prove, publish, and renewing a card."""
+"""The stages after the plan: fetch, convert, prove, accept, publish, and renewing a card."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from converter.acceptance import REPORT as ACCEPTANCE
+from converter.acceptance import accept_output, acceptance_report
 from converter.batch.examine import examine
 from converter.batch.failures import Failure
 from converter.batch.orders import Answer, Order, Part
@@ -71,7 +73,8 @@ def convert_release(order: Order) -> Answer:
     """Every output that is not there yet, from one read of the source."""
     todo = [part for part in order.parts if not finished(order.out(part), part)]
     for part in todo:
-        shutil.rmtree(order.out(part), ignore_errors=True)
+        if order.shards is None:  # a piece is no judge of what another worker has finished
+            shutil.rmtree(order.out(part), ignore_errors=True)
     written = 0
     if todo:
         data = {part.policy.calibration_data for part in todo} - {None}
@@ -85,8 +88,11 @@ def convert_release(order: Order) -> Answer:
             calibration_data=Path(str(data.pop())) if data else None,
             cache=order.cache,
             command=command_of(order),
+            part=order.shards,
         )
         made = convert(request, _QUIET)
+        if order.shards is not None:
+            return Answer()
         for part, output in zip(todo, made, strict=True):
             written += output.plan.output_bytes
             if part.plan is not None and output.plan.hash != part.plan:
@@ -140,6 +146,23 @@ def prove_output(order: Order) -> Answer:
             shutil.copyfile(out / name, kept / name)
         text = str(error).replace(str(out / "parity.html"), str(kept / "parity.html"))
         answer.failed[part.job] = Failure("gate", text.replace(str(out), part.target))
+    return answer
+
+
+def accept_one(order: Order) -> Answer:
+    """One proven output driven through the stock runtimes; a row that fails is a missed gate."""
+    (part,) = order.parts
+    out = order.out(part)
+    report = acceptance_report(out) or accept_output(out)
+    answer = Answer(facts={part.job: {"acceptance": report["verdict"]}})
+    if report["verdict"] != "pass":
+        failed = [f"{r['runtime']}: {r['name']}" for r in report["rows"] if r["verdict"] == "fail"]
+        kept = order.kept_report(part)
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(out / ACCEPTANCE, kept / ACCEPTANCE)
+        told = ", ".join(failed) or "no row applies to it"
+        text = f"{part.target}: not accepted ({told}); see {kept / ACCEPTANCE}"
+        answer.failed[part.job] = Failure("gate", text)
     return answer
 
 
@@ -213,6 +236,7 @@ STAGES: Final[dict[str, Callable[[Order], Answer]]] = {
     "fetch": fetch_release,
     "convert": convert_release,
     "prove": prove_output,
+    "accept": accept_one,
     "publish": publish_output,
     "card": renew_card,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,22 @@ _place = (
     ),
     click.option("--ledger", help="SQLAlchemy URL; default: SQLite in the state folder."),
 )
+_tls = (
+    click.option("--tls-ca-file", "ca_file", help="Certificates that the fleet trusts (PEM)."),
+    click.option("--tls-cert", "cert", help="This machine's certificate (PEM)."),
+    click.option("--tls-key", "key", help="Its private key (PEM)."),
+)
 _patterns = click.argument("jobs", nargs=-1, required=True)
 
 
 def _placed(command: Any) -> Any:
     for option in reversed(_place):
+        command = option(command)
+    return command
+
+
+def _secured(command: Any) -> Any:
+    for option in reversed(_tls):
         command = option(command)
     return command
 
@@ -37,18 +49,69 @@ def batch() -> None:
 @batch.command(name="run")
 @click.argument("watchlist", type=click.Path(path_type=Path))
 @_placed
+@click.option("--scheduler", help="Let a Dask fleet do the work: tcp://HOST:PORT or tls://...")
+@_secured
 @click.option("--quiet", is_flag=True, help="Only the log file is written.")
-def batch_run(watchlist: Path, state: Path | None, ledger: str | None, quiet: bool) -> None:
+def batch_run(
+    watchlist: Path,
+    state: Path | None,
+    ledger: str | None,
+    scheduler: str | None,
+    quiet: bool,
+    **tls: str | None,
+) -> None:
     """Find what is new, and work until nothing is due. Safe to repeat and to interrupt."""
+    from converter.batch.dask import Scheduler
     from converter.batch.run import Place, run
     from converter.batch.watchlist import read_watchlist
 
     read = read_watchlist(watchlist)
-    echo = None if quiet else lambda line: print(line, file=sys.stderr, flush=True)
+    if scheduler is None and any(tls.values()):
+        raise UsageError("--tls-ca-file, --tls-cert and --tls-key go with --scheduler")
     place = Place.of(read, state=state, ledger=ledger)
-    status = run(read, place, name=watchlist.name, echo=echo)
+    status = run(
+        read,
+        place,
+        name=watchlist.name,
+        echo=_echo(quiet),
+        scheduler=None if scheduler is None else Scheduler.of(scheduler, **tls),
+    )
     if status:
         click.get_current_context().exit(status)
+
+
+@batch.command(name="worker")
+@click.argument("scheduler")
+@click.argument("watchlist", type=click.Path(path_type=Path))
+@_placed
+@click.option("--tag", "tags", multiple=True, help="What else this machine has; may be repeated.")
+@_secured
+@click.option("--quiet", is_flag=True, help="Only the log file is written.")
+def batch_worker(
+    scheduler: str,
+    watchlist: Path,
+    state: Path | None,
+    ledger: str | None,
+    tags: tuple[str, ...],
+    quiet: bool,
+    **tls: str | None,
+) -> None:
+    """Work for the Dask fleet at SCHEDULER until SIGTERM, by WATCHLIST's budgets and ledger."""
+    from converter.batch.dask import Scheduler
+    from converter.batch.fleet_worker import serve
+    from converter.batch.run import Place
+    from converter.batch.tags import with_own
+    from converter.batch.watchlist import read_watchlist
+
+    read = read_watchlist(watchlist)
+    place = Place.of(read, state=state, ledger=ledger)
+    where = Scheduler.of(scheduler, **tls)
+    status = serve(read, place, where, tags=with_own(tags), echo=_echo(quiet))
+    click.get_current_context().exit(status)
+
+
+def _echo(quiet: bool) -> Callable[[str], None] | None:
+    return None if quiet else lambda line: print(line, file=sys.stderr, flush=True)
 
 
 @batch.command(name="status")

@@ -1,0 +1,263 @@
+"""A fleet's worker: an engine that claims in the ledger what Dask's scheduler hands it.
+
+Dask says who should try which release; the ledger says who has it. The engine outlives its
+connection: a scheduler that is lost leaves what is in hand to be finished, and is joined again
+when it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, Final
+
+from converter.batch import budget
+from converter.batch.catalogue import Catalogue
+from converter.batch.child import WARM
+from converter.batch.dask import Scheduler, distributed, offered
+from converter.batch.database import Database
+from converter.batch.engine import TICK_S, Engine, Stages
+from converter.batch.ledger import Ledger
+from converter.batch.log import logging_to
+from converter.batch.pieces import Pieces
+from converter.batch.progress import InHand
+from converter.batch.run import (
+    FAILED,
+    TERMINATED,
+    Place,
+    alone,
+    engine_settings,
+    stopping,
+    sweep,
+    temporary,
+    work_folder,
+    worker_name,
+)
+from converter.batch.watchlist import WatchList
+
+RELEASE: Final = "release"
+PIECE: Final = "piece"
+SWEEP_S: Final = 20.0
+_REJOIN_S: Final = 2.0
+_serving: list[Service] = []
+"""The service of this process, for the tasks that Dask runs in it."""
+
+
+@dataclass(slots=True)
+class _Asked:
+    kind: str
+    number: int
+    repo: str
+    commit: str
+    done: Future[bool] = field(default_factory=Future)
+
+
+class Service(Engine):
+    """An engine that takes what it is asked to, and never ends by itself."""
+
+    def __init__(self, ledger: Ledger, folder: Path, **settings: Any) -> None:
+        """As Engine."""
+        super().__init__(ledger, folder, **settings)
+        self._inbox: SimpleQueue[_Asked] = SimpleQueue()
+        self._waited: dict[tuple[str, int], _Asked] = {}
+        self._swept = time.monotonic()
+
+    def ask(self, kind: str, number: int, repo: str, commit: str) -> Future[bool]:
+        """Take a release or piece; the future says whether it was free, once it has left."""
+        asked = _Asked(kind, number, repo, commit)
+        asked.done.set_running_or_notify_cancel()  # whoever stops waiting changes nothing here
+        self._inbox.put(asked)
+        return asked.done
+
+    def close(self) -> None:
+        """Answer what was never taken; the engine has ended."""
+        while (asked := self._next()) is not None:
+            asked.done.set_result(False)
+        for asked in self._waited.values():
+            asked.done.set_result(True)
+
+    def _next(self) -> _Asked | None:
+        try:
+            return self._inbox.get_nowait()
+        except Empty:
+            return None
+
+    def _claim(self) -> None:
+        while (asked := self._next()) is not None:
+            if (asked.kind, asked.number) in self._waited or not self._try(asked):
+                asked.done.set_result(False)
+            else:
+                self._waited[asked.kind, asked.number] = asked
+        if self.shared and self._hands and self._slot_free("convert"):
+            self._piecework.look(set(self._hands))  # a scheduler that is lost stops nothing
+        for one in self._piecework.ended:
+            self._answer(PIECE, one.id)
+        self._piecework.ended.clear()
+
+    def _try(self, asked: _Asked) -> bool:
+        if asked.kind == PIECE:
+            return self._piecework.take(asked.number)
+        claim = self.ledger.claim(self._hands, only=asked.number)
+        if claim is None:
+            return False
+        if (claim.repo, claim.commit) != (asked.repo, asked.commit):
+            self.ledger.give_back(claim)
+            self.say(f"{asked.repo}: the scheduler's client has another ledger than this worker")
+            return False
+        self._twins = self.ledger.twins()
+        self._take(claim)
+        return True
+
+    def _forget(self, hand: InHand) -> None:
+        super()._forget(hand)
+        self._answer(RELEASE, hand.claim.release)
+
+    def _answer(self, kind: str, number: int) -> None:
+        asked = self._waited.pop((kind, number), None)
+        if asked is not None:
+            asked.done.set_result(True)
+
+    def _rest(self) -> bool:
+        if time.monotonic() - self._swept > SWEEP_S:
+            self._swept = time.monotonic()
+            sweep(self.folder, Catalogue(self.ledger), shared=self.shared)
+        time.sleep(TICK_S)
+        return True
+
+
+async def work_on(kind: str, number: int, repo: str, commit: str) -> bool:
+    """What a task does in a worker: False when the ledger did not give it the claim."""
+    (service,) = _serving
+    return await asyncio.wrap_future(service.ask(kind, number, repo, commit))
+
+
+def serve(
+    watchlist: WatchList,
+    place: Place,
+    scheduler: Scheduler,
+    *,
+    tags: frozenset[str],
+    echo: Callable[[str], None] | None = None,
+    stages: Stages | None = None,
+    preload: Sequence[str] = WARM,
+) -> int:
+    """Be a worker until SIGTERM; the exit status.
+
+    Raises UsageError when another run or worker is at work in this state folder.
+    """
+    distributed()
+    run_id = uuid.uuid4().hex
+    with (
+        alone(place.state),
+        temporary(place.state),
+        logging_to(place.state / "logs", run_id, echo=echo) as say,
+    ):
+        database = Database(place.url)
+        try:
+            worker = worker_name(place.state)
+            ledger = Ledger(
+                database, retries=watchlist.retries, owner=f"{worker}{run_id[:8]}", tags=tags
+            )
+            Pieces(ledger).expire(worker)
+            if gone := ledger.expire(worker):  # nobody else can hold this folder's lock
+                say(f"the last worker here was killed with {gone} releases in hand")
+            work = work_folder(watchlist, place)
+            sweep(work, Catalogue(ledger), shared=watchlist.fleet.shared is not None)
+            service = Service(
+                ledger, work, say=say, **engine_settings(watchlist, stages), preload=preload
+            )
+            ended = _attended(service, scheduler, watchlist, work, tags, name=worker, say=say)
+            sweep(work, Catalogue(ledger), shared=service.shared)
+            return TERMINATED if ended else FAILED
+        finally:
+            database.close()
+
+
+def _attended(
+    service: Service,
+    scheduler: Scheduler,
+    watchlist: WatchList,
+    work: Path,
+    tags: frozenset[str],
+    *,
+    name: str,
+    say: Callable[[str], None],
+) -> bool:
+    """Run the engine beside Dask's worker; whether it ended as it was asked to."""
+    resources = offered(
+        memory=budget.memory(watchlist.budgets.memory).limit,
+        disk=budget.disk(work, watchlist.budgets.disk).limit,
+        tags=tags,
+    )
+    errors: list[BaseException] = []
+
+    def engine() -> None:
+        try:
+            service.run()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=engine, name="engine")
+    _serving.append(service)
+    try:
+        with stopping(service):
+            thread.start()
+            asyncio.run(_attend(service, scheduler, thread, resources, name=name, say=say))
+    finally:
+        service.stop()
+        service.stop()
+        thread.join()
+        service.close()
+        _serving.clear()
+    if errors:
+        raise errors[0]
+    return service.outcome.stopped
+
+
+async def _attend(
+    service: Service,
+    scheduler: Scheduler,
+    thread: threading.Thread,
+    resources: dict[str, float],
+    *,
+    name: str,
+    say: Callable[[str], None],
+) -> None:
+    """Keep a Dask worker at the scheduler for as long as the engine lives."""
+    library = distributed()
+    say(f"looking for the fleet at {scheduler.address}, tagged {', '.join(sorted(resources))}")
+    while thread.is_alive():
+        worker = library.Worker(
+            scheduler.address,
+            nthreads=service.limit,
+            resources=resources,
+            name=f"{name}{uuid.uuid4().hex[:4]}",
+            security=scheduler.security(),
+            memory_limit=0,  # the engine counts memory, and its children use it
+            dashboard=False,
+        )
+        present = asyncio.ensure_future(_present(worker, say))
+        while thread.is_alive() and not present.done():
+            await asyncio.sleep(TICK_S)
+        if not present.done():
+            present.cancel()
+        lost = (await asyncio.gather(present, return_exceptions=True))[0]
+        if isinstance(lost, OSError | TimeoutError | None) and thread.is_alive():
+            say("the scheduler is away; what is in hand goes on")
+            await asyncio.sleep(_REJOIN_S)
+        elif thread.is_alive() and isinstance(lost, BaseException):
+            raise lost
+
+
+async def _present(worker: Any, say: Callable[[str], None]) -> None:
+    """From joining the scheduler until it is lost."""
+    async with worker:
+        say("joined the fleet")
+        await worker.finished()
