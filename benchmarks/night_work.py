@@ -129,7 +129,7 @@ def _starter(night: Night, endpoint: str, watchlist: Path) -> Callable[[int | st
     def start(role: int | str) -> Process:
         own = environment
         if role == "scheduler":
-            own = environment | {"TMPDIR": str(dask)}
+            own = environment | {"TMPDIR": str(dask), "DASK_LOGGING__DISTRIBUTED": "warning"}
             command = ["-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1"]
             command += ["--port", port, "--no-dashboard"]
         elif role == "run":

@@ -131,7 +131,8 @@ def pretend(stage: str):
             size = int(name.rpartition("-")[2]) if name.startswith("needs-") else 100
             answer.needs = {"disk": size, "memory": size}
             answer.cuts = int(name.rpartition("-")[2]) if name.startswith("cut-") else 1
-            answer.facts = {job: {"plan": "p", "output_bytes": 10} for job in jobs}
+            facts = {"plan": "p", "output_bytes": 10, "needs": dict(answer.needs)}
+            answer.facts = dict.fromkeys(jobs, facts)
         if stage in ("publish", "card"):
             answer.published = {job: f"http://hub/{job}" for job in jobs}
         return answer

@@ -25,7 +25,7 @@ patience = "30s"
 PROGRAM = """
 import sys
 from pathlib import Path
-from fleet_helpers import STAGES
+from fleet_helpers import PRELOAD, STAGES
 from converter.batch import run as module
 from converter.batch.dask import Scheduler
 from converter.batch.discover import Found
@@ -38,7 +38,8 @@ if __name__ == "__main__":
     place = module.Place.of(None, state=Path(state), ledger=ledger)
     read = read_watchlist(Path(watchlist))
     scheduler = Scheduler.of(address, ca_file=None, cert=None, key=None)
-    told = dict(echo=lambda line: print(line, flush=True), stages=STAGES, preload=["fleet_helpers"])
+    preload = ["fleet_helpers", *PRELOAD]
+    told = dict(echo=lambda line: print(line, flush=True), stages=STAGES, preload=preload)
     if role == "worker":
         sys.exit(serve(read, place, scheduler, tags=with_own(tags), **told))
     sys.exit(module.run(read, place, name="watch.toml", scheduler=scheduler, **told))
@@ -161,5 +162,6 @@ class Real:
         return globals()[self.name](order)
 
 
+PRELOAD = ["converter.batch.work", "quant.floats"] if os.environ.get("REAL") else []
 REAL = ("examine", "fetch", "convert", "prove") if os.environ.get("REAL") else ()
 STAGES = {name: Real(name) if name in REAL else Named(name) for name in NAMES}

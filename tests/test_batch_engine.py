@@ -183,6 +183,9 @@ def test_one_crash_is_tried_again_and_two_are_quarantined(place):
 
 def test_acceptance_goes_to_whoever_has_the_tag_from_what_the_folder_holds(place):
     add(catalogue_of(place), "acme/model", "bf16", policy=Policy(accept="metal"))
+    engine(place).run()  # its folder is its own, so it makes nothing that it could not carry over
+    assert (states(place), story(place[1])) == ({"model-bf16": "waiting"}, [])
+    catalogue_of(place).retry(catalogue_of(place).entries())
     outcome = engine(place, shared=True).run()
     assert [job["state"] for job in outcome.failed] == ["waiting"]
     assert status_of(Found(), outcome) == 0

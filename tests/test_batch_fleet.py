@@ -1,15 +1,15 @@
 """A Dask fleet: processes are killed, and everything is done once all the same."""
 
-import signal
 from dataclasses import replace
 
 import pytest
-from batch_helpers import add, close_ledgers, ledger, seen, story, wait_for, wanted
+from batch_helpers import add, close_ledgers, ledger, seen, story, used, wait_for, wanted
 from fleet_helpers import WATCHLIST, Cluster
 from release_helpers import LLAMA, hashes, make, status, write_release
 
 from converter.batch.catalogue import Catalogue
 from converter.batch.dask import Scheduler, asked, fits, offered
+from converter.batch.fleet import Fleet
 from converter.batch.recipes import Policy
 from converter.batch.tags import measured, with_own
 from converter.errors import UsageError
@@ -54,54 +54,89 @@ def test_what_is_lost_is_done_again_and_nothing_is_done_twice(cluster):
     runs = [fleet.run("run"), fleet.run("other")]  # two runs with one fleet do one job once
     wait_for(lambda: begun(fleet, "convert", "w1", "w2").count("acme/once-convert-600"))
     stuck = "w1" if "acme/once-convert-600" in begun(fleet, "convert", "w1") else "w2"
-    workers[stuck].send_signal(signal.SIGKILL)
-    workers[stuck].wait()
+    left = "w2" if stuck == "w1" else "w1"
+    workers[stuck].kill()
     fleet.scheduler.kill()
     fleet.scheduler.wait()
     fleet.scheduler = fleet.start_scheduler()
-    fleet.worker(stuck)  # in the same folder, whose leases it ends
     for process, name in zip(runs, ("run", "other"), strict=True):
         ends(process, fleet, name)
     found = jobs(fleet)
     assert {entry.state for entry in found.values()} == {"published"}, fleet.said("run")
     assert found["once-convert-600-bf16"].job.lost == 1
     published = begun(fleet, "publish", "w1", "w2")
-    assert sorted(published) == sorted([entry.release.repo for entry in found.values()])
-    assert "the scheduler is away; what is in hand goes on" in fleet.said("w1") + fleet.said("w2")
-    for name in ("w1", "w2"):
-        work = fleet.root / name / "work"
-        wait_for(lambda work=work: [p.name for p in work.iterdir()] in ([], ["story.jsonl"]), 60)
-    for name in ("w1", "w2"):
-        assert "Traceback" not in fleet.said(name)
+    twice = published.count("acme/slow-publish-1") - 2  # killed before it could say so
+    assert twice in ((0, 1) if "acme/slow-publish-1" in begun(fleet, "publish", stuck) else (0,))
+    assert len(published) == len(found) + twice
+    assert "the scheduler is away; what is in hand goes on" in fleet.said(left)
+    assert "Traceback" not in fleet.said(left) + fleet.said("run") + fleet.said("other")
+    workers[left].terminate()
+    assert workers[left].wait(LIMIT_S) == 143
+    assert [path.name for path in (fleet.root / left / "work").iterdir()] == ["story.jsonl"]
 
 
-def test_what_no_worker_has_is_waited_for(cluster):
-    fleet = cluster(extra='[budgets]\nmemory = "3GB"\n')
-    catalogue = Catalogue(ledger(fleet.url))
-    add(catalogue, "acme/model", "bf16", policy=Policy(accept="metal"))
+class Handed(Fleet):
+    """A fleet that only notes what it would hand out."""
+
+    def _submit(self, key, repo, commit, wanted):
+        self._given[key] = wanted
+
+
+@pytest.fixture
+def handed(tmp_path):
+    mine = ledger(f"sqlite:///{tmp_path / 'ledger.db'}", gated_wait=1000)
+    scheduler = Scheduler.of("tcp://h:1", ca_file=None, cert=None, key=None)
+    yield Handed(mine, scheduler, shared=False, say=lambda line: None)
+    close_ledgers()
+
+
+def hand_out(fleet, *workers):
+    """What is asked for each release that is handed out when there are these workers."""
+    known = {str(number): offered(**worker) for number, worker in enumerate(workers)}
+    fleet.ledger.tags = frozenset(name for one in known.values() for name in one)
+    fleet._given.clear()
+    fleet._hand_out(known)
+    repos = {e.release.id: e.release.repo for e in fleet.catalogue.entries()}
+    return {repos[number]: wanted for (_, number), wanted in fleet._given.items()}
+
+
+SMALL = {"memory": 3 * 10**9, "disk": 10**9, "tags": ["linux"]}
+APPLE = {"memory": 2 * 10**9, "disk": 10**9, "tags": ["metal"]}
+
+
+def test_a_release_goes_to_a_worker_that_has_what_it_needs(handed):
+    policy = Policy(accept="metal")
+    add(handed.catalogue, "acme/model", "bf16", policy=policy)
+    estimate = {"memory": 4000 + 1e9, "disk": 4000.0}
+    assert hand_out(handed) == {}
+    # Who has no Metal hands it over, and says so in the ledger.
+    assert hand_out(handed, SMALL) == {"acme/model": estimate}
+    assert hand_out(handed, SMALL, APPLE) == {"acme/model": estimate | {"metal": 1.0}}
+    claim = handed.ledger.claim()
+    handed.ledger.hand_over(claim, claim.tasks[0].id, "metal")
+    handed.ledger.give_back(claim)
+    assert hand_out(handed, SMALL) == {}
+    assert hand_out(handed, SMALL, APPLE) == {"acme/model": estimate | {"metal": 1.0}}
+
+
+def test_a_release_that_no_worker_is_large_enough_for_waits(handed):
     large = replace(seen("acme/large"), weight_bytes=10**9)
-    catalogue.enqueue(large, wanted("acme/large"))
-    plain = fleet.worker("plain")
-    ends(fleet.run(), fleet)
-    found = jobs(fleet)
-    assert {entry.state for entry in found.values()} == {"waiting"}
-    assert found["large-bf16"].job.error == (
+    handed.catalogue.enqueue(large, wanted("acme/large"))
+    # An estimate is no reason: somebody plans it, and then it is known.
+    assert hand_out(handed, SMALL) == {"acme/large": {"memory": 0.0, "disk": 0.0}}
+    claim = handed.ledger.claim()
+    facts = {"needs": {"disk": 10**8, "memory": 5 * 10**9}}
+    handed.ledger.passed(claim, claim.tasks[0].id, "examine", used(), facts=facts)
+    handed.ledger.give_back(claim)
+    assert hand_out(handed, SMALL, SMALL | {"memory": 6 * 10**9}) == {
+        "acme/large": {"memory": 5e9, "disk": 1e8}
+    }
+    assert hand_out(handed, SMALL) == {}
+    (entry,) = handed.catalogue.entries()
+    assert (entry.state, entry.job.error_class) == ("waiting", "resources")
+    assert entry.job.error == (
         "acme/large: needs 5.0 GB of memory where the largest worker has 3.0 GB"
     )
-    job = found["model-bf16"].job
-    assert (job.needs, job.error_class) == ("metal", "worker")
-    assert job.error == (
-        "waits for a worker tagged metal, which drives the output through the runtimes"
-    )
-    assert begun(fleet, "examine", "plain") == []  # it could not be carried over
-    fleet.worker("apple", "metal", METAL="1")
-    wait_for(lambda: "joined the fleet" in fleet.said("apple"))
-    ends(fleet.run(), fleet)
-    job = jobs(fleet)["model-bf16"].job
-    assert (job.state, job.needs, job.error) == ("published", None, None)
-    assert begun(fleet, "accept", "apple") == ["acme/model"]
-    plain.terminate()
-    assert plain.wait(LIMIT_S) == 143
 
 
 CONFIG = LLAMA | {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 1024}
@@ -134,8 +169,9 @@ def test_two_and_four_workers_make_the_bytes_of_one(cluster, tmp_path, monkeypat
         _joined(fleet, workers)
         pieces, began = _made_by(fleet, api, source, "acme/four", work, workers)
         assert _proved(work, "four-bf16") >= expected.items()
-        assert began.count("piece 1-of-8") > 1, began
-        assert set(pieces) == {f"piece {number}-of-8" for number in range(1, 9)}
+        count = sum(name.endswith(".safetensors") for name in expected)
+        assert began.count(f"piece 1-of-{count}") > 1, began
+        assert set(pieces) == {f"piece {number}-of-{count}" for number in range(1, count + 1)}
     assert [path.name for path in work.iterdir()] == ["story.jsonl"]
     for repo in ("acme/two", "acme/four"):
         helped = [name for name in workers if f"{repo}@" in fleet.said(name)]
@@ -166,7 +202,7 @@ def _made_by(fleet, api, source, repo, work, victims=None):
         (work.parent / "slowly").touch()
     run = fleet.run()
     if victims is not None:
-        mark = f"{repo}@{commit[:8]}: convert piece 1 of 8"
+        mark = f"{repo}@{commit[:8]}: convert piece 1 of "
         wait_for(lambda: any(mark in fleet.said(name) for name in victims))
         wait_for(lambda: not (work.parent / "slowly").exists())
         victims[next(name for name in victims if mark in fleet.said(name))].kill()

@@ -58,7 +58,8 @@ def distributed() -> Any:
         import dask
 
         # A scheduler that goes away is no news to it: tracebacks for each attempt to connect.
-        dask.config.set({"logging": {"distributed": "critical"}})
+        loud = ("distributed", "distributed.client", "tornado.application")
+        dask.config.set({"logging": dict.fromkeys(loud, "critical")})
         import distributed as library
     except ModuleNotFoundError as error:
         raise UsageError(

@@ -154,11 +154,13 @@ class Fleet:
         for due in self.ledger.due():
             self._jobs |= {task.id for task in due.tasks}
             if not self._resting((RELEASE, due.release)):
-                wanted = self._wanted(due, workers)
-                if any(fits(wanted, one) for one in workers.values()):
-                    self._submit((RELEASE, due.release), due.repo, due.commit, wanted)
-                else:
-                    self._refuse(due, wanted, workers)
+                wanted, planned = self._wanted(due, workers)
+                if not any(fits(wanted, one) for one in workers.values()):
+                    if planned:
+                        self._refuse(due, wanted, workers)
+                        continue
+                    wanted |= {MEMORY: 0.0, DISK: 0.0}  # somebody has to plan it, to know
+                self._submit((RELEASE, due.release), due.repo, due.commit, wanted)
         for number, repo, commit in self.pieces.open():
             if not self._resting((PIECE, number)):
                 wanted = asked(memory=_PIECE_BYTES, disk=0, tag=None)
@@ -168,20 +170,23 @@ class Fleet:
         rest = self._rests.get(key)
         return key in self._given or (rest is not None and time.monotonic() < rest.until)
 
-    def _wanted(self, due: Due, workers: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """Memory, disk and tag that a release needs: of its plans, where they were made once."""
-        planned = [task.facts["needs"] for task in due.tasks if "needs" in task.facts]
+    def _wanted(
+        self, due: Due, workers: Mapping[str, Mapping[str, float]]
+    ) -> tuple[dict[str, float], bool]:
+        """Memory, disk and tag that a release needs, and whether that is known from its plans."""
+        tasks = [task for task in due.tasks if task.kind != "card"]  # a card needs nothing
+        planned = [task.facts["needs"] for task in tasks if "needs" in task.facts]
         if planned:
             needs = {name: max(int(one[name]) for one in planned) for name in (MEMORY, DISK)}
         else:  # 2 bytes a parameter there, two models of 4 bytes each in a proof
-            size = due.weight_bytes
-            needs = {MEMORY: 4 * size + _BASE_BYTES, DISK: (3 + len(due.tasks)) * size}
-        tags = {task.needs for task in due.tasks} - {None}
+            size = due.weight_bytes if tasks else 0
+            needs = {MEMORY: 4 * size + _BASE_BYTES, DISK: (3 + len(tasks)) * size}
+        tags = {task.needs for task in tasks} - {None}
         if not self.shared:
-            tags |= {task.policy.get("accept") for task in due.tasks} - {None}
+            tags |= {task.policy.get("accept") for task in tasks} - {None}
         there = {name for one in workers.values() for name in one}
         tag = min((str(tag) for tag in tags if tag in there), default=None)
-        return asked(memory=needs[MEMORY], disk=needs[DISK], tag=tag)
+        return asked(memory=needs[MEMORY], disk=needs[DISK], tag=tag), bool(planned)
 
     def _submit(self, key: Key, repo: str, commit: str, wanted: dict[str, float]) -> None:
         kind, number = key
@@ -203,14 +208,18 @@ class Fleet:
         claim = self.ledger.claim(only=due.release)
         if claim is None:
             return
-        most = {name: max(one.get(name, 0) for one in workers.values()) for name in (MEMORY, DISK)}
+        tags = wanted.keys() - {MEMORY, DISK}
+        able = [one for one in workers.values() if tags <= one.keys()]
+        most = {name: max(one[name] for one in able) for name in (MEMORY, DISK)}
         lacks = [
             f"{size_text(int(wanted[name]))} of {name} where the largest worker has "
             f"{size_text(int(most[name]))}"
             for name in most
             if wanted[name] > most[name]
         ]
-        failure = Failure("resources", f"{claim.repo}: needs {' and '.join(lacks)}")
+        both = " and ".join(f"{size_text(int(wanted[name]))} of {name}" for name in most)
+        needs = " and ".join(lacks) or f"{both} on one worker"
+        failure = Failure("resources", f"{claim.repo}: needs {needs}")
         used = Used(started=time.time(), ended=time.time())
         for task in claim.tasks:
             self.ledger.failed(claim, task.id, "fetch", used, failure)

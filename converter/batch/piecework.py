@@ -101,7 +101,8 @@ class PieceWork:
 
     def keep(self) -> None:
         """Prolong the leases, and stop work on pieces that have passed to another worker."""
-        lost = self.pieces.heartbeat([one for _, one in self.running] + self._due)
+        mine = [one for _, one in self.running] + self._due
+        lost = self.pieces.heartbeat(mine) if mine else set()
         for child, one in list(self.running):
             if one.id in lost:
                 child.kill()
