@@ -1,6 +1,7 @@
 """A Dask fleet: processes are killed, and everything is done once all the same."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from batch_helpers import add, close_ledgers, ledger, seen, story, used, wait_for, wanted
@@ -10,6 +11,7 @@ from release_helpers import LLAMA, hashes, make, status, write_release
 from converter.batch.catalogue import Catalogue
 from converter.batch.dask import Scheduler, asked, fits, offered
 from converter.batch.fleet import Fleet
+from converter.batch.fleet_worker import work_on
 from converter.batch.recipes import Policy
 from converter.batch.tags import measured, with_own
 from converter.errors import UsageError
@@ -137,6 +139,16 @@ def test_a_release_that_no_worker_is_large_enough_for_waits(handed):
     assert entry.job.error == (
         "acme/large: needs 5.0 GB of memory where the largest worker has 3.0 GB"
     )
+
+
+def test_a_task_names_its_release_and_nothing_else(handed):
+    calls = []
+    handed._client = SimpleNamespace(submit=lambda *given, **named: calls.append((given, named)))
+    Fleet._submit(handed, ("release", 7), "acme/model", "c1", {"memory": 1.0})
+    ((given, named),) = calls
+    assert given == (work_on, "release", 7, "acme/model", "c1")
+    assert named.pop("key").startswith("release-7-")
+    assert named == {"pure": False, "resources": {"memory": 1.0}}
 
 
 CONFIG = LLAMA | {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 1024}
