@@ -223,15 +223,19 @@ def output_folders(request: Request, planned: Planned) -> list[Path]:
     return folders
 
 
-def convert(request: Request, console: Console) -> list[Converted]:
+def convert(
+    request: Request, console: Console, *, planned: Planned | None = None
+) -> list[Converted]:
     """Plan, fetch, execute and finish; the outputs are whole when this returns.
+
+    ``planned`` is what plan_request gave for this request, where that was asked before.
 
     A request for one part makes its shards and finishes nothing: the result is empty, and the
     same request without ``part`` makes what is left and the outputs of it.
     """
     if request.part is not None:
         _require_separable(request)
-    planned = plan_request(request, console)
+    planned = planned or plan_request(request, console)
     targets = output_folders(request, planned)
     drafters = [drafter_folder(out) for out in targets] if planned.drafters else []
     plans, folders = (*planned.plans, *planned.drafters), [*targets, *drafters]

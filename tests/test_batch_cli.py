@@ -5,6 +5,7 @@ import json
 import plistlib
 import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,21 +15,28 @@ from batch_helpers import add, close_ledgers, ledger, used
 from click.testing import CliRunner
 from huggingface_hub import HfApi
 from release_helpers import status as exit_status
+from release_helpers import write_release
 
 from converter.batch import discover as discover_module
+from converter.batch.believed import believed
 from converter.batch.catalogue import Catalogue
 from converter.batch.digest import send_digest
 from converter.batch.discover import content_of, discover, wanted
+from converter.batch.examine import examine
 from converter.batch.failures import Failure
 from converter.batch.install import schedule, write_files
 from converter.batch.log import KEPT, logging_to
+from converter.batch.orders import Order, Part
+from converter.batch.recipes import Policy
 from converter.batch.report import trend
 from converter.batch.run import Place
 from converter.batch.watchlist import Digest, Filters, Mail, read_watchlist
+from converter.batch.work import convert_release, fetch_release
 from converter.cli.app import cli
-from converter.errors import UsageError
+from converter.errors import HubError, PlanError, UsageError
 from converter.hub import api as hub_api
 from converter.hub import resolve_revision
+from converter.plan import Options
 from converter.staging import Fault, Faults, StagingOptions, Weather, running_hub
 
 TOKEN = "hf_sentinelsentinelsentinel"
@@ -462,3 +470,54 @@ def test_content_is_everything_but_the_card(api):
     weights = release(api, "acme/m", weights=b"y" * 100)
     assert card == first
     assert content_of(resolve_revision("acme/m", revision=weights)) != first
+
+
+def test_a_damaged_header_is_read_again_in_every_stage(api, faults, tmp_path, monkeypatch):
+    place = api.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", place)
+    api.create_repo("acme/small")
+    api.upload_folder(repo_id="acme/small", folder_path=write_release(tmp_path / "source"))
+    part = Part(
+        job=1, variant="bf16", target="n/small", options=Options(), policy=Policy(twin=False)
+    )
+    order = Order(
+        repo="acme/small",
+        commit=api.model_info("acme/small").sha,
+        folder=tmp_path / "work",
+        parts=(part,),
+        workers=1,
+    )
+    for number, stage in enumerate((examine, fetch_release, convert_release), start=1):
+        faults.add(Fault(kind="corrupt", method="GET", path="/resolve/.*safetensors"))
+        answer = stage(order)
+        assert answer.failed == {}
+        assert faults.struck["corrupt"] == number
+        if stage is examine:
+            order = replace(order, parts=(replace(part, plan=answer.facts[1]["plan"]),))
+    assert (order.out(part) / "conversion.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("said", "raised"),
+    [
+        (["a", "a", "a"], PlanError),
+        (["a", "a", None], None),
+        (["a", None], None),
+        (["a", "b"], HubError),
+        (["a", "a", "b"], HubError),
+    ],
+)
+def test_a_refusal_is_believed_when_every_reading_says_it(said, raised):
+    left = iter(said)
+
+    def read():
+        if (text := next(left)) is not None:
+            raise PlanError([text])
+        return "read"
+
+    if raised is None:
+        assert believed("acme/m", read) == "read"
+    else:
+        with pytest.raises(raised, match="a" if raised is PlanError else "damaged answers"):
+            believed("acme/m", read)
+    assert list(left) == []

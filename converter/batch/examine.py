@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from converter.batch.believed import believed
 from converter.batch.failures import classify
 from converter.batch.orders import Answer, Order, Part
 from converter.batch.published import find_published
 from converter.batch.recipes import digest
-from converter.errors import ConvertError, GateError, HubError, PlanError, UsageError
+from converter.errors import ConvertError, GateError, PlanError, UsageError
 from converter.execute.parts import most_parts
 from converter.hub import HubSnapshot, download, resolve_revision
 from converter.pipeline import Planned, Request, plan_request
@@ -136,31 +138,18 @@ def judge_twin(config: dict[str, Any], folder: Path, *, workers: int) -> tuple[s
 
 
 def _plans(order: Order, answer: Answer) -> list[tuple[Part, Plan]]:
-    """Plans of all jobs; a job whose own recipe does not fit is put into ``answer.failed``.
-
-    Headers come by range requests that no hash covers, so a refusal is believed only when a
-    second reading says the same.
-    """
+    """Plans of all jobs; a job whose own recipe does not fit is put into ``answer.failed``."""
     try:
-        planned = _plan(order, order.parts)
+        planned = believed(order.repo, lambda: _plan(order, order.parts))
         return list(zip(order.parts, planned.plans, strict=True))
-    except (PlanError, UsageError) as first:
-        again: PlanError | UsageError | None = None
-        try:
-            planned = _plan(order, order.parts)
-            return list(zip(order.parts, planned.plans, strict=True))
-        except (PlanError, UsageError) as error:
-            again = error
-        if str(again) != str(first):
-            raise HubError(
-                f"{order.repo}: two readings of its headers differ; the hub sends damaged answers"
-            ) from again
+    except (PlanError, UsageError):
         if len(order.parts) == 1:
             raise
     plans = []
     for part in order.parts:
         try:
-            plans.append((part, _plan(order, (part,)).plans[0]))
+            planned = believed(order.repo, partial(_plan, order, (part,)))
+            plans.append((part, planned.plans[0]))
         except (PlanError, UsageError) as error:
             answer.failed[part.job] = classify(error)
     return plans

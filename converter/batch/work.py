@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from converter.acceptance import REPORT as ACCEPTANCE
 from converter.acceptance import accept_output, acceptance_report
+from converter.batch.believed import believed
 from converter.batch.examine import examine
 from converter.batch.failures import Failure
 from converter.batch.orders import Answer, Order, Part
@@ -63,7 +64,10 @@ class Throttle:
 
 def fetch_release(order: Order) -> Answer:
     """All files of the release, hashes checked."""
-    release = open_release(order.repo, revision=order.commit, cache=order.cache)
+    release = believed(
+        order.repo,
+        lambda: open_release(order.repo, revision=order.commit, cache=order.cache),
+    )
     progress = Throttle(order.bandwidth)
     fetch(release, progress=progress)
     return Answer(bytes=progress.done)
@@ -90,7 +94,8 @@ def convert_release(order: Order) -> Answer:
             command=command_of(order),
             part=order.shards,
         )
-        made = convert(request, _QUIET)
+        planned = believed(order.repo, lambda: plan_request(request))
+        made = convert(request, _QUIET, planned=planned)
         if order.shards is not None:
             return Answer()
         for part, output in zip(todo, made, strict=True):
