@@ -4,6 +4,7 @@ import multiprocessing
 import sqlite3
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from batch_helpers import (
@@ -208,6 +209,23 @@ def test_a_job_that_needs_a_tag_is_left_to_those_who_have_it(url):
     apple.passed(claim, claim.tasks[0].id, "publish", used(), published=True)
     (entry, _) = catalogue.entries()
     assert (entry.state, entry.job.needs, entry.job.error) == ("published", None, None)
+
+
+def test_each_piece_is_claimed_once_by_workers_that_hurry(url):
+    add(Catalogue(ledger(url)))
+    mine = ledger(url, lease=60)
+    claim = mine.claim()
+    Pieces(mine).cut(claim, [task.id for task in claim.tasks], 40)
+    workers = [Pieces(ledger(url, lease=60)) for _ in range(4)]
+    together = threading.Barrier(len(workers))
+
+    def take(pieces):
+        together.wait()
+        return [one.number for one in iter(pieces.claim, None)]
+
+    with ThreadPoolExecutor(len(workers)) as pool:
+        taken = list(pool.map(take, workers))
+    assert sorted(number for some in taken for number in some) == list(range(1, 41))
 
 
 def test_pieces_are_claimed_once_each_and_only_while_their_release_is_held(url):
