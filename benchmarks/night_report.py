@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -146,10 +147,8 @@ def write_outcome(night: Night, found: Sequence[str], folder: Path) -> None:
 
     lines = ["# A simulated night", ""]
     lines += [
-        "`python -m benchmarks.night --large --postgres`: real conversions and proofs of twins",
-        "against the staging hub, with faults in one of ten requests, a worker killed every",
-        "minute and the database stopped every few. Made by that command; every job is in",
-        "[night.json](night.json).",
+        f"`{_command()}`: real conversions and proofs of twins against the staging hub. Made by",
+        "that command; every job is in [night.json](night.json).",
         "",
         "| | |",
         "|---|---|",
@@ -168,6 +167,13 @@ def write_outcome(night: Night, found: Sequence[str], folder: Path) -> None:
         "Machine: " + ", ".join(f"{key} {value}" for key, value in machine.items()) + ".",
     ]
     (folder / "night.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _command() -> str:
+    """This run, but for folders of this machine."""
+    given = iter(sys.argv[1:])
+    words = [word for word in given if word not in ("--keep", "--out") or not next(given)]
+    return shlex.join(["python", "-m", "benchmarks.night", *words])
 
 
 def _reason(row: dict[str, Any]) -> str:
