@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from converter.errors import PlanError
-from converter.source.folder import resolve_inside
+from converter.source.folder import folder_of, resolve_inside
 from converter.source.index import case_collisions, path_problem
 
 _WEIGHT_SUFFIXES = (
@@ -24,6 +24,9 @@ _OTHER_FORMATS = frozenset(
 )
 _REWRITTEN = frozenset({"config.json", "readme.md"})
 _STALE = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})
+TOKENIZER_FILES = frozenset(
+    {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model"}
+)
 _OURS = frozenset({"conversion.json", "parity.json", "parity.html", "acceptance.json"})
 
 
@@ -47,7 +50,11 @@ def is_sidecar(name: str) -> bool:
 
 
 def list_sidecars(root: Path) -> tuple[str, ...]:
-    """The sidecars of a folder as relative names, links checked; raises PlanError."""
+    """The sidecars of a folder (or of a GGUF file's) as relative names, links checked.
+
+    Raises PlanError.
+    """
+    root = folder_of(root)
     names = sorted(_walk(root, PurePosixPath()))
     chosen = tuple(name for name in names if is_sidecar(name))
     problems = case_collisions(chosen)
@@ -71,12 +78,22 @@ def choose_sidecars(names: Iterable[str]) -> tuple[str, ...]:
     return chosen
 
 
-def copy_sidecars(root: Path, names: Iterable[str], out: Path) -> None:
-    """Copy files byte for byte, links replaced by what they point to."""
+def copy_sidecars(root: Path, names: Iterable[str], out: Path) -> tuple[str, ...]:
+    """Copy files byte for byte, links replaced by what they point to; the names in ``out``.
+
+    A GGUF file without a tokenizer beside it holds one, which is written out.
+    """
+    names = tuple(names)
+    folder = folder_of(root)
     for name in names:
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / name, target)
+        shutil.copyfile(folder / name, target)
+    if folder == root or any(name in TOKENIZER_FILES for name in names):
+        return names
+    from converter.gguf_tokenizer import write_tokenizer
+
+    return (*names, *write_tokenizer(root, out))
 
 
 def _walk(root: Path, below: PurePosixPath) -> Iterable[str]:
