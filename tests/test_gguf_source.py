@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -328,3 +329,36 @@ def test_without_a_tokenizer_the_error_says_which_files(tmp_path):
         open_release(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
     assert open_release(str(tmp_path)).sidecars == ("tokenizer.json",)
+
+
+def test_on_the_hub_only_the_head_is_fetched_to_plan(tmp_path, monkeypatch):
+    from converter import hub
+    from converter.release import fetch
+    from converter.source import gguf
+
+    path = File().write(tmp_path / "m-Q4_0.gguf")
+    files = {path.name: SimpleNamespace(path=path.name, size=path.stat().st_size)}
+    snapshot = SimpleNamespace(
+        repo_id="someone/m-GGUF",
+        commit="0" * 40,
+        gated=False,
+        files=tuple(files.values()),
+        by_path=files,
+    )
+    ranges = []
+
+    def fetch_range(where, name, start, stop):
+        ranges.append((start, stop))
+        return path.read_bytes()[start:stop]
+
+    monkeypatch.setattr(gguf, "_FIRST_READ", 100)
+    monkeypatch.setattr(hub, "resolve_revision", lambda repo, revision=None: snapshot)
+    monkeypatch.setattr(hub, "fetch_range", fetch_range)
+    monkeypatch.setattr(hub, "download", lambda snapshot, wanted, **given: tmp_path)
+    release = open_release("someone/m-GGUF")
+    assert ranges == [(0, 100), (100, 400), (400, 1600)]
+    assert (release.name, release.root) == ("m", None)
+    local = fetch(release)
+    assert local.root == path
+    assert local.source.tensors == open_folder(path).tensors
+    assert {**local.origin} == {"repo": "someone/m-GGUF", "commit": "0" * 40}

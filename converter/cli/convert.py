@@ -128,6 +128,7 @@ def compare_command(outputs: tuple[Path, ...], given: dict[str, Any]) -> None:
             outputs=outputs,
             hf_path=given["hf_path"],
             revision=given["revision"],
+            gguf=given["gguf_file"],
             text=given["text"],
             length=given["length"],
             windows=given["windows"],
