@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 
+LLAMA3_FACTORS: Final = "rope_freqs.weight"
 _LAYER: Final = re.compile(r"blk\.(\d{1,5})\.(.+)")
 _TOP: Final = {
     "token_embd": "model.embed_tokens",
@@ -147,17 +148,49 @@ class GgufArch:
         return self.norm_offset if tensor.endswith("norm.weight") else 0.0
 
 
-def read_config(arch: GgufArch, keys: Keys, types: Collection[str]) -> dict[str, Any]:
+def read_config(
+    arch: GgufArch, keys: Keys, types: Collection[str], factors: Sequence[float] = ()
+) -> dict[str, Any]:
     """config.json of a file that has none beside it; problems are left with ``keys``.
 
-    ``types`` are those of the file's tensors, which decide the dtype where all are plain.
+    ``types`` are those of the file's tensors, which decide the dtype where all are plain;
+    ``factors`` are the values of its ``rope_freqs.weight``.
     """
+    config = arch.config(keys)
+    if factors:
+        config["rope_scaling"] = llama3_scaling(factors, config["rope_theta"])
     for name, why in arch.drops.items():
-        if name in keys.tensors:
+        if name in keys.tensors and not (name == LLAMA3_FACTORS and config["rope_scaling"]):
             keys.problems.append(f"{name}: {why}; put the release's config.json beside the file")
     plain = [name for code, name in _PLAIN.items() if code in types]
     dtype = plain[0] if set(types) <= _PLAIN.keys() and plain else arch.dtype
-    return arch.config(keys) | {"dtype": dtype}
+    return config | {"dtype": dtype}
+
+
+def llama3_scaling(factors: Sequence[float], theta: float) -> dict[str, Any] | None:
+    """The position scaling of Llama 3.1 to 3.3 whose ``factors`` these are, if any's.
+
+    As transformers' ``_compute_llama3_parameters`` scales each frequency.
+    """
+    count = len(factors)
+    for factor in (8.0, 32.0):
+        low, high, trained = 1.0, 4.0, 8192
+        expected = []
+        for i in range(count):
+            wavelength = 2 * math.pi * theta ** (i / count)
+            smooth = (trained / wavelength - low) / (high - low)
+            smooth = min(max(smooth, 0.0), 1.0)
+            expected.append(1 / ((1 - smooth) / factor + smooth))
+        pairs = zip(factors, expected, strict=True)
+        if all(math.isclose(*pair, rel_tol=1e-4) for pair in pairs):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": trained,
+            }
+    return None
 
 
 def _decoder(
@@ -356,7 +389,7 @@ ARCHITECTURES: Final[dict[str, GgufArch]] = {
             "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
         },
         rotary=_ROTARY,
-        drops={"rope_freqs.weight": _FACTORS},
+        drops={LLAMA3_FACTORS: _FACTORS},
     ),
     "phi3": GgufArch(
         model_types=("phi3",),

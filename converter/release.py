@@ -219,9 +219,11 @@ def _open_hub_gguf(
         for file in files
     ]
     sidecars = choose_sidecars(names)
+    read = partial(fetch_range, snapshot)
+    source = gguf_source(heads, where=repo_id, stated=stated, read=read)
     return Release(
         name=_GGUF_REPO.sub("", repo_id.rpartition("/")[2]),
-        source=with_tokenizer(gguf_source(heads, where=repo_id, stated=stated), sidecars),
+        source=with_tokenizer(source, sidecars),
         sidecars=sidecars,
         root=None,
         snapshot=snapshot,

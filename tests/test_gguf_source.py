@@ -254,6 +254,26 @@ def test_rotary_factors_need_the_config_they_follow_from(tmp_path):
     assert drop.name == "rope_freqs.weight"
 
 
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3s_factors_say_what_they_were_made_from(factor, tmp_path):
+    """As the reference computes them; of others config.json has to tell."""
+    import torch
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    made = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    made |= {"rope_type": "llama3", "original_max_position_embeddings": 8192}
+    config = LlamaConfig(head_dim=32, rope_parameters={**made, "rope_theta": 5e5})
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1 / 5e5 ** (torch.arange(0, 32, 2) / 32)
+    shapes = {"rope_freqs.weight": (16,), **SHAPES}
+    file = File(settings(llama__rope__freq_base=(F32, 5e5)), shapes)
+    file.data = (plain / scaled).numpy().tobytes() + file.data[64:]
+    source = open_folder(file.write(tmp_path / "m.gguf"))
+    assert source.config["rope_scaling"] == made
+    assert [drop.name for drop in decoded(source).drops] == ["rope_freqs.weight"]
+
+
 def test_types_that_are_not_decoded_are_named(tmp_path):
     file = File(tensors={**SHAPES, "token_embd.weight": (96, 256)})
     file.tensors[0][2] = 18

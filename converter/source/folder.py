@@ -97,7 +97,7 @@ def open_folder(
 
 
 def _open_gguf(path: Path, selection: Selection, *, stated: bool, problems: list[str]) -> Source:
-    from converter.source.gguf import gguf_source, read_head
+    from converter.source.gguf import gguf_source, read_bytes, read_head
 
     files, _ = _weight_paths(path, selection, None, problems)
     if problems:
@@ -106,6 +106,7 @@ def _open_gguf(path: Path, selection: Selection, *, stated: bool, problems: list
         [read_head(file, name) for name, file in files.items()],
         where=str(path),
         stated=read_json(path, "config.json") if stated else None,
+        read=lambda name, start, stop: read_bytes(files[name], start, stop),
         root=path,
         paths=files,
         notes=selection.notes,

@@ -20,7 +20,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from arch_maps.gguf import ARCHITECTURES, GgufArch, Keys, contradictions, read_config
+import numpy as np
+
+from arch_maps.gguf import (
+    ARCHITECTURES,
+    LLAMA3_FACTORS,
+    GgufArch,
+    Keys,
+    contradictions,
+    read_config,
+)
 from converter.errors import PlanError
 from converter.source import gguf_child
 from converter.source.header import MAX_BYTES, Header, TensorInfo, quote
@@ -81,6 +90,7 @@ def gguf_source(
     *,
     where: str,
     stated: dict[str, Any] | None,
+    read: Callable[[str, int, int], bytes],
     root: Path | None = None,
     paths: Mapping[str, Path] | None = None,
     notes: Sequence[str] = (),
@@ -89,7 +99,8 @@ def gguf_source(
     """The source that the parts ``heads`` of one model make.
 
     ``stated`` is the config.json beside them, None where there is none and the settings in the file
-    have to do. Raises PlanError with every problem.
+    have to do; ``read(file, start, stop)`` gives bytes of the few values that are settings too.
+    Raises PlanError with every problem.
     """
     metadata = heads[0].metadata
     arch = _architecture(metadata, heads[0].file)
@@ -108,7 +119,13 @@ def gguf_source(
         if total != len(shapes):
             found.append(f"{heads[0].file}: promises {total} tensors, its parts hold {len(shapes)}")
     types = Counter(TYPES[t["type"]].name for h in heads for t in h.tensors if t["type"] in TYPES)
-    config = _config(arch, keys, stated, types)
+    place = next(
+        (h.tensors[LLAMA3_FACTORS] for h in headers.values() if LLAMA3_FACTORS in h.tensors), None
+    )
+    factors: list[float] = []
+    if stated is None and place is not None and place.dtype == "F32" and place.nbytes <= 4096:
+        factors = np.frombuffer(read(place.file, place.start, place.stop), "<f4").tolist()
+    config = _config(arch, keys, stated, types, factors)
     found += [f"{heads[0].file}: {quote(problem)}" for problem in dict.fromkeys(keys.problems)]
     config["quantization_config"] = {
         "quant_method": METHOD,
@@ -131,12 +148,23 @@ def gguf_source(
     return replace(source, gguf=stored, gguf_drops=drops)
 
 
+def read_bytes(path: Path, start: int, stop: int) -> bytes:
+    """Bytes of a local file."""
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
+
+
 def _config(
-    arch: GgufArch, keys: Keys, stated: dict[str, Any] | None, types: Collection[str]
+    arch: GgufArch,
+    keys: Keys,
+    stated: dict[str, Any] | None,
+    types: Collection[str],
+    factors: Sequence[float],
 ) -> dict[str, Any]:
     """The release's config.json held against the file's settings, or one made from these."""
     if stated is None:
-        return read_config(arch, keys, types)
+        return read_config(arch, keys, types, factors)
     kind = stated.get("model_type")
     if kind not in arch.model_types:
         keys.problems.append(
