@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.errors import PlanError
 from converter.gguf_tokenizer import with_tokenizer
-from converter.sidecars import choose_sidecars, list_sidecars
+from converter.sidecars import BESIDE_GGUF, choose_sidecars, list_sidecars
 from converter.source import (
     Source,
     build_source,
@@ -107,10 +107,11 @@ def open_release(
             raise PlanError([f"{FLAG} {gguf}: {hf_path} is a GGUF file itself"])
         name = folder.resolve().name
         source = open_folder(folder, allow_mlx=allow_mlx, gguf=gguf)
-        sidecars = list_sidecars(folder)
         root = folder
         if source.kind == "gguf":
             root = folder_of(folder) / source.weight_files[0]
+        sidecars = list_sidecars(root)
+        if source.kind == "gguf":
             source, name = with_tokenizer(source, sidecars), folder.stem if file else name
         return Release(name=name, source=source, sidecars=sidecars, root=root)
     if folder.exists():
@@ -218,7 +219,7 @@ def _open_hub_gguf(
         fetch_head(partial(fetch_range, snapshot, file), snapshot.by_path[file].size, file)
         for file in files
     ]
-    sidecars = choose_sidecars(names)
+    sidecars = choose_sidecars(name for name in names if name in BESIDE_GGUF)
     read = partial(fetch_range, snapshot)
     source = gguf_source(heads, where=repo_id, stated=stated, read=read)
     return Release(

@@ -27,6 +27,11 @@ _STALE = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_confi
 TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model"}
 )
+BESIDE_GGUF = TOKENIZER_FILES | {
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE"),
+}
+"""What is taken along with a GGUF file."""
 _OURS = frozenset({"conversion.json", "parity.json", "parity.html", "acceptance.json"})
 
 
@@ -50,12 +55,16 @@ def is_sidecar(name: str) -> bool:
 
 
 def list_sidecars(root: Path) -> tuple[str, ...]:
-    """The sidecars of a folder (or of a GGUF file's) as relative names, links checked.
+    """The sidecars of a folder as relative names, links checked; raises PlanError.
 
-    Raises PlanError.
+    Of the folder that a GGUF file lies in, which may be anybody's, only ``BESIDE_GGUF``.
     """
-    root = folder_of(root)
-    names = sorted(_walk(root, PurePosixPath()))
+    folder = folder_of(root)
+    if folder != root:
+        names = sorted(name for name in BESIDE_GGUF if (folder / name).is_file())
+    else:
+        names = sorted(_walk(root, PurePosixPath()))
+    root = folder
     chosen = tuple(name for name in names if is_sidecar(name))
     problems = case_collisions(chosen)
     for name in chosen:

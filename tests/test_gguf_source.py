@@ -348,6 +348,7 @@ def test_without_a_tokenizer_the_error_says_which_files(tmp_path):
     with pytest.raises(PlanError, match=r"put the release's tokenizer.json and tokenizer_config"):
         open_release(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "holiday.jpg").write_bytes(b"not of the release")
     assert open_release(str(tmp_path)).sidecars == ("tokenizer.json",)
 
 
