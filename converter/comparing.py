@@ -18,6 +18,7 @@ from converter.errors import ConvertError, UsageError
 from converter.execute.folder import MANIFEST
 from converter.manifest import read_manifest
 from converter.pipeline import Request, convert, plan_request
+from converter.plain import plain_release
 from converter.plan import Options
 from converter.proof import written_weights
 from converter.release import Release, fetch, open_release
@@ -35,6 +36,7 @@ class Comparison:
     outputs: tuple[Path, ...]
     hf_path: str | None
     revision: str | None = None
+    gguf: str | None = None
     text: Path | None = None
     length: int
     windows: int
@@ -56,7 +58,8 @@ def compare(given: Comparison, console: Console) -> dict[str, Any]:
     text = default_text() if given.text is None else _read(given.text)
     with (
         tempfile.TemporaryDirectory(prefix="compare-") as folder,
-        reference_of_output(given.outputs[0], release, None, given.adapter_path) as source,
+        reference_of_output(given.outputs[0], release, None, given.adapter_path) as released,
+        plain_release(released, beside=Path(folder) / "release") as source,
     ):
         scratch = Path(folder)
         try:
@@ -143,7 +146,7 @@ def _release(given: Comparison) -> Release:
         if known is None:
             raise UsageError("--hf-path: the manifests name no hub release; say what it is")
         hf_path, revision = str(known["repo"]), str(known["commit"])
-    release = fetch(open_release(hf_path, revision=revision))
+    release = fetch(open_release(hf_path, revision=revision, gguf=given.gguf))
     files = {name: list(pair) for name, pair in release.source.fingerprint().items()}
     for out, source in told.items():
         if source["files"] != files:

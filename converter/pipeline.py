@@ -55,6 +55,8 @@ class Request:
     hf_path: str
     mlx_path: Path | None = None
     revision: str | None = None
+    gguf: str | None = None
+    """The GGUF file to convert, where there are several or other weights beside it."""
     recipes: tuple[Options, ...] = (Options(),)
     """One per output; all are written from one read of the source."""
     names: tuple[str, ...] = ()
@@ -130,7 +132,11 @@ def plan_request(request: Request, console: Console | None = None) -> Planned:
     torch = any(recipe.target == "torch" for recipe in request.recipes)
     back = request.dequantize or torch
     release = open_release(
-        request.hf_path, revision=request.revision, allow_mlx=back, cache=request.cache
+        request.hf_path,
+        revision=request.revision,
+        allow_mlx=back,
+        cache=request.cache,
+        gguf=request.gguf,
     )
     if release.source.mlx is None and back:
         _require_quantized(release, torch=torch)
@@ -399,7 +405,7 @@ def _finish(
     """Everything but the weights, the manifest last; the work folder is an output afterwards."""
     write_json(work / "config.json", plan.config)
     write_json(work / "model.safetensors.index.json", plan.index())
-    copy_sidecars(release.local(), release.sidecars, work)
+    sidecars = copy_sidecars(release.local(), release.sidecars, work)
     own = request.maps.model_file if "model_file" in plan.config else None
     if own is not None:
         (work / own.name).write_bytes(own.read_bytes())
@@ -414,7 +420,7 @@ def _finish(
             {
                 "config.json",
                 "model.safetensors.index.json",
-                *release.sidecars,
+                *sidecars,
                 *([own.name] if own is not None else []),
             }
         ),

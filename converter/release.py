@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import PlanError
-from converter.sidecars import choose_sidecars, list_sidecars
+from converter.gguf_tokenizer import with_tokenizer
+from converter.sidecars import BESIDE_GGUF, choose_sidecars, list_sidecars
 from converter.source import (
     Source,
     build_source,
     fetch_header,
+    folder_of,
     open_folder,
     parse_index,
     select_weights,
 )
+from converter.source.gguf_files import FLAG, SUFFIX, choose_gguf
 from converter.source.model import QUANT_CONFIG, with_quant_config
 from converter.source.strict_json import parse_object
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CARD = "README.md"
+_GGUF_REPO = re.compile(r"[-_.]gguf$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,7 @@ class Release:
     source: Source
     sidecars: tuple[str, ...]
     root: Path | None
+    """Its folder, or the GGUF file in it that is converted."""
     snapshot: HubSnapshot | None = None
     cache: Path | None = None
     """Where files from the hub go; None for the client's own cache."""
@@ -69,12 +74,12 @@ class Release:
 
     def card(self) -> str | None:
         """The release's own README.md, if it was fetched."""
-        if self.root is None or not (self.root / _CARD).is_file():
+        if self.root is None or not (folder_of(self.root) / _CARD).is_file():
             return None
-        return (self.root / _CARD).read_text(encoding="utf-8", errors="replace")
+        return (folder_of(self.root) / _CARD).read_text(encoding="utf-8", errors="replace")
 
     def local(self) -> Path:
-        """The folder with the release's files."""
+        """The folder with the release's files, or its GGUF file."""
         assert self.root is not None, "the release has not been downloaded"
         return self.root
 
@@ -85,24 +90,37 @@ def open_release(
     revision: str | None = None,
     allow_mlx: bool = False,
     cache: Path | None = None,
+    gguf: str | None = None,
 ) -> Release:
     """Read what is needed to plan: headers and small files, never tensor bytes.
 
+    ``gguf`` names the GGUF file to convert where there are several, or other weights beside it.
     ``cache`` takes the place of the client's own cache. Raises PlanError for a faulty release and
     HubError when the hub cannot be read.
     """
     folder = Path(hf_path).expanduser()
-    if folder.is_dir():
+    file = folder_of(folder) != folder
+    if folder.is_dir() or file:
         if revision is not None:
             raise PlanError([f"--revision {revision}: {hf_path} is a folder, not a hub id"])
+        if file and gguf is not None:
+            raise PlanError([f"{FLAG} {gguf}: {hf_path} is a GGUF file itself"])
         name = folder.resolve().name
-        source = open_folder(folder, allow_mlx=allow_mlx)
-        return Release(name=name, source=source, sidecars=list_sidecars(folder), root=folder)
+        source = open_folder(folder, allow_mlx=allow_mlx, gguf=gguf)
+        root = folder
+        if source.kind == "gguf":
+            root = folder_of(folder) / source.weight_files[0]
+        sidecars = list_sidecars(root)
+        if source.kind == "gguf":
+            source, name = with_tokenizer(source, sidecars), folder.stem if file else name
+        return Release(name=name, source=source, sidecars=sidecars, root=root)
     if folder.exists():
-        raise PlanError([f"{hf_path}: is a file; give the folder that holds the release"])
+        raise PlanError(
+            [f"{hf_path}: is a file and no .gguf; give the folder that holds the release"]
+        )
     if not _REPO_ID.fullmatch(hf_path):
         raise PlanError([f"{hf_path}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B"])
-    return _open_hub(hf_path, revision, allow_mlx=allow_mlx, cache=cache)
+    return _open_hub(hf_path, revision, allow_mlx=allow_mlx, cache=cache, gguf=gguf)
 
 
 def fetch(
@@ -118,26 +136,35 @@ def fetch(
 
     snapshot = release.snapshot
     files = release.source.weight_files if weights is None else sorted(weights)
-    wanted = [*files, *release.sidecars, "config.json"]
-    if QUANT_CONFIG in snapshot.by_path:
-        wanted.append(QUANT_CONFIG)
-    if _CARD in snapshot.by_path:
-        wanted.append(_CARD)
+    wanted = [*files, *release.sidecars]
+    wanted += [n for n in ("config.json", QUANT_CONFIG, _CARD) if n in snapshot.by_path]
     root = download(snapshot, wanted, progress=progress, cache_dir=release.cache)
-    return replace(release, source=release.source.located(root), root=root)
+    source = release.source.located(root)
+    if source.kind == "gguf":
+        root /= source.weight_files[0]
+    return replace(release, source=source, root=root)
 
 
 def _open_hub(
-    repo_id: str, revision: str | None, *, allow_mlx: bool, cache: Path | None
+    repo_id: str,
+    revision: str | None,
+    *,
+    allow_mlx: bool,
+    cache: Path | None,
+    gguf: str | None,
 ) -> Release:
     from converter.hub import download, fetch_range, resolve_revision
 
     snapshot = resolve_revision(repo_id, revision=revision)
     names = [file.path for file in snapshot.files]
+    top = [name for name in names if "/" not in name]
+    if gguf is not None or ("config.json" not in names and any(n.endswith(SUFFIX) for n in top)):
+        return _open_hub_gguf(snapshot, names, cache=cache, gguf=gguf)
     if "config.json" not in names:
         raise PlanError([f"{repo_id}: has no config.json; it is not a transformers release"])
-    top = [name for name in names if "/" not in name]
     selection = select_weights(top, repo_id)
+    if selection.kind == "gguf":
+        return _open_hub_gguf(snapshot, names, cache=cache, gguf=gguf)
     sidecars = choose_sidecars(names)
     name = repo_id.rpartition("/")[2]
     if selection.kind == "pickle":  # their tensors are known only once the file is here
@@ -178,4 +205,34 @@ def _open_hub(
     )
     return Release(
         name=name, source=source, sidecars=sidecars, root=None, snapshot=snapshot, cache=cache
+    )
+
+
+def _open_hub_gguf(
+    snapshot: HubSnapshot, names: Sequence[str], *, cache: Path | None, gguf: str | None
+) -> Release:
+    """A GGUF file of a repo, from the heads of its parts."""
+    from converter.hub import download, fetch_range
+    from converter.source.gguf import fetch_head, gguf_source
+
+    repo_id = snapshot.repo_id
+    files = choose_gguf([name for name in names if "/" not in name], gguf, repo_id)
+    stated = None
+    if "config.json" in snapshot.by_path:
+        folder = download(snapshot, ["config.json"], cache_dir=cache)
+        stated = parse_object((folder / "config.json").read_bytes(), "config.json")
+    heads = [
+        fetch_head(partial(fetch_range, snapshot, file), snapshot.by_path[file].size, file)
+        for file in files
+    ]
+    sidecars = choose_sidecars(name for name in names if name in BESIDE_GGUF)
+    read = partial(fetch_range, snapshot)
+    source = gguf_source(heads, where=repo_id, stated=stated, read=read)
+    return Release(
+        name=_GGUF_REPO.sub("", repo_id.rpartition("/")[2]),
+        source=with_tokenizer(source, sidecars),
+        sidecars=sidecars,
+        root=None,
+        snapshot=snapshot,
+        cache=cache,
     )

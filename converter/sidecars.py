@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from converter.errors import PlanError
-from converter.source.folder import resolve_inside
+from converter.source.folder import folder_of, resolve_inside
 from converter.source.index import case_collisions, path_problem
 
 _WEIGHT_SUFFIXES = (
@@ -24,6 +24,14 @@ _OTHER_FORMATS = frozenset(
 )
 _REWRITTEN = frozenset({"config.json", "readme.md"})
 _STALE = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})
+TOKENIZER_FILES = frozenset(
+    {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model"}
+)
+BESIDE_GGUF = TOKENIZER_FILES | {
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE"),
+}
+"""What is taken along with a GGUF file."""
 _OURS = frozenset({"conversion.json", "parity.json", "parity.html", "acceptance.json"})
 
 
@@ -47,8 +55,16 @@ def is_sidecar(name: str) -> bool:
 
 
 def list_sidecars(root: Path) -> tuple[str, ...]:
-    """The sidecars of a folder as relative names, links checked; raises PlanError."""
-    names = sorted(_walk(root, PurePosixPath()))
+    """The sidecars of a folder as relative names, links checked; raises PlanError.
+
+    Of the folder that a GGUF file lies in, which may be anybody's, only ``BESIDE_GGUF``.
+    """
+    folder = folder_of(root)
+    if folder != root:
+        names = sorted(name for name in BESIDE_GGUF if (folder / name).is_file())
+    else:
+        names = sorted(_walk(root, PurePosixPath()))
+    root = folder
     chosen = tuple(name for name in names if is_sidecar(name))
     problems = case_collisions(chosen)
     for name in chosen:
@@ -71,12 +87,22 @@ def choose_sidecars(names: Iterable[str]) -> tuple[str, ...]:
     return chosen
 
 
-def copy_sidecars(root: Path, names: Iterable[str], out: Path) -> None:
-    """Copy files byte for byte, links replaced by what they point to."""
+def copy_sidecars(root: Path, names: Iterable[str], out: Path) -> tuple[str, ...]:
+    """Copy files byte for byte, links replaced by what they point to; the names in ``out``.
+
+    A GGUF file without a tokenizer beside it holds one, which is written out.
+    """
+    names = tuple(names)
+    folder = folder_of(root)
     for name in names:
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / name, target)
+        shutil.copyfile(folder / name, target)
+    if folder == root or any(name in TOKENIZER_FILES for name in names):
+        return names
+    from converter.gguf_tokenizer import write_tokenizer
+
+    return (*names, *write_tokenizer(root, out))
 
 
 def _walk(root: Path, below: PurePosixPath) -> Iterable[str]:

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from arch_maps.dtypes import CODES, NUMPY_DTYPES
 from quant.floats import KINDS, as_bits, cast, reject_group
+from quant.lattice import keep_lattice
 from quant.packing import pack_rows, unpack_rows
 from quant.recipe import QuantSpec
 
@@ -20,7 +21,8 @@ def quantize_affine(
     """Fill ``out``'s weight, scales and biases from (rows, cols) ``w``.
 
     Method "mlx" gives what mx.quantize gives on CPU: codes from the unrounded scale and bias.
-    Method "rtn" takes codes from the scale and bias as stored, which is never worse.
+    Method "rtn" takes codes from the scale and bias as stored, which is never worse, and keeps the
+    grid of groups that lie on one already.
     """
     from quant import kernels
 
@@ -46,6 +48,9 @@ def quantize_affine(
         if index >= 0:
             raise reject_group(w, row * columns + index, spec.group_size)
         pack_rows(codes, spec.bits, out=out["weight"][block])
+    if spec.method == "rtn":
+        parts = {"weight": out["weight"], "scales": scales, "biases": biases}
+        keep_lattice(bits, spec, kind, parts=parts)
 
 
 def dequantize_affine(

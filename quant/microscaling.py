@@ -11,7 +11,8 @@ from quant.packing import pack_rows, unpack_rows
 from quant.recipe import QuantSpec
 
 ROUNDING_RULES: Final[dict[str, str]] = {
-    "affine": "edge-exact scale and bias in float32, codes half to even",
+    "affine": "edge-exact scale and bias in float32, codes half to even; rtn and search keep the "
+    "symmetric grid of a group that lies on one",
     "mxfp4": "E8M0 = ceil(log2(amax / 6)), E2M1 nearest, ties to the lower magnitude",
     "mxfp8": "E8M0 = ceil(log2(amax / 448)), E4M3 nearest even, saturating",
     "nvfp4": "E4M3(amax / 6) nearest even, E2M1 nearest, ties to the lower magnitude",

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from arch_maps.dtypes import CODES
 from quant.errors import NonFiniteError
 from quant.floats import KINDS, as_bits, reject_group
+from quant.lattice import edges_of, keep_codes
 from quant.packing import pack_rows
 from quant.recipe import QuantSpec
 
@@ -91,6 +92,9 @@ def _search_codes(
             row=found.row + first_row, column=found.column, what=str(found).partition(" at row ")[0]
         )
     if moments is None:
+        if spec.mode == "affine":
+            edges = edges_of(bits, size)
+            keep_codes(bits, spec, kind, edges=edges, codes=codes, scales=scales, biases=biases)
         return codes
     from quant import kernels_moments
 

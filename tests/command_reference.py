@@ -15,8 +15,8 @@ INTRODUCTION = """\
 # Commands
 
 Made from the commands by `python tests/command_reference.py`. `convert` without a subcommand
-converts. SRC is a hub id or a folder; OUT a folder that `convert` made, or for `validate` and
-`accept` any MLX checkpoint.
+converts. SRC is a hub id, a folder or a GGUF file; OUT a folder that `convert` made, or for
+`validate` and `accept` any MLX checkpoint.
 
 Exit status: 0 done, 2 usage, 3 unsupported or faulty source, 4 gate not met (nothing published),
 5 hub or network, 1 anything else. `batch run` returns the gravest of its jobs

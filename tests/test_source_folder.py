@@ -212,17 +212,16 @@ def test_whole_model_beside_an_unrelated_file(folder: Path) -> None:
             "DIR: holds only an adapter (adapter_model.safetensors); convert its base model with "
             "--adapter-path pointing here",
         ),
-        (
-            "m.gguf",
-            "DIR: no weights found (looked for *.safetensors, *.bin, *.pt, *.pth); m.gguf is not "
-            "a layout this can read; give the release that the GGUF file was made from",
-        ),
+        ("m.gguf", "m.gguf: truncated: the head at byte 0 needs 24 bytes of 0"),
         (
             "consolidated.safetensors",
-            "DIR: no weights found (looked for *.safetensors, *.bin, *.pt, *.pth); "
+            "DIR: no weights found (looked for *.safetensors, *.bin, *.pt, *.pth, *.gguf); "
             "consolidated.safetensors is not a layout this can read",
         ),
-        ("notes.txt", "DIR: no weights found (looked for *.safetensors, *.bin, *.pt, *.pth)"),
+        (
+            "notes.txt",
+            "DIR: no weights found (looked for *.safetensors, *.bin, *.pt, *.pth, *.gguf)",
+        ),
     ],
 )
 def test_no_weights(folder: Path, name: str, message: str) -> None:

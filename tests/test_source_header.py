@@ -125,7 +125,7 @@ def test_lengths() -> None:
     [
         (b"PK\3\4\0\0\x08\x08", "a PyTorch pickle under a safetensors name; rename it to .bin"),
         (b"\x80\2\x8a\nl\xfc\x9cF", "a PyTorch pickle under a safetensors name; rename it to .bin"),
-        (b"GGUF\3\0\0\0", "a GGUF file, not safetensors; convert from the original release"),
+        (b"GGUF\3\0\0\0", "a GGUF file under a safetensors name; rename it to .gguf"),
         (b"version https://git-lfs", "a git-lfs pointer, not the file itself"),
     ],
 )

@@ -83,7 +83,9 @@ def validate_command(given: dict[str, Any]) -> None:
     out: Path = given["mlx_path"]
     if not out.is_dir():
         raise UsageError(f"--mlx-path {out}: no such folder")
-    release = fetch(open_release(given["hf_path"], revision=given["revision"]))
+    release = fetch(
+        open_release(given["hf_path"], revision=given["revision"], gguf=given["gguf_file"])
+    )
     if given["draft_for"] is not None:
         report = prove_drafter(out, target=given["draft_for"], console=console)
     else:
@@ -130,6 +132,7 @@ def compare_command(outputs: tuple[Path, ...], given: dict[str, Any]) -> None:
             outputs=outputs,
             hf_path=given["hf_path"],
             revision=given["revision"],
+            gguf=given["gguf_file"],
             text=given["text"],
             length=given["length"],
             windows=given["windows"],
@@ -158,6 +161,7 @@ def request_from(given: dict[str, Any]) -> Request:
         hf_path=given["hf_path"],
         mlx_path=given["mlx_path"],
         revision=given["revision"],
+        gguf=given["gguf_file"],
         recipes=tuple(_recipes(given)),
         dequantize=given["dequantize"],
         overwrite=given["overwrite"],

@@ -24,7 +24,14 @@ def source(*, required: bool = True) -> Decorator:
     """Where the release is."""
     return _all(
         click.option(
-            "--hf-path", "--model", "hf_path", required=required, help="Hub id or folder."
+            "--hf-path",
+            "--model",
+            "hf_path",
+            required=required,
+            help="Hub id, folder or GGUF file.",
+        ),
+        click.option(
+            "--gguf-file", help="The GGUF file to convert, where the release has several."
         ),
         click.option("--revision", help="Branch, tag or commit of a hub release."),
         click.option("--trust-remote-code", is_flag=True, help="Run the release's own code."),

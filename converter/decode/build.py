@@ -10,7 +10,7 @@ from typing import Any, Final
 from arch_maps.ops import Shape
 from arch_maps.rules import Drop
 from converter.decode.model import Coded
-from converter.source import TensorInfo
+from converter.source import Stored, TensorInfo
 from converter.source.header import quote
 
 Shapes = Callable[[], Mapping[str, tuple[Shape, ...]]]
@@ -28,6 +28,9 @@ class Builder:
     dtype: str
     """The dtype that the release declares for its weights, as a safetensors code."""
     shapes: Shapes
+    gguf: Mapping[str, Stored] = field(default_factory=dict)
+    """What a GGUF file says of each tensor."""
+    gguf_drops: Mapping[str, str] = field(default_factory=dict)
     coded: dict[str, Coded] = field(default_factory=dict)
     drops: list[Drop] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)

@@ -18,6 +18,7 @@ from converter.decode import (
     bitsandbytes,
     compressed_tensors,
     fp8,
+    gguf,
     gpt_oss,
     gptq,
     mlx,
@@ -37,6 +38,7 @@ SCHEMES: Final[dict[str, Scheme]] = {
     "compressed-tensors": compressed_tensors.read,
     "fbgemm_fp8": fp8.read_fbgemm,
     "fp8": fp8.read,
+    "gguf": gguf.read,
     "gptq": gptq.read,
     "modelopt": modelopt.read,
     "modelopt_fp4": modelopt.read,
@@ -63,7 +65,13 @@ def decoded(source: Source, *, arch: ArchMap | None = None, dtype: str | None = 
     schemes that do not store logical shapes in headers, None for the registry's.
     """
     declared = TORCH_NAMES.get(stored_dtype(source.config) or "bfloat16", "BF16")
-    build = Builder(dict(source.tensors), dtype or declared, _shapes(source, arch))
+    build = Builder(
+        dict(source.tensors),
+        dtype or declared,
+        _shapes(source, arch),
+        gguf=source.gguf,
+        gguf_drops=source.gguf_drops,
+    )
     settings = source.config.get("quantization")
     if source.mlx is not None or isinstance(settings, dict):
         if not isinstance(settings, dict):
@@ -84,7 +92,8 @@ def decoded(source: Source, *, arch: ArchMap | None = None, dtype: str | None = 
                 ]
             )
         scheme(settings, build)
-        if not build.coded and not build.problems:
+        # a GGUF file may be plain throughout
+        if not build.coded and not build.problems and not source.gguf:
             build.problem(f"config.json: says {method}, but no tensor is quantized so")
     if build.problems:
         raise PlanError(build.problems)

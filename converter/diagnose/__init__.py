@@ -13,7 +13,7 @@ from converter.diagnose.files import index_problems, sidecar_problems
 from converter.diagnose.quantized import quantization_problems
 from converter.diagnose.tensors import layout_problems, lost_drafter, number_problems
 from converter.errors import PlanError
-from converter.source import Source, open_folder
+from converter.source import Source, folder_of, open_folder
 from converter.source.folder import read_json
 from validate.checks import Check
 from validate.loaded import CheckpointError, written_tensors
@@ -30,7 +30,7 @@ def diagnose(out: Path, source: Path, *, arch: ArchMap | None = None) -> list[Ch
     config = read_json(out, "config.json")
     kinds = {
         "index": index_problems(out),
-        "tokenizer and processor": sidecar_problems(out, source),
+        "tokenizer and processor": sidecar_problems(out, folder_of(source)),
     }
     lost = None
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import PlanError
+from converter.source.gguf_files import SUFFIX
 from converter.source.header import Header, paused_gc, quote, read_header
 from converter.source.index import (
     Selection,
@@ -22,15 +23,32 @@ from converter.source.strict_json import MAX_JSON_BYTES, parse_object
 _CACHE_REPO = re.compile(r"(models|datasets|spaces)--.+")
 
 
+def folder_of(path: Path) -> Path:
+    """The folder of a release that is given as that or as a GGUF file in it."""
+    return path.parent if path.suffix == SUFFIX and path.is_file() else path
+
+
 @paused_gc()
-def open_folder(path: Path, *, allow_mlx: bool = False, scratch: Path | None = None) -> Source:
+def open_folder(
+    path: Path,
+    *,
+    allow_mlx: bool = False,
+    scratch: Path | None = None,
+    gguf: str | None = None,
+) -> Source:
     """The release in folder ``path``, from its headers and config; raises PlanError.
 
-    ``scratch`` is where tensors that a pickle does not hold as plain bytes are unpacked
-    (default: the system's temporary folder); the copies go when the source does.
+    ``path`` may be a GGUF file of the folder, or ``gguf`` may name it there. ``scratch`` is where
+    tensors that a pickle does not hold as plain bytes are unpacked (default: the system's temporary
+    folder); the copies go when the source does.
     """
+    if (folder := folder_of(path)) != path:
+        path, gguf = folder, path.name
     names = list_folder(path)
     problems = case_collisions(names)
+    selection = select_weights(names, str(path), gguf=gguf)
+    if selection.kind == "gguf":
+        return _open_gguf(path, selection, stated="config.json" in names, problems=problems)
     config: dict[str, Any] = {}
     try:
         config = read_json(path, "config.json")
@@ -38,7 +56,6 @@ def open_folder(path: Path, *, allow_mlx: bool = False, scratch: Path | None = N
             config = with_quant_config(config, read_json(path, QUANT_CONFIG))
     except PlanError as error:
         problems += error.problems
-    selection = select_weights(names, str(path))
     index = None
     if selection.index is not None:
         index = parse_index(read_text(path, selection.index), selection.index)
@@ -76,6 +93,23 @@ def open_folder(path: Path, *, allow_mlx: bool = False, scratch: Path | None = N
         problems=problems,
         broken=broken,
         allow_mlx=allow_mlx,
+    )
+
+
+def _open_gguf(path: Path, selection: Selection, *, stated: bool, problems: list[str]) -> Source:
+    from converter.source.gguf import gguf_source, read_bytes, read_head
+
+    files, _ = _weight_paths(path, selection, None, problems)
+    if problems:
+        raise PlanError(problems)
+    return gguf_source(
+        [read_head(file, name) for name, file in files.items()],
+        where=str(path),
+        stated=read_json(path, "config.json") if stated else None,
+        read=lambda name, start, stop: read_bytes(files[name], start, stop),
+        root=path,
+        paths=files,
+        notes=selection.notes,
     )
 
 

@@ -128,7 +128,7 @@ def describe_foreign(prefix: bytes) -> str | None:
     if prefix.startswith((b"PK\x03\x04", b"\x80")):
         return "a PyTorch pickle under a safetensors name; rename it to .bin to convert it"
     if prefix.startswith(b"GGUF"):
-        return "a GGUF file, not safetensors; convert from the original release"
+        return "a GGUF file under a safetensors name; rename it to .gguf to convert it"
     if prefix.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the file itself; run `git lfs pull` in the folder"
     return None

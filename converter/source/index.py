@@ -8,10 +8,11 @@ from pathlib import PurePosixPath
 from typing import Final, Literal
 
 from converter.errors import PlanError
+from converter.source.gguf_files import choose_gguf
 from converter.source.header import quote
 from converter.source.strict_json import parse_object
 
-Kind = Literal["safetensors", "pickle"]
+Kind = Literal["safetensors", "pickle", "gguf"]
 
 SAFETENSORS_INDEX: Final = "model.safetensors.index.json"
 PICKLE_INDEX: Final = "pytorch_model.bin.index.json"
@@ -103,11 +104,15 @@ def case_collisions(names: Iterable[str]) -> list[str]:
     ]
 
 
-def select_weights(names: Iterable[str], where: str) -> Selection:
+def select_weights(names: Iterable[str], where: str, *, gguf: str | None = None) -> Selection:
     """Choose the weight files among the top-level ``names`` of the release ``where``.
 
-    Safetensors win over pickles. Raises PlanError when the choice would be a guess.
+    Safetensors win over pickles, and these over GGUF files unless one is named (``gguf``). Raises
+    PlanError when the choice would be a guess.
     """
+    names = list(names)
+    if gguf is not None:
+        return Selection("gguf", None, choose_gguf(names, gguf, where), ())
     top = sorted(name for name in names if "/" not in name and not name.startswith("."))
     present = set(top)
     weights = {kind: _weights(top, kind) for kind in _SUFFIXES}
@@ -128,6 +133,8 @@ def select_weights(names: Iterable[str], where: str) -> Selection:
         chosen, ignored = _single(weights[kind], kind, where)
         notes += [f"{name} is ignored: {chosen} is the model" for name in ignored]
         return Selection(kind, None, (chosen,), tuple(notes))
+    if files := choose_gguf(top, None, where):
+        return Selection("gguf", None, files, tuple(notes))
     raise PlanError([_nothing(top, where)])
 
 
@@ -169,10 +176,9 @@ def _nothing(names: list[str], where: str) -> str:
             f"{where}: holds only an adapter ({adapters[0]}); convert its base model with "
             "--adapter-path pointing here"
         )
-    foreign = [n for n in names if n.endswith((".gguf", ".onnx", ".h5", ".msgpack"))]
+    foreign = [n for n in names if n.endswith((".onnx", ".h5", ".msgpack"))]
     other = [n for n in names if fnmatch.fnmatchcase(n, "consolidated*")]
     found = foreign or other
     hint = f"; {found[0]} is not a layout this can read" if found else ""
-    if any(name.endswith(".gguf") for name in names):
-        hint += "; give the release that the GGUF file was made from"
-    return f"{where}: no weights found (looked for *.safetensors, *.bin, *.pt, *.pth){hint}"
+    looked = "*.safetensors, *.bin, *.pt, *.pth, *.gguf"
+    return f"{where}: no weights found (looked for {looked}){hint}"

@@ -1,7 +1,7 @@
 """A source: what a release holds, checked across its files, before any tensor is read."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,21 @@ class SourceFile:
     digest: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """How a GGUF file holds a tensor whose name and shape are the release's already."""
+
+    kind: str
+    """GGML's name of its type."""
+    inside: str
+    """Its name in the file."""
+    shape: tuple[int, ...]
+    head_rows: int = 0
+    """Rows of a head whose halves are interleaved; 0 where rows are as they were."""
+    offset: float = 0.0
+    """What was added to every value."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """A release: config, tensors by name, and the weight files they lie in."""
@@ -33,6 +48,10 @@ class Source:
     notes: tuple[str, ...] = ()
     mlx: str | None = None
     """What shows that this is an MLX checkpoint already, None for a torch release."""
+    gguf: Mapping[str, Stored] = field(default_factory=dict)
+    """What a GGUF file says of each tensor; empty for other releases."""
+    gguf_drops: Mapping[str, str] = field(default_factory=dict)
+    """Its tensors that nothing needs, and why."""
     scratch: object = None
     """Keeps unpacked copies of pickled tensors alive as long as the source."""
 

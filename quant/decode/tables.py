@@ -61,3 +61,12 @@ def nf4() -> Table:
         ],
         np.float32,
     )
+
+
+@cache
+def iq4() -> Table:
+    """The sixteen levels of GGML's IQ4_NL and IQ4_XS (``kvalues_iq4nl`` of ggml-common.h)."""
+    return np.array(
+        [*(-127, -104, -83, -65, -49, -35, -22, -10), *(1, 13, 25, 38, 53, 69, 89, 113)],
+        np.float32,
+    )

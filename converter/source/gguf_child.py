@@ -1,0 +1,198 @@
+"""Runs in a child process of its own: what does the head of a GGUF file say?
+
+Only the standard library is imported here, because the parent starts this file by its path,
+isolated from the caller's environment. The request comes as JSON on stdin; the answer is written
+to ``<scratch>/answer.json``. Counts and lengths are never trusted: each is held against the bytes
+that are left before anything is read by it.
+
+Layout (docs/gguf.md of ggml): magic, version, number of tensors, number of entries; entries of key,
+type and value; tensors of name, sizes (fastest first), type and offset; data from the next
+multiple of the alignment on. Numbers are little-endian.
+"""
+
+import json
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<B",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
+BOOL, STRING, ARRAY = 7, 8, 9
+MAX_TENSORS = 1 << 20
+MAX_ENTRIES = 1 << 16
+MAX_NAME = 1 << 16
+LONGEST_ARRAY = 4096
+"""Entries of an array that is answered as it is; of longer ones only the count is."""
+
+
+class Refused(Exception):
+    """A file that is not read; the message says why."""
+
+
+class Short(Exception):
+    """The head goes on behind the bytes that are here."""
+
+
+class Cursor:
+    """A place in the head of a file of ``size`` bytes, of which ``data`` are here."""
+
+    def __init__(self, data: bytes, size: int) -> None:
+        """Start at the first byte."""
+        self.data = data
+        self.size = size
+        self.at = 0
+
+    def need(self, count: int, what: str) -> None:
+        """Require ``count`` more bytes in the file, then here."""
+        if self.at + count > self.size:
+            raise Refused(
+                f"truncated: {what} at byte {self.at} needs {count} bytes of {self.size - self.at}"
+            )
+        if self.at + count > len(self.data):
+            raise Short
+
+    def number(self, format: str, what: str) -> Any:
+        """A number."""
+        width = struct.calcsize(format)
+        self.need(width, what)
+        [value] = struct.unpack_from(format, self.data, self.at)
+        self.at += width
+        return value
+
+    def text(self, what: str, longest: int = 1 << 31) -> str:
+        """A string, its length before it."""
+        length = self.number("<Q", f"the length of {what}")
+        if length > longest:
+            raise Refused(f"{what} at byte {self.at} has {length} bytes")
+        self.need(length, what)
+        raw = self.data[self.at : self.at + length]
+        self.at += length
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise Refused(f"{what} at byte {self.at - length} is not UTF-8: {error}") from error
+
+    def value(self, kind: int, key: str, *, whole: bool) -> Any:
+        """The value of an entry; arrays that are not wanted ``whole`` may come as a count."""
+        if kind in SCALARS:
+            found = self.number(SCALARS[kind], key)
+            if kind == BOOL and found > 1:
+                raise Refused(f"{key} is neither true nor false")
+            return bool(found) if kind == BOOL else found
+        if kind == STRING:
+            return self.text(key)
+        if kind != ARRAY:
+            raise Refused(f"{key} has the unknown type {kind}")
+        inner = self.number("<I", f"the type of {key}")
+        count = self.number("<Q", f"the length of {key}")
+        if inner not in SCALARS and inner != STRING:
+            raise Refused(f"{key} is an array of the unknown type {inner}")
+        least = struct.calcsize(SCALARS[inner]) if inner in SCALARS else 8
+        if count > self.size // least:
+            raise Refused(f"{key} claims {count} values in a file of {self.size} bytes")
+        whole = whole or count <= LONGEST_ARRAY
+        if inner == STRING:
+            texts = [self.text(key) for _ in range(count)]
+            return texts if whole else {"count": count}
+        self.need(count * least, key)
+        start, self.at = self.at, self.at + count * least
+        if not whole:
+            return {"count": count}
+        found = struct.unpack_from(f"<{count}{SCALARS[inner][1]}", self.data, start)
+        return [bool(one) for one in found] if inner == BOOL else list(found)
+
+
+def main() -> None:
+    """Answer the request on stdin."""
+    request = json.load(sys.stdin)
+    limit(request["memory"], request["seconds"])
+    scratch = Path(request["scratch"])
+    try:
+        with Path(request["path"]).open("rb") as file:
+            data = file.read(request["bytes"])
+        answer = inspect(Cursor(data, request["size"]), whole=request["whole"])
+    except Refused as error:
+        answer = {"problem": str(error)}
+    except Short:
+        answer = {"short": True}
+    except MemoryError:
+        answer = {"problem": "needs more memory than it may use to be read"}
+    partial = scratch / "answer.part"
+    partial.write_text(json.dumps(answer))
+    partial.rename(scratch / "answer.json")
+
+
+def limit(memory: int, seconds: int) -> None:
+    """Bound address space, processor time and core dumps where the platform can."""
+    try:
+        import resource
+    except ImportError:
+        return
+    for what, value in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        try:
+            hard = resource.getrlimit(what)[1]
+            bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(what, (bound, hard))
+        except (ValueError, OSError):
+            continue  # macOS refuses some of them; the parent's time limit still holds
+
+
+def inspect(cursor: Cursor, *, whole: bool) -> dict[str, Any]:
+    """Entries and tensors, and the byte at which the head ends."""
+    cursor.need(24, "the head")
+    magic, version = cursor.number("4s", "magic"), cursor.number("<I", "version")
+    if magic != b"GGUF":
+        raise Refused("does not begin with GGUF")
+    if version in (2 << 24, 3 << 24):
+        raise Refused("was written for big-endian machines")
+    if version not in (2, 3):
+        raise Refused(f"is version {version} of the format; versions 2 and 3 are read")
+    tensors, entries = cursor.number("<Q", "tensors"), cursor.number("<Q", "entries")
+    # A tensor takes 28 bytes at least, an entry 13.
+    for what, count, least, most in (
+        ("tensors", tensors, 28, MAX_TENSORS),
+        ("entries", entries, 13, MAX_ENTRIES),
+    ):
+        if count > min(most, cursor.size // least):
+            raise Refused(f"truncated: claims {count} {what} in {cursor.size} bytes")
+    metadata: dict[str, Any] = {}
+    for _ in range(entries):
+        key = cursor.text("a key", MAX_NAME)
+        if key in metadata:
+            raise Refused(f"the key {key!a} appears more than once")
+        kind = cursor.number("<I", f"the type of {key!a}")
+        metadata[key] = cursor.value(kind, key, whole=whole)
+    placed = []
+    seen: set[str] = set()
+    for _ in range(tensors):
+        name = cursor.text("the name of a tensor", MAX_NAME)
+        if name in seen:
+            raise Refused(f"the tensor {name!a} appears more than once")
+        seen.add(name)
+        count = cursor.number("<I", name)
+        if not 0 < count <= 4:
+            raise Refused(f"the tensor {name!a} has {count} dimensions")
+        shape = [cursor.number("<Q", name) for _ in range(count)]
+        kind, offset = cursor.number("<I", name), cursor.number("<Q", name)
+        placed.append({"name": name, "shape": shape[::-1], "type": kind, "offset": offset})
+    return {"metadata": metadata, "tensors": placed, "end": cursor.at}
+
+
+if __name__ == "__main__":
+    main()
