@@ -38,7 +38,8 @@ DISTORTION = (
     "head, as in models. `1 scale` is the codec of the paper, which the theory is of, with a norm "
     "of 16 bits; `off` is how far it is from it. `ours` is what the study chooses by "
     f"{_SHOWN} other vectors of each head, at the bytes of that many bits a channel and a norm of "
-    "16, channels aside and norms counted; mlx-vlm's takes the same. Beside the ratio its standard "
+    "16, channels aside and norms counted, with norms that make the squared error least, as "
+    "mlx-vlm's do; mlx-vlm's takes as many bytes. Beside the ratio its standard "
     "error. `moving` shows what channels kept aside cannot serve: a massive channel that is "
     "another in every vector."
 )
@@ -90,7 +91,7 @@ def _chosen(rotation: Any, shown: Array, bits: int) -> tuple[Apply, float]:
     dim = shown.shape[-1]
     found = layout(shown, bits)
     tensor = found.tensor(found.widest(bits * dim + 16))
-    codec = tensor.codec(dim, rotation, "value")
+    codec = tensor.codec(dim, rotation)
     settings = {"bits": tensor.bits, "tries": tensor.tries, "top": tensor.top}
     apply = _ours(rotation, dim=dim, norm="least", aside=tensor.aside, **settings)
     return apply, codec.effective_bits

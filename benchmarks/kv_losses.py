@@ -136,11 +136,8 @@ class _Bench:
             count = len(self.ids)
             coded = max(0, count - layer.sinks - layer.window) / count
             plain = 1 - coded + (BLOCK / count if layer.window and not layer.is_float else 0)
-            for tensor, dim, role in (
-                (layer.key, fact.key_dim, "key"),
-                (layer.value, fact.value_dim, "value"),
-            ):
-                stored = tensor.codec(dim, spec.rotation(dim), role).effective_bits
+            for tensor, dim in ((layer.key, fact.key_dim), (layer.value, fact.value_dim)):
+                stored = tensor.codec(dim, spec.rotation(dim)).effective_bits
                 total += dim * (coded * stored + plain * 16)
                 weight += dim
         return total / weight

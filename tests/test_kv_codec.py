@@ -1,6 +1,7 @@
 """KV codecs: codebooks against their definition, distortion against theory and mlx-vlm's."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -175,7 +176,7 @@ def test_never_worse_than_mlx_vlm_at_equal_bits(dim, massive):
         found = layout(shown, bits)
         assert len(found.aside[0] if massive else found.aside) == len(massive)
         tensor = found.tensor(found.widest(bits * dim + 16))
-        codec = tensor.codec(dim, Rotation.random(dim, 1), "value")
+        codec = replace(tensor.codec(dim, Rotation.random(dim, 1)), norm="least")
         stock = _TurboQuantMSECodec(dim, bits, 0)
         packed, state = codec.encode(x), stock.quantize(x)
         ours, theirs = (
@@ -246,7 +247,7 @@ def test_channels_aside_are_those_of_each_head():
     assert 3 in found.aside[0]
     assert {9, 50} <= set(found.aside[2])
     tensor = found.tensor(found.widest(4 * 64 + 16))
-    codec = tensor.codec(64, Rotation.random(64, 1), "key")
+    codec = tensor.codec(64, Rotation.random(64, 1))
     assert codec.effective_bits == 4.25
 
 

@@ -119,8 +119,8 @@ class QuantizedStateCache:
         self.last = self.last.part(over, self.last.tokens)
 
     def _new_stores(self) -> tuple[Store, Store]:
-        key = self.spec.key.codec(self.dims[0], self.rotations[self.dims[0]], "key")
-        value = self.spec.value.codec(self.dims[1], self.rotations[self.dims[1]], "value")
+        key = self.spec.key.codec(self.dims[0], self.rotations[self.dims[0]])
+        value = self.spec.value.codec(self.dims[1], self.rotations[self.dims[1]])
         return Store(key), Store(value)
 
     # What the runtimes' generation and prompt caches call

@@ -136,7 +136,7 @@ def spec_for(
         layer = LayerSpec(key=key, value=value, **{**centred, **settings})
         for tensor, dim, role in ((key, fact.key_dim, "key"), (value, fact.value_dim, "value")):
             try:
-                tensor.codec(dim, made.rotation(dim), "key" if role == "key" else "value")
+                tensor.codec(dim, made.rotation(dim))
             except KvError as error:
                 raise KvError(f"layer {fact.index}, {role}s: {error}") from error
         layers.append(None if layer.is_float else layer)
@@ -153,6 +153,6 @@ def effective_bits(spec: KvSpec, facts: Sequence[LayerFacts]) -> float:
             continue
         for role, dim in (("key", fact.key_dim), ("value", fact.value_dim)):
             tensor = FLOAT if layer is None else (layer.key if role == "key" else layer.value)
-            codec = tensor.codec(dim, spec.rotation(dim), "key" if role == "key" else "value")
+            codec = tensor.codec(dim, spec.rotation(dim))
             total, weight = total + codec.effective_bits * dim, weight + dim
     return total / weight if weight else 16.0

@@ -14,7 +14,6 @@ from quant.kv.turbo import KvError, TurboCodec
 SCHEMA: Final = 2
 Scheme = Literal["float", "uniform", "turboquant", "rotated"]
 SCHEMES: Final = get_args(Scheme)
-Role = Literal["key", "value"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +37,15 @@ class TensorSpec:
         """Read what ``asdict`` made of one, through JSON."""
         return cls(**{**stored, "aside": tuple(tuple(one) for one in stored["aside"])})
 
-    def codec(self, dim: int, rotation: Rotation, role: Role) -> Codec:
+    def codec(self, dim: int, rotation: Rotation) -> Codec:
         """What encodes vectors of ``dim`` channels; KvError where the scheme cannot."""
         if self.scheme == "float":
             return FloatCodec(dim)
         if self.scheme == "turboquant":
-            norm: Any = "unbiased" if role == "key" else "least"
             return TurboCodec(
                 dim=dim,
                 bits=self.bits,
                 rotation=rotation,
-                norm=norm,
                 tries=self.tries,
                 aside=self.aside,
                 top=self.top,

@@ -1,10 +1,10 @@
 """TurboQuant: rotate, then store each coordinate at the nearest centroid of its distribution.
 
-arXiv 2504.19874. Departures, each measured: the norm that is stored makes inner products unbiased
-(keys) or the squared error least (values), where the paper stores the vector's own; it takes one
-byte where that is as good; massive channels are kept aside; a few scales are tried per vector when
-it is encoded; and the 1-bit stage of the residual (:mod:`quant.kv.prod`) is there for comparison
-only, because it loses to one more bit of the first stage.
+arXiv 2504.19874. Departures, each measured: the norm that is stored makes vectors unbiased, where
+the paper stores their own; it takes one byte where that is as good; massive channels are kept
+aside; a few scales are tried per vector when it is encoded; and the 1-bit stage of the residual
+(:mod:`quant.kv.prod`) is there for comparison only, because it loses to one more bit of the first
+stage.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class TurboCodec:
 
     A fraction is an honest split: that share of the channels, in units of eight, has one bit more.
     ``norm``: "own" stores the vector's norm; "unbiased" divides it by the inner product with the
-    code, so that E<q, x^> = <q, x> over rotations; "least" stores the least-squares scale.
+    code, so that E<q, x^> = <q, x> over rotations; "least" stores the least-squares scale, which
+    makes all vectors a little short: attention averages values, and what errors have in common
+    stays.
     ``tries``: scales tried per vector when encoding; 1 takes the vector as it is.
     ``aside``: by head the channels that are stored in half precision, without which the rest is
     encoded. ``top``: 0 for norms of 16 bits, else the largest norm of 8 bits, which are steps of a
