@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-TWINS = ("qwen3", "qwen2", "minicpmv4_6", "gemma4")
-MODELS = ("tinylm", "rotated", *TWINS, "spike")
+TWINS = ("qwen3", "qwen2", "qwen2-64", "minicpmv4_6", "gemma4")
+MODELS = ("tinylm", "rotated", *TWINS, "spike", "spike-64")
+"""`-64`: with heads of 64 channels, as in the smallest releases, where twins have 32."""
 _SPIKE = 900.0
 _TWIN_TOKENS = 1504
 Row = dict[str, Any]
@@ -22,10 +22,11 @@ def losses(name: str) -> Iterator[Row]:
     """One of MODELS: a trained one, twins, one with a spike in its key biases, rotated values."""
     from converter.pipeline import Request, convert
     from converter.ui import Console
-    from validate.twin import load_example, make_twin
+    from validate.twin import Sizes, load_example, make_twin
 
     trained = ROOT / "tests" / "fixtures" / "tinylm"
-    model_type = "qwen2" if name == "spike" else name
+    kind, _, wide = name.partition("-")
+    model_type = "qwen2" if kind == "spike" else kind
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         if name == "rotated":
@@ -34,11 +35,14 @@ def losses(name: str) -> Iterator[Row]:
         source, ids = trained, _text(trained)
         if name != "tinylm":
             source = place / "twin"
-            make_twin(load_example(model_type), source)
+            sizes = Sizes(hidden=256) if wide else Sizes()
+            make_twin(load_example(model_type), source, sizes=sizes)
             ids = [int(i) for i in np.random.default_rng(0).integers(5, 500, _TWIN_TOKENS)]
         convert(Request(hf_path=str(source), mlx_path=place / "out"), Console(quiet=True))
         model, label = _loaded(place / "out"), f"{model_type} twin"
-        if name == "spike":
+        if wide:
+            label = f"{label}, heads of {wide}"
+        if kind == "spike":
             _spike(model)
             label = f"{label}, a key bias of norm {_SPIKE:.0f}"
         yield from _model("tinylm (trained)" if name == "tinylm" else label, model, ids)
@@ -76,9 +80,10 @@ class _Bench:
     """One model and text, with what the float cache predicts."""
 
     def __init__(self, label: str, model: Any, ids: list[int]) -> None:
+        from quant.kv.allocate import CHUNK
         from quant.kv.measure import baseline, forward_of
         from quant.kv.runtime import own_caches
-        from quant.kv.scan import CHUNK, static_scan
+        from quant.kv.scan import static_scan
         from quant.kv.study import STEPS
 
         self.label, self.model, self.ids = label, model, ids
@@ -106,9 +111,9 @@ class _Bench:
 
     def ours(self, setting: str, spec: Any) -> Iterator[Row]:
         """A setting of ours, its keys alone, and its values alone."""
+        from quant.kv.allocate import halves
         from quant.kv.measure import loss
         from quant.kv.runtime import caches
-        from quant.kv.scan import halves
 
         runs = {setting: spec}
         if "auto" in setting:
@@ -120,6 +125,7 @@ class _Bench:
 
     def bits(self, spec: Any) -> float:
         """Bits per number at the text's length, over layers that can be quantized."""
+        from quant.kv.cache import BLOCK
         from quant.kv.spec import FLOAT, LayerSpec
 
         total = weight = 0.0
@@ -127,13 +133,12 @@ class _Bench:
             if not fact.quantizable:
                 continue
             layer = layer or LayerSpec(key=FLOAT, value=FLOAT)
-            coded = max(0, len(self.ids) - layer.sinks - layer.window) / len(self.ids)
-            for tensor, dim, role in (
-                (layer.key, fact.key_dim, "key"),
-                (layer.value, fact.value_dim, "value"),
-            ):
-                stored = tensor.codec(dim, spec.rotation(dim), role).effective_bits
-                total += dim * (coded * stored + (1 - coded) * 16)
+            count = len(self.ids)
+            coded = max(0, count - layer.sinks - layer.window) / count
+            plain = 1 - coded + (BLOCK / count if layer.window and not layer.is_float else 0)
+            for tensor, dim in ((layer.key, fact.key_dim), (layer.value, fact.value_dim)):
+                stored = tensor.codec(dim, spec.rotation(dim)).effective_bits
+                total += dim * (coded * stored + plain * 16)
                 weight += dim
         return total / weight
 
@@ -178,31 +183,35 @@ class _Bench:
 
 
 def _model(label: str, model: Any, ids: list[int]) -> Iterator[Row]:
+    from quant.kv.allocate import allocate, allocated_spec, sensitivity
     from quant.kv.measure import LEAD
-    from quant.kv.scan import allocate, allocated_spec, sensitivity, spec_for
+    from quant.kv.observe import observed
+    from quant.kv.scan import LayerFacts, spec_for
     from quant.kv.spec import FLOAT, TensorSpec
-    from quant.kv.study import SHORT, Stock
+    from quant.kv.study import SHORT, Stock, chooser
 
     bench = _Bench(label, model, ids)
-    facts = bench.facts
+    facts, short = bench.facts, ids[:SHORT]
     group = 64 if all(fact.key_dim % 64 == 0 for fact in facts if fact.quantizable) else 32
-    measured = sensitivity(model, facts, ids[:SHORT])
-    yield from bench.ours(
-        "ours auto 3.5", allocated_spec(facts, allocate(facts, measured, bits=3.5))
-    )
-    four = TensorSpec(scheme="turboquant", bits=4, tries=5)
-    three = replace(four, bits=3)
+    seen = observed(model, facts, short, bits=3.5)
+    measured = sensitivity(model, facts, short, seen=seen)
+    chosen = allocate(facts, measured, bits=3.5, seen=seen)
+    yield from bench.ours("ours auto 3.5", allocated_spec(facts, chosen, seen))
+    four, three = (chooser("turboquant", bits, group, seen) for bits in (4, 3))
     affine = TensorSpec(scheme="uniform", bits=4, group=group)
-    yield from bench.ours("ours turboquant 4", spec_for(facts, lambda _: (four, four)))
+    yield from bench.ours("ours turboquant 4", spec_for(facts, four, means=seen.means))
     # The runtime attends to the first piece of a prompt as it came, and encodes it then.
     alone: dict[str, Any] = {"sinks": 0, "window": 0, "start": LEAD + 1, "subtract_mean": False}
 
-    def but_spared(key: TensorSpec, value: TensorSpec) -> Any:
-        return lambda fact: (FLOAT, FLOAT) if fact.index == bench.spared() else (key, value)
+    def mixed(fact: LayerFacts) -> tuple[TensorSpec, TensorSpec]:
+        return three(fact)[0], four(fact)[1]
+
+    def but_spared(choose: Any) -> Any:
+        return lambda fact: (FLOAT, FLOAT) if fact.index == bench.spared() else choose(fact)
 
     for name, bits, choose in (
-        ("turboquant", 4.0, but_spared(four, four)),
-        ("turboquant", 3.5, but_spared(three, four)),
+        ("turboquant", 4.0, but_spared(four)),
+        ("turboquant", 3.5, but_spared(mixed)),
         ("uniform", 4.0, lambda _: (affine, affine)),
     ):
         spec = spec_for(facts, choose, **alone)

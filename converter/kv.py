@@ -184,6 +184,11 @@ def summary_text(report: dict[str, Any]) -> str:
         "  KL in nats, mean over positions; same: positions with the same first choice, decoding a "
         "long text"
     )
+    lines += [
+        f"  layer {one['layer']}: of each head's {one['of']} {len(one['channels'][0])} massive "
+        "channels stay in half precision"
+        for one in chosen["aside"]
+    ]
     counts = Counter(fact["reason"] for fact in report["layers"] if fact["reason"])
     lines += [f"  {count} layers stay in float: {reason}" for reason, count in counts.items()]
     return "\n".join(lines)

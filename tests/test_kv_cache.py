@@ -16,6 +16,7 @@ SCHEMES = {
     "rotated": TensorSpec(scheme="rotated", bits=4, group=64),
     "turboquant": TURBO,
     "fraction": TensorSpec(scheme="turboquant", bits=3.5),
+    "aside": TensorSpec(scheme="turboquant", bits=3.5, aside=((3, 40), (0, 63)), top=200.0),
 }
 
 
@@ -127,6 +128,45 @@ def test_attention_equals_numpy_with_groups_masks_and_a_mean():
         np.testing.assert_allclose(found, wanted, atol=0.02)
 
 
+def test_massive_channels_aside_equal_an_oracle_in_float64():
+    """Scores and sums of what is stored, the rest rotated and the channels aside, by numpy."""
+    import mlx.core as mx
+
+    draw = np.random.default_rng(3)
+    heads, tokens, dim, sizes = 2, 100, 64, {(0, 5): 30.0, (0, 37): -20.0, (1, 60): 50.0}
+    k, v = (draw.standard_normal((1, heads, tokens, dim)).astype(np.float32) for _ in "kv")
+    for (head, channel), size in sizes.items():
+        k[:, head, :, channel] += size
+        v[:, head, :, channel] += size * draw.standard_normal(tokens)
+    q = draw.standard_normal((1, 4, 3, dim)).astype(np.float32)
+    aside = ((5, 37), (9, 60))
+    tensor = TensorSpec(scheme="turboquant", bits=4, tries=5, aside=aside)
+    spec = spec_of(1, tensor, tensor, window=0, sinks=0, subtract_mean=False)
+    cache = QuantizedStateCache(spec.layers[0], spec.rotations)
+    cache.update_and_fetch(mx.array(k), mx.array(v))
+    assert cache.stores[0].arrays[-1].dtype == mx.float16
+    turn = np.array(spec.rotations[64].forward(mx.eye(dim)), np.float64)
+
+    def oracle(x, store):
+        """What is stored of x: its channels aside in float16, the rest by the store's codes."""
+        coded, beside = (np.array(part, np.float64) for part in store.decoded(0, tokens))
+        plain = coded @ turn.T
+        for head, places in enumerate(aside):
+            plain[:, head][..., places] = x[:, head][..., places].astype(np.float16)
+            np.testing.assert_array_equal(beside[:, head], plain[:, head][..., places])
+        return plain
+
+    kk, vv = (oracle(x, store) for x, store in zip((k, v), cache.stores, strict=True))
+    for found, x in ((kk, k), (vv, v)):  # 4 bits of vectors of norm 8, and half precision beside
+        assert ((found - x) ** 2).sum(axis=-1).mean() == pytest.approx(62 * 0.0075, rel=0.15)
+    kk, vv = (np.repeat(x, 2, axis=1) for x in (kk, vv))
+    scores = q.astype(np.float64) @ kk.swapaxes(-1, -2) * 0.05
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    wanted = weights / weights.sum(axis=-1, keepdims=True) @ vv
+    found = np.array(cache.attend(mx.array(q), scale=0.05))
+    np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(vv).max())
+
+
 def test_nothing_is_encoded_before_the_start(model, prompt):
     made = caches(model, spec_of(len(model.layers), start=250))
     run(model, made, prompt[:200])
@@ -153,31 +193,58 @@ def test_stock_generate_takes_the_caches(model, tinylm, prompt):
     assert made[0].stores[0].count > 100
 
 
-def test_saved_and_loaded_it_goes_on_as_before(model, prompt, tmp_path):
+@pytest.mark.parametrize("name", ["turboquant", "aside"])
+def test_saved_and_loaded_it_goes_on_as_before(model, prompt, tmp_path, name):
     from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
-    made = caches(model, spec_of(len(model.layers)))
+    made = caches(model, spec_of(len(model.layers), SCHEMES[name], SCHEMES[name]))
     run(model, made, prompt[:300])
     save_prompt_cache(str(tmp_path / "cache.safetensors"), made)
     again = load_prompt_cache(str(tmp_path / "cache.safetensors"))
     assert [cache.offset for cache in again] == [300] * len(made)
+    assert [cache.exact_trim for cache in again] == [cache.exact_trim for cache in made]
     np.testing.assert_array_equal(run(model, again, prompt[300:]), run(model, made, prompt[300:]))
+    about, *rest = made[0].state
+    old = [about.replace('"version": 2', '"version": 1'), *rest]
+    with pytest.raises(KvError, match="a saved cache of version 1, not 2: run the prompt again"):
+        QuantizedStateCache.from_state(old)
 
 
-@pytest.mark.parametrize("count", [7, 90])
-def test_trimmed_it_goes_on_as_before(model, prompt, count):
-    """Within the window bit for bit; further back the same tokens, from codes."""
+@pytest.mark.parametrize(("length", "count"), [(200, 7), (200, 64), (197, 64), (260, 200)])
+def test_trimmed_it_is_as_if_the_tokens_had_never_been(model, prompt, length, count):
+    """Bit for bit, as far back as the cache says, over every place where a block is encoded."""
     from mlx_lm.models.cache import trim_prompt_cache
 
     layers = len(model.layers)
     straight, cut = caches(model, spec_of(layers)), caches(model, spec_of(layers))
-    run(model, straight, prompt[:200])
-    run(model, cut, prompt[:200])
-    run(model, cut, prompt[5 : 5 + count])
+    kept = prompt[: length - count]
+    run(model, straight, kept)
+    run(model, cut, kept)
+    run(model, cut, prompt[5 : 5 + count], chunk=16)
+    assert all(cache.exact_trim >= 64 for cache in cut)
+    exact = cut[0].exact_trim >= count
+    assert exact == (count <= 64)
     assert trim_prompt_cache(cut, count) == count
-    a, b = run(model, straight, prompt[200:260]), run(model, cut, prompt[200:260])
-    assert kl(a, b) < 1e-3
-    assert (a.argmax(axis=-1) == b.argmax(axis=-1)).mean() > 0.95
+    for start in range(200, 330, 26):
+        a, b = (run(model, cache, prompt[start : start + 26]) for cache in (straight, cut))
+        if exact:
+            np.testing.assert_array_equal(a, b)
+        else:  # what came back into the window is codes
+            assert kl(a, b) < 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 50, 129])
+def test_without_a_window_every_trim_is_exact(model, prompt, count):
+    """But for one that cuts into the tokens that the keys' mean is of."""
+    layers = len(model.layers)
+    straight, cut = (caches(model, spec_of(layers, window=0)) for _ in "ab")
+    run(model, straight, prompt[: 200 - count], chunk=400)
+    run(model, cut, prompt[:200], chunk=400)
+    assert cut[0].exact_trim == 200 - 4 - 64
+    assert [cache.trim(count) for cache in cut] == [count] * layers
+    np.testing.assert_array_equal(
+        run(model, straight, prompt[200:230]), run(model, cut, prompt[200:230])
+    )
 
 
 def test_trimmed_to_nothing_it_starts_again(model, prompt):
@@ -228,9 +295,9 @@ def test_settings_of_another_model_are_refused(model):
 def test_settings_survive_json():
     import json
 
-    spec = spec_of(2, SCHEMES["uniform"], SCHEMES["fraction"], subtract_mean=False)
+    spec = spec_of(2, SCHEMES["aside"], SCHEMES["fraction"], subtract_mean=False)
     again = KvSpec.from_json(json.loads(json.dumps(spec.to_json())))
     assert again.layers == spec.layers
     assert again.to_json() == spec.to_json()
-    with pytest.raises(KvError, match="schema 2, not 1"):
-        KvSpec.from_json({**spec.to_json(), "schema": 2})
+    with pytest.raises(KvError, match="schema 1, not 2; `convert kv` writes it anew"):
+        KvSpec.from_json({**spec.to_json(), "schema": 1})

@@ -10,16 +10,11 @@ import jsonschema
 import numpy as np
 import pytest
 
+from quant.kv.allocate import Sensitivity, allocate, allocated_spec, sensitivity
 from quant.kv.measure import baseline, forward_of, loss
+from quant.kv.observe import observed
 from quant.kv.runtime import caches, own_caches
-from quant.kv.scan import (
-    LayerFacts,
-    Sensitivity,
-    allocate,
-    allocated_spec,
-    effective_bits,
-    static_scan,
-)
+from quant.kv.scan import LayerFacts, effective_bits, spec_for, static_scan
 from quant.kv.spec import KvSpec
 from quant.kv.turbo import KvError
 
@@ -52,8 +47,16 @@ def test_equal_layers_get_equal_bits_within_the_budget():
 
 
 def test_allocation_is_the_best_of_all():
-    """Against every combination of widths for two layers."""
-    from itertools import product
+    """Against every combination of widths, in quarters of a bit, for two layers."""
+    from functools import reduce
+
+    def kl(place, bits):
+        if bits == 16:
+            return 0.0
+        low = max(width for width in (2, 3, 4, 5, 6, 8) if width <= bits)
+        high = min(width for width in (2, 3, 4, 5, 6, 8) if width >= bits)
+        share = (bits - low) / (high - low) if high > low else 0.0
+        return (1 - share) * measured.kl[(*place, low)] + share * measured.kl[(*place, high)]
 
     facts = layers(2)
     weight = {(0, "key"): 900.0, (0, "value"): 1.0, (1, "key"): 30.0, (1, "value"): 4.0}
@@ -61,18 +64,13 @@ def test_allocation_is_the_best_of_all():
     for budget in (2.625, 3.375, 4.125, 5.125):
         chosen = allocate(facts, measured, bits=budget)
         paid = sum(bits + 0.125 if bits < 16 else 16 for bits in chosen.values()) / 4
-        assert paid <= budget
-        found = sum(measured.kl.get((*place, bits), 0.0) for place, bits in chosen.items())
-        best = min(
-            sum(
-                measured.kl.get((*place, bits), 0.0)
-                for place, bits in zip(weight, widths, strict=True)
-            )
-            for widths in product((2, 3, 4, 5, 6, 8, 16), repeat=4)
-            if sum(bits + 0.125 if bits < 16 else 16 for bits in widths) / 4 <= paid
-        )
-        # Greedy on the hull is the best for what it spends.
-        assert found == pytest.approx(best)
+        assert budget - 8 / (4 * 128) < paid <= budget  # but for part of a unit all is spent
+        found = sum(kl(place, bits) for place, bits in chosen.items())
+        steps = 2 + np.arange(25) / 4
+        losses = reduce(np.add.outer, [[kl(place, bits) for bits in steps] for place in weight])
+        stored = reduce(np.add.outer, [steps] * 4) / 4 + 0.125
+        best = losses[stored <= paid].min()
+        assert found <= best * (1 + 1e-9)
 
 
 def test_a_layer_that_minds_gets_more():
@@ -108,29 +106,32 @@ def test_a_planted_spike_is_seen_and_survived(spiked):
     facts = static_scan(spiked)
     assert [fact.spike for fact in facts].index(True) == 1
     assert facts[1].key_bias == pytest.approx(np.hypot(700, 560), rel=1e-4)
-    from quant.kv.scan import sensitivity, spec_for
     from quant.kv.spec import TensorSpec
 
     ids = [int(i) for i in np.random.default_rng(0).integers(5, 500, 320)]
-    measured = sensitivity(spiked, facts, ids[:192])
-    auto = allocated_spec(facts, allocate(facts, measured, bits=4.0))
+    seen = observed(spiked, facts, ids[:192], bits=3.5)
+    # After the rotary embedding each of the two channels is a pair.
+    assert set(seen.layout(facts[1], "key").aside[0]) == {7, 11, 23, 27}
+    assert all(not seen.layout(fact, "value").aside for fact in facts)
+    assert not any(seen.layout(facts[i], "key").aside for i in (0, 2))
+    measured = sensitivity(spiked, facts, ids[:192], seen=seen)
+    auto = allocated_spec(facts, allocate(facts, measured, bits=3.5, seen=seen), seen)
     forward = forward_of(spiked)
     exact = baseline(forward, own_caches(spiked), ids, chunk=64, start=64)
     plain = TensorSpec(scheme="uniform", bits=4, group=32)
     uniform = spec_for(facts, lambda _: (plain, plain), subtract_mean=False)
-    assert effective_bits(auto, facts) <= 4.0 < effective_bits(uniform, facts)
+    assert effective_bits(auto, facts) <= 3.5 < effective_bits(uniform, facts)
     ours, stock = (
         loss(forward, caches(spiked, spec), exact)["prefill"] for spec in (auto, uniform)
     )
     assert ours.kl_mean < stock.kl_mean
-    assert ours.kl_mean < 0.1
+    assert ours.kl_mean < 0.04
 
 
 def test_passes_from_a_layer_on_are_whole_passes(spiked):
     """What precedes a layer is taken from a recording, and nothing of the loss changes."""
     from quant.kv.cache import QuantizedStateCache
     from quant.kv.replay import recorded
-    from quant.kv.scan import spec_for
     from quant.kv.spec import FLOAT, TensorSpec
 
     facts, ids = (
@@ -164,15 +165,17 @@ def test_passes_from_a_layer_on_are_whole_passes(spiked):
 
 
 def test_losses_between_measured_widths_follow_the_codebooks():
+    from quant.kv.allocate import _between
     from quant.kv.codebook import distortion
-    from quant.kv.scan import _between
+    from quant.kv.split import Layout
 
+    plain = Layout(dim=64)
     for power in (0.7, 1.0, 1.4):
         known = {b: 3.0 * distortion(64, b) ** power for b in (2, 4)}
-        assert _between(known, 3, 64) == pytest.approx(3.0 * distortion(64, 3) ** power)
+        assert _between(known, 3, plain) == pytest.approx(3.0 * distortion(64, 3) ** power)
         beyond = known[4] * distortion(64, 6) / distortion(64, 4)
-        assert _between(known, 6, 64) == pytest.approx(beyond)
-        assert _between(known, 4, 64) == known[4]
+        assert _between(known, 6, plain) == pytest.approx(beyond)
+        assert _between(known, 4, plain) == known[4]
 
 
 def test_decoding_is_told_apart_from_the_prompt(spiked):
@@ -272,9 +275,11 @@ def test_settings_are_written_measured_and_vouched_for(output, tmp_path):
     schema = json.loads((DOCS / "kv_cache_quantization.schema.json").read_text())
     jsonschema.validate(config, schema)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**config, "schema": 2}, schema)
+        jsonschema.validate({**config, "schema": 1}, schema)
     spec = KvSpec.from_json(config)
-    assert {layer.key.bits for layer in spec.layers} == {4}
+    # Norms of 8 bits leave 8 for the codes: as many bytes as four bits and a norm of 16.
+    assert {layer.key.bits for layer in spec.layers} == {4.125}
+    assert all(layer.key.top > 0 for layer in spec.layers)
     assert config["effective_bits"] == 4.25
     assert json.loads((out / "kv_cache.json").read_text()) == report
     chosen = report["chosen"]["long"]
@@ -342,7 +347,7 @@ study_output(Path({str(output)!r}), scheme="auto", bits=4, group=None, text=None
     ("model_type", "asked", "message"),
     [
         ("qwen2", {"scheme": "uniform"}, "layer 0, keys: groups of 64 do not divide 32 channels"),
-        ("qwen2", {"scheme": "turboquant", "bits": 3.5}, r"3\.5 bits do not split 32 channels"),
+        ("qwen2", {"scheme": "turboquant", "bits": 3.3}, r"3\.3 bits do not split 32 channels"),
         ("deepseek_v3", {"scheme": "auto"}, "4 layers stay in float: .* reads keys and values"),
         ("gpt_oss", {"scheme": "auto"}, "2 layers stay in float: its cache is a RotatingKVCache"),
         ("bert", {"scheme": "auto"}, "no stock runtime generates text with bert"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quant.kv.codec import Packed
+from quant.kv.codec import Basis, Packed
 from quant.kv.rotation import Rotation
 from quant.kv.turbo import KvError
 
@@ -38,6 +38,11 @@ class AffineCodec:
             raise KvError(f"groups of {self.group} do not divide {self.dim} channels; {choice}")
 
     @property
+    def bases(self) -> tuple[Basis | None, ...]:
+        """The rotated basis, or the vectors' own."""
+        return (self.rotation,)
+
+    @property
     def effective_bits(self) -> float:
         """Bits per channel with scale and bias."""
         return self.bits + 32 / self.group
@@ -53,15 +58,16 @@ class AffineCodec:
         )
         return words, scales.astype(mx.float16), biases.astype(mx.float16)
 
-    def decode(self, packed: Packed) -> mx.array:
+    def decode(self, packed: Packed) -> tuple[mx.array, ...]:
         """Packed arrays -> vectors [..., dim] in the rotated basis."""
         import mlx.core as mx
 
         words, scales, biases = packed
-        return mx.dequantize(
+        found = mx.dequantize(
             words,
             scales.astype(mx.float32),
             biases.astype(mx.float32),
             group_size=self.group,
             bits=self.bits,
         )
+        return (found,)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from quant.kv.rotation import Rotation
+from quant.kv.codec import Basis
 from quant.kv.store import Store
 
 if TYPE_CHECKING:
@@ -16,26 +18,29 @@ CHUNK: Final = 2048
 """Tokens that are unpacked at once."""
 
 
+Bases = tuple[Basis | None, ...]
+
+
 class Part(Protocol):
-    """A run of tokens with keys and values, each in a basis of its own."""
+    """A run of tokens with keys and values, as coordinates in bases of their own."""
 
     @property
     def tokens(self) -> int:
         """How many."""
 
     @property
-    def key_basis(self) -> Rotation | None:
-        """The keys' basis; None for their own."""
+    def key_bases(self) -> Bases:
+        """The keys' bases; None for their own."""
 
     @property
-    def value_basis(self) -> Rotation | None:
-        """The values' basis."""
+    def value_bases(self) -> Bases:
+        """The values' bases."""
 
-    def keys(self, start: int, end: int) -> mx.array:
-        """Keys [batch, heads, end - start, dim]."""
+    def keys(self, start: int, end: int) -> tuple[mx.array, ...]:
+        """Keys [batch, heads, end - start, *] in each basis."""
 
-    def values(self, start: int, end: int) -> mx.array:
-        """Values [batch, heads, end - start, dim]."""
+    def values(self, start: int, end: int) -> tuple[mx.array, ...]:
+        """Values [batch, heads, end - start, *] in each basis."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +49,25 @@ class Plain:
 
     key_array: mx.array
     value_array: mx.array
-    key_basis: Rotation | None = None
-    value_basis: Rotation | None = None
+    key_bases: Bases = (None,)
+    value_bases: Bases = (None,)
 
     @property
     def tokens(self) -> int:
         """How many."""
         return int(self.key_array.shape[2])
 
-    def keys(self, start: int, end: int) -> mx.array:
+    def keys(self, start: int, end: int) -> tuple[mx.array, ...]:
         """Keys as they were given."""
-        return self.key_array[:, :, start:end]
+        return (self.key_array[:, :, start:end],)
 
-    def values(self, start: int, end: int) -> mx.array:
+    def values(self, start: int, end: int) -> tuple[mx.array, ...]:
         """Values as they were given."""
-        return self.value_array[:, :, start:end]
+        return (self.value_array[:, :, start:end],)
+
+    def part(self, start: int, end: int) -> Plain:
+        """A range of the tokens."""
+        return Plain(self.key_array[:, :, start:end], self.value_array[:, :, start:end])
 
 
 @dataclass(frozen=True)
@@ -75,21 +84,21 @@ class Stored:
         return self.key_store.count
 
     @property
-    def key_basis(self) -> Rotation | None:
-        """The keys' basis."""
-        return self.key_store.codec.rotation
+    def key_bases(self) -> Bases:
+        """The keys' bases."""
+        return self.key_store.codec.bases
 
     @property
-    def value_basis(self) -> Rotation | None:
-        """The values' basis."""
-        return self.value_store.codec.rotation
+    def value_bases(self) -> Bases:
+        """The values' bases."""
+        return self.value_store.codec.bases
 
-    def keys(self, start: int, end: int) -> mx.array:
-        """Keys, less the mean, in their basis."""
+    def keys(self, start: int, end: int) -> tuple[mx.array, ...]:
+        """Keys, less the mean, in their bases."""
         return self.key_store.decoded(start, end)
 
-    def values(self, start: int, end: int) -> mx.array:
-        """Values in their basis."""
+    def values(self, start: int, end: int) -> tuple[mx.array, ...]:
+        """Values in their bases."""
         return self.value_store.decoded(start, end)
 
 
@@ -97,35 +106,48 @@ def attend(queries: mx.array, parts: Sequence[Part], *, scale: float, mask: Any 
     """softmax(scale * q k^T + mask) v over all parts in order, [batch, heads, length, dim].
 
     ``mask``: None, "causal" (the queries are the last tokens), or an array that broadcasts to
-    [batch, heads, length, tokens], boolean (True attends) or added to the scores. Queries are
-    rotated into the keys' basis once and results back once, so that packed tokens are never
-    rotated. Scores are accumulated in float32 by the online softmax (arXiv 1805.02867).
+    [batch, heads, length, tokens], boolean (True attends) or added to the scores. Queries go into
+    the keys' bases once and results out of the values' once, so that packed tokens are never
+    rotated, and scores of several bases add up. They are accumulated in float32 by the online
+    softmax (arXiv 1805.02867).
     """
     import mlx.core as mx
 
     batch, heads, length, dim = queries.shape
     total = sum(part.tokens for part in parts)
-    groups = heads // parts[0].keys(0, 1).shape[1]
+    groups = heads // parts[0].keys(0, 1)[0].shape[1]
     grouped = (queries.astype(mx.float32) * scale).reshape(batch, -1, groups, length, dim)
     state = _Softmax()
     at = 0
     for part in parts:
-        rotated = part.key_basis.forward(grouped) if part.key_basis else grouped
+        along = [basis.forward(grouped) if basis else grouped for basis in part.key_bases]
         mean = getattr(part, "mean", None)
         offset = None
         if mean is not None:
             offset = (grouped * mean[:, :, None]).sum(axis=-1, keepdims=True)
         for start in range(0, part.tokens, CHUNK):
             end = min(start + CHUNK, part.tokens)
-            keys = part.keys(start, end).astype(mx.float32)[:, :, None]
-            scores = rotated @ keys.swapaxes(-1, -2)
+            scores = reduce(add, map(_products, along, part.keys(start, end)))
             if offset is not None:
                 scores = scores + offset
             scores = _masked(scores, mask, at + start, at + end, length, total)
-            state.add(scores, part.values(start, end).astype(mx.float32), part.value_basis)
+            state.add(scores, part.values(start, end), part.value_bases)
         at += part.tokens
     result: mx.array = state.result().reshape(batch, heads, length, -1)
     return result.astype(queries.dtype)
+
+
+def _products(queries: mx.array, keys: mx.array) -> Any:
+    """Inner products [batch, heads, group, length, tokens] of coordinates in one basis."""
+    import mlx.core as mx
+
+    found = _flat(queries) @ keys.astype(mx.float32).swapaxes(-1, -2)
+    return found.reshape(*queries.shape[:-1], -1)
+
+
+def _flat(x: mx.array) -> mx.array:
+    """[batch, heads, group, length, *] -> [batch, heads, group * length, *]: keys are read once."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 class _Softmax:
@@ -134,9 +156,9 @@ class _Softmax:
     def __init__(self) -> None:
         self.top: Any = None
         self.total: Any = None
-        self.sums: dict[int, tuple[Rotation | None, Any]] = {}
+        self.sums: dict[int, tuple[Basis | None, Any]] = {}
 
-    def add(self, scores: mx.array, values: mx.array, basis: Rotation | None) -> None:
+    def add(self, scores: mx.array, values: Sequence[mx.array], bases: Bases) -> None:
         import mlx.core as mx
 
         top = scores.max(axis=-1, keepdims=True)
@@ -150,9 +172,11 @@ class _Softmax:
             mass = mass + self.total * shrink
             self.sums = {key: (b, value * shrink) for key, (b, value) in self.sums.items()}
         self.top, self.total = top, mass
-        found = weights @ values[:, :, None]
-        kept = self.sums.get(id(basis))
-        self.sums[id(basis)] = (basis, found if kept is None else kept[1] + found)
+        for basis, part in zip(bases, values, strict=True):
+            found = _flat(weights) @ part.astype(mx.float32)
+            found = found.reshape(*weights.shape[:-1], -1)
+            kept = self.sums.get(id(basis))
+            self.sums[id(basis)] = (basis, found if kept is None else kept[1] + found)
 
     def result(self) -> Any:
         import mlx.core as mx

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 from quant.kv.attention import Part, Plain, Stored, attend
 from quant.kv.rotation import Rotation
-from quant.kv.spec import LayerSpec, TensorSpec
+from quant.kv.spec import LayerSpec
 from quant.kv.store import Store
 from quant.kv.turbo import KvError
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-_BLOCK: Final = 64
+AVERAGED: Final = 64
+"""How many of the first encoded tokens the keys' mean is of."""
+BLOCK: Final = 64
 """Tokens that leave the full-precision window together; without a window, each on its own."""
+STATE: Final = 2
+"""Version of what :attr:`QuantizedStateCache.state` holds."""
 
 
 class QuantizedStateCache:
@@ -25,7 +29,9 @@ class QuantizedStateCache:
 
     Tokens lie in three runs: the first few and the last few as they came, those between encoded.
     New tokens are attended to as they came and are encoded when later ones push them out of the
-    window. Hand instances to ``generate`` of mlx-lm or mlx-vlm in place of their own caches, inside
+    window. The block that was encoded last is kept as it came as well, so that forgetting as many
+    tokens leaves what there would be without them. Hand instances to ``generate`` of mlx-lm or
+    mlx-vlm in place of their own caches, inside
     :func:`quant.kv.runtime.caches`. ``bits`` and ``group_size`` are what the runtimes look for to
     tell a quantized cache.
     """
@@ -40,8 +46,12 @@ class QuantizedStateCache:
         self.dims = (0, 0)
         self.first: Plain | None = None
         self.last: Plain | None = None
+        self.undo: Plain | None = None
+        """What was encoded last, as it came."""
         self.stores: tuple[Store, Store] | None = None
         self.mean: mx.array | None = None
+        self.averaged = 0
+        """Tokens that the mean is of."""
 
     # What attention layers call
 
@@ -91,50 +101,93 @@ class QuantizedStateCache:
 
     def _settle(self) -> None:
         """Encode what has left the window, in whole blocks."""
-        tokens = self.last.tokens if self.last else 0
-        block = _BLOCK if self.spec.window else 1
-        over = (tokens - self.spec.window) // block * block
-        if self.last is None or over <= 0 or self.offset < self.spec.start:
+        over = self._due() - self.stored
+        if self.last is None or over <= 0:
             return
-        keys, values = self.last.keys(0, over), self.last.values(0, over)
+        going = self.last.part(0, over)
+        keys = going.key_array
         if self.stores is None:
             self.stores = self._new_stores()
         if self.mean is None and self.spec.subtract_mean:
-            self.mean = keys.astype(_float32()).mean(axis=2, keepdims=True)
+            self.mean = keys[:, :, :AVERAGED].astype(_float32()).mean(axis=2, keepdims=True)
+            self.averaged = min(over, AVERAGED)
         if self.mean is not None:
             keys = keys.astype(_float32()) - self.mean
         self.stores[0].append(keys)
-        self.stores[1].append(values)
-        self.last = Plain(self.last.keys(over, tokens), self.last.values(over, tokens))
+        self.stores[1].append(going.value_array)
+        self.undo = going.part(max(0, over - BLOCK), over) if self.spec.window else None
+        self.last = self.last.part(over, self.last.tokens)
 
     def _new_stores(self) -> tuple[Store, Store]:
-        key = self.spec.key.codec(self.dims[0], self.rotations[self.dims[0]], "key")
-        value = self.spec.value.codec(self.dims[1], self.rotations[self.dims[1]], "value")
+        key = self.spec.key.codec(self.dims[0], self.rotations[self.dims[0]])
+        value = self.spec.value.codec(self.dims[1], self.rotations[self.dims[1]])
         return Store(key), Store(value)
 
     # What the runtimes' generation and prompt caches call
 
     def is_trimmable(self) -> bool:
-        """Always: tokens are cut off the end, encoded or not."""
+        """Always: tokens are cut off the end, encoded or not; see :attr:`exact_trim`."""
         return True
+
+    @property
+    def exact_trim(self) -> int:
+        """Tokens that :meth:`trim` forgets as if they had never been; with a window 64 or more.
+
+        Beyond them what comes back into the window is there as codes only.
+        """
+        if self.spec.window:
+            needed = self.stored - (self.undo.tokens if self.undo else 0)
+            free = not needed
+        else:
+            needed = self.averaged if self.mean is not None else 0
+            free = not self.stored
+        if free:
+            return self.offset
+        least = self._sinks + self.spec.window + needed if needed else 0
+        return self.offset - max(least, self.spec.start)
 
     def trim(self, count: int) -> int:
         """Forget the last ``count`` tokens; how many there were to forget."""
         count = min(count, self.offset)
+        self.offset -= count
+        if self.undo is not None and self._due() < self.stored:
+            self._keep(self.stored - self.undo.tokens)
+            run = self.last
+            self.last = _joined(self.undo, run.key_array, run.value_array) if run else self.undo
+            self.undo = None
         left = count
         if self.last is not None:
             cut = min(left, self.last.tokens)
             self.last = _cut(self.last, cut)
             left -= cut
-        if self.stores is not None and left:
-            cut = min(left, self.stores[0].count)
-            for store in self.stores:
-                store.count -= cut
-            left -= cut
-        if self.first is not None and left:
-            self.first = _cut(self.first, left)
-        self.offset -= count
+        cut = min(left, self.stored)
+        self._keep(self.stored - cut)
+        if self.first is not None and left > cut:
+            self.first = _cut(self.first, left - cut)
         return count
+
+    @property
+    def stored(self) -> int:
+        """Tokens that are encoded."""
+        return self.stores[0].count if self.stores else 0
+
+    @property
+    def _sinks(self) -> int:
+        return self.first.tokens if self.first else 0
+
+    def _due(self) -> int:
+        """Tokens that are encoded in a cache of this length, but for those that just came."""
+        if self.offset < self.spec.start:
+            return 0
+        block = BLOCK if self.spec.window else 1
+        return max(0, self.offset - self._sinks - self.spec.window) // block * block
+
+    def _keep(self, count: int) -> None:
+        """The first ``count`` codes."""
+        for store in self.stores or ():
+            store.count = count
+        if not count:
+            self.mean = None
 
     # What the runtimes' batch generation calls
 
@@ -149,11 +202,12 @@ class QuantizedStateCache:
         made = QuantizedStateCache(self.spec, self.rotations)
         made.offset, made.dims = self.offset, self.dims
         one = slice(index, index + 1)
-        made.first, made.last = (
+        made.first, made.last, made.undo = (
             Plain(run.key_array[one], run.value_array[one]) if run else None
-            for run in (self.first, self.last)
+            for run in (self.first, self.last, self.undo)
         )
         made.mean = None if self.mean is None else self.mean[one]
+        made.averaged = self.averaged
         if self.stores is not None:
             made.stores = made._new_stores()
             for store, own in zip(made.stores, self.stores, strict=True):
@@ -188,7 +242,7 @@ class QuantizedStateCache:
     @property
     def nbytes(self) -> int:
         """Bytes of what is kept, the full-precision runs included."""
-        plain = (part for part in (self.first, self.last) if part is not None)
+        plain = (part for part in (self.first, self.last, self.undo) if part is not None)
         total = sum(part.key_array.nbytes + part.value_array.nbytes for part in plain)
         total += sum(store.nbytes for store in self.stores or ())
         return total + (self.mean.nbytes if self.mean is not None else 0)
@@ -197,25 +251,34 @@ class QuantizedStateCache:
     def state(self) -> Any:
         """Arrays and plain values, from which :meth:`from_state` makes the cache again."""
         used = {dim: r.to_json() for dim, r in self.rotations.items() if dim in self.dims}
-        facts = {"spec": asdict(self.spec), "dims": self.dims, "rotations": used}
-        about = json.dumps(facts)
-        runs = [[p.key_array, p.value_array] if p else None for p in (self.first, self.last)]
+        facts = {
+            "version": STATE,
+            "spec": asdict(self.spec),
+            "dims": self.dims,
+            "rotations": used,
+            "averaged": self.averaged,
+        }
+        runs = [
+            [run.key_array, run.value_array] if run else None
+            for run in (self.first, self.last, self.undo)
+        ]
         stored = [list(store.kept()) for store in self.stores] if self.stores else None
-        count = self.stores[0].count if self.stores else 0
-        return [about, self.offset, count, *runs, stored, self.mean]
+        return [json.dumps(facts), self.offset, self.stored, *runs, stored, self.mean]
 
     @state.setter
     def state(self, value: Any) -> None:
-        about, offset, count, first, last, stored, mean = value
-        facts = json.loads(about)
-        tensors = {name: TensorSpec(**facts["spec"][name]) for name in ("key", "value")}
-        spec = LayerSpec(**{**facts["spec"], **tensors})
+        facts = json.loads(value[0])
+        if facts.get("version") != STATE:
+            raise KvError(
+                f"a saved cache of version {facts.get('version', 1)}, not {STATE}: run the prompt "
+                "again and save it anew"
+            )
+        _, offset, count, *runs, stored, mean = value
         rotations = {int(dim): Rotation.from_json(r) for dim, r in facts["rotations"].items()}
-        QuantizedStateCache.__init__(self, spec, rotations)
+        QuantizedStateCache.__init__(self, LayerSpec.from_json(facts["spec"]), rotations)
         self.offset, self.dims = int(offset), tuple(facts["dims"])
-        self.first = Plain(*first) if first else None
-        self.last = Plain(*last) if last else None
-        self.mean = mean
+        self.first, self.last, self.undo = (Plain(*run) if run else None for run in runs)
+        self.mean, self.averaged = mean, int(facts["averaged"])
         if stored:
             self.stores = self._new_stores()
             for store, arrays in zip(self.stores, stored, strict=True):
@@ -247,8 +310,7 @@ def _joined(run: Plain | None, keys: mx.array, values: mx.array) -> Plain:
 
 
 def _cut(run: Plain, count: int) -> Plain:
-    kept = run.tokens - count
-    return Plain(run.keys(0, kept), run.values(0, kept))
+    return run.part(0, run.tokens - count)
 
 
 def _float32() -> Any:

@@ -32,8 +32,21 @@ def codebook(dim: int, bits: int) -> tuple[float, ...]:
     return tuple(float(value) for value in np.concatenate([-positive[::-1], positive]))
 
 
-def distortion(dim: int, bits: int) -> float:
-    """Expected squared error of a unit vector of ``dim`` coordinates, each at its centroid."""
+def distortion(dim: int, bits: float) -> float:
+    """Expected squared error of a unit vector of ``dim`` coordinates, each at its centroid.
+
+    Of a fraction of a bit the share of coordinates with one bit more; with none, they are zero.
+    """
+    low = int(bits)
+    share = bits - low
+    mixed = (1.0 - share) * _distortion(dim, low)
+    return mixed + share * _distortion(dim, low + 1) if share else mixed
+
+
+@cache
+def _distortion(dim: int, bits: int) -> float:
+    if bits == 0:
+        return 1.0
     centers = np.array(codebook(dim, bits))[1 << (bits - 1) :]
     mass, first = _moments(_borders(centers), dim)
     total = float(mass.sum())

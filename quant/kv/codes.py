@@ -1,86 +1,75 @@
-"""Codes and norms as they lie in a cache: packed words, and 16-bit norms that do not overflow."""
+"""Codes and norms as they lie in a cache: packed bytes, and norms in one or two of them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from functools import cache
+from math import gcd
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-_PLANES: Final = {1: (1,), 2: (2,), 3: (3,), 4: (4,), 5: (5,), 6: (6,), 7: (4, 3), 8: (8,)}
-"""Widths that add up to a code: those that mx.dequantize unpacks, and single bits."""
-_GROUP: Final = 32
+UNIT: Final = 8
+"""Codes whose bits of any width fill whole bytes."""
 _MANTISSA: Final = 10
 _BIAS: Final = 127 - 31
 """Smallest exponent of a stored norm is 2^-31, the largest 2^32."""
-
-
-def words(dim: int, bits: int) -> int:
-    """uint32 words that hold ``dim`` codes; ``dim`` is a multiple of 32 from 4 dimensions up."""
-    return dim * bits // 32
+STEPS: Final = 32
+"""Norms of one byte have this many steps an octave, 255 of them down from the largest."""
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:
-    """uint32 codes [..., dim] -> words [..., dim * bits / 32], least significant bit first."""
+    """uint32 codes [..., count] -> bytes [..., count * bits / 8], least significant bit first.
+
+    ``count`` is a multiple of eight.
+    """
     import mlx.core as mx
 
-    parts, shift = [], 0
-    for width in _PLANES[bits]:
-        plane = (codes >> shift) & ((1 << width) - 1)
-        parts.append(_pack_plane(plane, width))
-        shift += width
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
-
-
-def _pack_plane(codes: mx.array, width: int) -> mx.array:
-    """32 codes make ``width`` words, by the positions of their bits in one long stream."""
-    import mlx.core as mx
-
-    if 32 % width == 0:
-        count = 32 // width
-        shifts = mx.arange(count, dtype=mx.uint32) * width
+    if bits == 8:
+        return codes.astype(mx.uint8)
+    if 8 % bits == 0:
+        count = 8 // bits
+        shifts = mx.arange(count, dtype=mx.uint32) * bits
         split = codes.reshape(*codes.shape[:-1], -1, count)
-        return (split << shifts).sum(axis=-1).astype(mx.uint32)
-    split = codes.reshape(*codes.shape[:-1], -1, 32)
+        return (split << shifts).sum(axis=-1).astype(mx.uint8)
+    split = codes.reshape(*codes.shape[:-1], -1, UNIT)
     out = []
-    for word in range(width):
+    for octet in range(bits):
         total = None
-        for index in range(32):
-            at = index * width - word * 32
-            if -width < at < 32:
+        for index in range(UNIT):
+            at = index * bits - octet * 8
+            if -bits < at < 8:
                 code = split[..., index]
                 part = code << at if at >= 0 else code >> -at
                 total = part if total is None else total | part
-        out.append(total)
-    stacked = mx.stack([word for word in out if word is not None], axis=-1)
-    return stacked.reshape(*codes.shape[:-1], -1)
+        assert total is not None
+        out.append(total & 255)
+    return mx.stack(out, axis=-1).astype(mx.uint8).reshape(*codes.shape[:-1], -1)
 
 
-def unpack(packed: mx.array, bits: int, dim: int) -> mx.array:
-    """Inverse of :func:`pack`: codes [..., dim] as float32 whole numbers."""
+def fields(packed: mx.array, width: int) -> mx.array:
+    """Numbers of ``width`` bits, up to 16, from bytes [..., count * width / 8]."""
     import mlx.core as mx
 
-    total, start, scale = None, 0, 1.0
-    for width in _PLANES[bits]:
-        size = words(dim, width)
-        plane = _unpack_plane(packed[..., start : start + size], width, dim, scale)
-        total = plane if total is None else total + plane
-        start, scale = start + size, scale * (1 << width)
-    assert isinstance(total, mx.array)
-    return total
-
-
-def _unpack_plane(packed: mx.array, width: int, dim: int, scale: float) -> mx.array:
-    import mlx.core as mx
-
-    if width == 1:
-        shifts = mx.arange(32, dtype=mx.uint32)
-        bits = (packed[..., None] >> shifts) & 1
-        return bits.reshape(*packed.shape[:-1], dim).astype(mx.float32) * scale
-    # mx.dequantize unpacks this layout on every backend: code * scale + bias.
-    shape = (*packed.shape[:-1], dim // _GROUP)
-    scales = mx.full(shape, scale, dtype=mx.float32)
-    return mx.dequantize(packed, scales, mx.zeros(shape), group_size=_GROUP, bits=width)
+    if width == 8:
+        return packed
+    if width == 16:
+        return mx.view(packed, mx.uint16)
+    if 8 % width == 0:
+        shifts = mx.arange(8 // width, dtype=mx.uint8) * width
+        split = (packed[..., None] >> shifts) & ((1 << width) - 1)
+        return split.reshape(*packed.shape[:-1], -1)
+    period = width // gcd(width, 8)
+    octets = packed.reshape(*packed.shape[:-1], -1, period)
+    found = []
+    for start in range(0, 8 * period, width):
+        first, shift = divmod(start, 8)
+        kind = mx.uint16 if shift + width <= 16 else mx.uint32
+        number = octets[..., first].astype(kind) >> shift
+        for more in range(1, (shift + width + 7) // 8):
+            number = number | (octets[..., first + more].astype(kind) << (8 * more - shift))
+        found.append((number & ((1 << width) - 1)).astype(mx.uint16))
+    return mx.stack(found, axis=-1).reshape(*packed.shape[:-1], -1)
 
 
 def pack_norms(norms: mx.array) -> mx.array:
@@ -105,3 +94,38 @@ def unpack_norms(packed: mx.array) -> mx.array:
 
     bits = (packed.astype(mx.uint32) + (_BIAS << _MANTISSA)) << (23 - _MANTISSA)
     return mx.where(packed == 0, mx.array(0.0), mx.view(bits, mx.float32))
+
+
+def pack_short_norms(norms: mx.array, top: float, lift: mx.array | None = None) -> mx.array:
+    """Non-negative float32 -> uint8: steps of a 32nd of an octave down from ``top``, then zero.
+
+    To the nearest step. With ``lift`` [..., 1] in [0, 1) to the step above where the norm's place
+    between two steps is higher than it, so that the mean over uniform lifts is the norm itself.
+    """
+    import mlx.core as mx
+
+    levels = _levels(top)
+    # A hair up, so that a norm that is a step's own is not taken for the one below.
+    place = mx.log2(mx.maximum(norms, 1e-30) / top) * STEPS + (255.0 + 1e-3)
+    if lift is None:
+        return mx.clip(mx.round(place), 0, 255).astype(mx.uint8)
+    low = mx.clip(mx.floor(place), 0, 254).astype(mx.uint8)
+    under, over = levels[low], levels[low + 1]
+    up: mx.array = (norms - under) > lift * (over - under)
+    return low + up.astype(mx.uint8)
+
+
+def unpack_short_norms(packed: mx.array, top: float) -> mx.array:
+    """Inverse of :func:`pack_short_norms`, float32."""
+    found: mx.array = _levels(top)[packed]
+    return found
+
+
+@cache
+def _levels(top: float) -> Any:
+    import mlx.core as mx
+    import numpy as np
+
+    levels = top * 2.0 ** ((np.arange(256) - 255.0) / STEPS)
+    levels[0] = 0.0
+    return mx.array(levels.astype(np.float32))

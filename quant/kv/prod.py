@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quant.kv.codec import Packed
-from quant.kv.codes import pack, pack_norms, unpack, unpack_norms
+from quant.kv.codec import Basis, Packed
+from quant.kv.codes import fields, pack, pack_norms, unpack_norms
 from quant.kv.rotation import Rotation
 from quant.kv.turbo import KvError, TurboCodec
 
@@ -48,24 +48,30 @@ class ProdCodec:
         return mx.array(draw.standard_normal((self.dim, self.dim)).astype(np.float32))
 
     @property
+    def bases(self) -> tuple[Basis | None, ...]:
+        """The rotated basis."""
+        return (self.rotation,)
+
+    @property
     def effective_bits(self) -> float:
         """Bits per channel with both norms."""
         return self.bits + 32 / self.dim
 
     def encode(self, x: mx.array) -> Packed:
-        """Vectors [..., dim] -> (words, norms [..., 1], signs, norms of what is left [..., 1])."""
+        """Vectors [..., dim] -> (codes, norms [..., 1], signs, norms of what is left [..., 1])."""
         import mlx.core as mx
 
         first = self._first.encode(x)
-        left = self.rotation.forward(x.astype(mx.float32)) - self._first.decode(first)
+        left = self.rotation.forward(x.astype(mx.float32)) - self._first.decode(first)[0]
         signs = (left @ self._projection.T > 0).astype(mx.uint32)
         size = mx.linalg.norm(left, axis=-1, keepdims=True)
         return (*first, pack(signs, 1), pack_norms(size))
 
-    def decode(self, packed: Packed) -> mx.array:
+    def decode(self, packed: Packed) -> tuple[mx.array, ...]:
         """Packed arrays -> vectors [..., dim] in the rotated basis."""
+        import mlx.core as mx
+
         first, (signs, size) = packed[:-2], packed[-2:]
-        turned = (unpack(signs, 1, self.dim) * 2.0 - 1.0) @ self._projection
+        turned = (fields(signs, 1).astype(mx.float32) * 2.0 - 1.0) @ self._projection
         scale = np.sqrt(np.pi / 2.0) / self.dim
-        found: mx.array = self._first.decode(first) + turned * (scale * unpack_norms(size))
-        return found
+        return (self._first.decode(first)[0] + turned * (scale * unpack_norms(size)),)

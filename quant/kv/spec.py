@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, get_args
 
 from quant.kv.affine import AffineCodec
+from quant.kv.aside import Aside
 from quant.kv.codec import Codec, FloatCodec
 from quant.kv.rotation import Rotation
 from quant.kv.turbo import KvError, TurboCodec
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 Scheme = Literal["float", "uniform", "turboquant", "rotated"]
 SCHEMES: Final = get_args(Scheme)
-Role = Literal["key", "value"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,22 +21,34 @@ class TensorSpec:
     """How the keys or the values of one layer are stored.
 
     ``float`` keeps them; ``uniform`` is affine in groups of ``group`` channels; ``rotated`` the
-    same after a rotation; ``turboquant`` rotates and takes centroids, with ``tries`` scales.
+    same after a rotation; ``turboquant`` rotates and takes centroids, with ``tries`` scales, keeps
+    the channels ``aside``, and stores norms in 16 bits or, up to the norm ``top``, in 8.
     """
 
     scheme: Scheme
     bits: float = 16.0
     group: int = 64
     tries: int = 1
+    aside: Aside = ()
+    top: float = 0.0
 
-    def codec(self, dim: int, rotation: Rotation, role: Role) -> Codec:
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> TensorSpec:
+        """Read what ``asdict`` made of one, through JSON."""
+        return cls(**{**stored, "aside": tuple(tuple(one) for one in stored["aside"])})
+
+    def codec(self, dim: int, rotation: Rotation) -> Codec:
         """What encodes vectors of ``dim`` channels; KvError where the scheme cannot."""
         if self.scheme == "float":
             return FloatCodec(dim)
         if self.scheme == "turboquant":
-            norm: Any = "unbiased" if role == "key" else "least"
             return TurboCodec(
-                dim=dim, bits=self.bits, rotation=rotation, norm=norm, tries=self.tries
+                dim=dim,
+                bits=self.bits,
+                rotation=rotation,
+                tries=self.tries,
+                aside=self.aside,
+                top=self.top,
             )
         if self.scheme not in SCHEMES:
             raise KvError(f"no KV scheme {self.scheme!r}; there are {', '.join(SCHEMES)}")
@@ -64,6 +76,12 @@ class LayerSpec:
     window: int = 64
     start: int = 0
     subtract_mean: bool = True
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> LayerSpec:
+        """Read what ``asdict`` made of one, through JSON."""
+        tensors = {name: TensorSpec.from_json(stored[name]) for name in ("key", "value")}
+        return cls(**{**stored, **tensors})
 
     @property
     def is_float(self) -> bool:
@@ -93,18 +111,12 @@ class KvSpec:
     def from_json(cls, stored: dict[str, Any]) -> KvSpec:
         """Read :meth:`to_json`; KvError for another schema version."""
         if stored.get("schema") != SCHEMA:
-            raise KvError(f"kv_cache_quantization has schema {stored.get('schema')}, not {SCHEMA}")
-        layers = tuple(
-            None
-            if layer is None
-            else LayerSpec(
-                **{
-                    **layer,
-                    "key": TensorSpec(**layer["key"]),
-                    "value": TensorSpec(**layer["value"]),
-                }
+            raise KvError(
+                f"kv_cache_quantization has schema {stored.get('schema')}, not {SCHEMA}; "
+                "`convert kv` writes it anew"
             )
-            for layer in stored["layers"]
+        layers = tuple(
+            None if layer is None else LayerSpec.from_json(layer) for layer in stored["layers"]
         )
         rotations = {int(dim): Rotation.from_json(r) for dim, r in stored["rotations"].items()}
         return cls(layers=layers, rotations=rotations)

@@ -39,8 +39,8 @@ class Store:
             kept[:, :, self.count : end] = part
         self.count = end
 
-    def decoded(self, start: int, end: int) -> mx.array:
-        """Float32 vectors of a range of tokens, in the codec's basis."""
+    def decoded(self, start: int, end: int) -> tuple[mx.array, ...]:
+        """Float32 coordinates of a range of tokens, in each of the codec's bases."""
         return self.codec.decode(tuple(part[:, :, start:end] for part in self.arrays))
 
     def kept(self) -> Packed:

@@ -7,21 +7,13 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any, Final, Literal
 
+from quant.kv.allocate import CHUNK, WIDTHS, allocate, allocated_spec, joint, sensitivity
 from quant.kv.measure import Baseline, Forward, baseline, forward_of, loss
+from quant.kv.observe import Seen, observed
 from quant.kv.runtime import dense_on_cpu, own_caches
-from quant.kv.scan import (
-    CHUNK,
-    WIDTHS,
-    LayerFacts,
-    allocate,
-    allocated_spec,
-    effective_bits,
-    joint,
-    sensitivity,
-    spec_for,
-    static_scan,
-)
+from quant.kv.scan import LayerFacts, effective_bits, spec_for, static_scan
 from quant.kv.spec import KvSpec, TensorSpec
+from quant.kv.split import TRIES
 from quant.kv.turbo import KvError
 
 Choice = Literal["uniform", "turboquant", "auto"]
@@ -32,7 +24,6 @@ SHORT: Final = 512
 LONG: Final = 4096 + 7 * CHUNK + STEPS
 _FAR: Final = 4096
 """Where measuring starts in a text that is longer."""
-_TRIES: Final = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +68,10 @@ def study(
         raise KvError(f"no layer's cache can be quantized: {'; '.join(reasons)}")
     report: dict[str, Any] = {"layers": [asdict(fact) for fact in facts]}
     short = list(ids[:SHORT])
+    seen = observed(model, facts, short, bits=bits)
     if choice == "auto":
-        measured = sensitivity(model, facts, short, progress=progress)
-        spec = allocated_spec(facts, allocate(facts, measured, bits=bits))
+        measured = sensitivity(model, facts, short, seen=seen, progress=progress)
+        spec = allocated_spec(facts, allocate(facts, measured, bits=bits, seen=seen), seen)
         report["sensitivity"] = [
             {
                 "layer": layer,
@@ -91,8 +83,7 @@ def study(
             for (layer, role, width), kl in sorted(measured.kl.items())
         ]
     else:
-        tensor = tensor_spec(choice, bits, group)
-        spec = spec_for(facts, lambda fact: (tensor, tensor))
+        spec = spec_for(facts, chooser(choice, bits, group, seen), means=seen.means)
     forward = forward_of(model)
     texts = {"short": short, "long": list(ids[:LONG])}
     exact: dict[str, Baseline] = {}
@@ -106,6 +97,7 @@ def study(
         "scheme": choice,
         "bits": bits,
         "effective_bits": round(effective_bits(spec, facts), 4),
+        "aside": kept_aside(spec),
         **{name: joint(model, spec, wanted) for name, wanted in exact.items()},
     }
     report["stock"] = []
@@ -118,9 +110,38 @@ def study(
 def tensor_spec(choice: str, bits: float, group: int = 64) -> TensorSpec:
     """How keys and values are stored alike; for "auto" one of the widths that it chooses from."""
     if choice == "auto":
-        return TensorSpec(scheme="turboquant", bits=WIDTHS[0], tries=_TRIES)
+        return TensorSpec(scheme="turboquant", bits=WIDTHS[0], tries=TRIES)
     scheme: Any = choice
-    return TensorSpec(scheme=scheme, bits=bits, group=group, tries=_TRIES)
+    return TensorSpec(scheme=scheme, bits=bits, group=group, tries=TRIES)
+
+
+def chooser(
+    choice: str, bits: float, group: int, seen: Seen
+) -> Callable[[LayerFacts], tuple[TensorSpec, TensorSpec]]:
+    """Keys and values of every layer alike but for what is stored beside their codes.
+
+    The bytes are those of :func:`tensor_spec` whatever that is.
+    """
+    plain = tensor_spec(choice, bits, group)
+
+    def tensor(fact: LayerFacts, role: str) -> TensorSpec:
+        one = seen.layout(fact, role)
+        if choice != "turboquant":
+            return plain
+        return one.tensor(one.widest(bits * one.dim + 16))
+
+    return lambda fact: (tensor(fact, "key"), tensor(fact, "value"))
+
+
+def kept_aside(spec: KvSpec) -> list[dict[str, Any]]:
+    """The channels that a spec keeps in half precision, by layer, keys and values apart."""
+    return [
+        {"layer": index, "of": of, "channels": [list(places) for places in tensor.aside]}
+        for index, layer in enumerate(spec.layers)
+        if layer is not None
+        for of, tensor in (("keys", layer.key), ("values", layer.value))
+        if tensor.aside
+    ]
 
 
 def _start(text: Sequence[int]) -> int:

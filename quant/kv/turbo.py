@@ -1,9 +1,10 @@
 """TurboQuant: rotate, then store each coordinate at the nearest centroid of its distribution.
 
-arXiv 2504.19874. Departures, each measured: the norm that is stored makes inner products unbiased
-(keys) or the squared error least (values), where the paper stores the vector's own; a few scales
-are tried per vector when it is encoded; and the 1-bit stage of the residual (``residual_bit``) is
-there for comparison only, because it loses to one more bit of the first stage.
+arXiv 2504.19874. Departures, each measured: the norm that is stored makes vectors unbiased, where
+the paper stores their own; it takes one byte where that is as good; massive channels are kept
+aside; a few scales are tried per vector when it is encoded; and the 1-bit stage of the residual
+(:mod:`quant.kv.prod`) is there for comparison only, because it loses to one more bit of the first
+stage.
 """
 
 from __future__ import annotations
@@ -14,17 +15,25 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
+from quant.kv.aside import Aside, Channels, Rest
 from quant.kv.codebook import codebook
-from quant.kv.codec import Packed
-from quant.kv.codes import pack, pack_norms, unpack, unpack_norms
+from quant.kv.codec import Basis, Packed
+from quant.kv.codes import (
+    UNIT,
+    fields,
+    pack,
+    pack_norms,
+    pack_short_norms,
+    unpack_norms,
+    unpack_short_norms,
+)
 from quant.kv.rotation import Rotation
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 Norm = Literal["own", "unbiased", "least"]
-_UNIT: Final = 32
-"""Channels whose codes of any width fill whole words."""
+_HALF_MAX: Final = 65504.0
 _SPREAD: Final = {1: 0.3, 2: 0.3, 3: 0.25, 4: 0.2, 5: 0.15, 6: 0.1, 7: 0.06, 8: 0.04}
 """How far from 1 the scales that are tried reach, by bits."""
 
@@ -35,13 +44,17 @@ class KvError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class TurboCodec:
-    """``bits`` per coordinate, whole or halves and quarters, plus a 16-bit norm per vector.
+    """``bits`` per coordinate, whole or in part, and a norm of 16 or 8 bits per vector.
 
-    A fraction is an honest split: that share of the channels, in units of 32, has one bit more.
+    A fraction is an honest split: that share of the channels, in units of eight, has one bit more.
     ``norm``: "own" stores the vector's norm; "unbiased" divides it by the inner product with the
-    code, so that E<q, x^> = <q, x> over rotations; "least" stores the least-squares scale.
+    code, so that E<q, x^> = <q, x> over rotations; "least" stores the least-squares scale, which
+    makes all vectors a little short: attention averages values, and what errors have in common
+    stays.
     ``tries``: scales tried per vector when encoding; 1 takes the vector as it is.
-    KvError where the width does not divide or the bits are out of range.
+    ``aside``: by head the channels that are stored in half precision, without which the rest is
+    encoded. ``top``: 0 for norms of 16 bits, else the largest norm of 8 bits, which are steps of a
+    32nd of an octave. KvError where the width does not divide or the bits are out of range.
     """
 
     dim: int
@@ -49,22 +62,40 @@ class TurboCodec:
     rotation: Rotation
     norm: Norm = "unbiased"
     tries: int = 1
+    aside: Aside = ()
+    top: float = 0.0
     segments: tuple[tuple[int, int, int], ...] = field(init=False)
     """(first channel, one past the last, bits)"""
+    bases: tuple[Basis | None, ...] = field(init=False)
+    """The rotated basis, and that of the channels aside where there are any."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "segments", split_channels(self.dim, self.bits))
+        bases: tuple[Basis, ...] = (self.rotation,)
+        if self.aside:
+            _check_aside(self.aside, self.dim)
+            bases = (
+                Rest(self.rotation, self.aside, self.dim),
+                Channels(self.aside, self.dim),
+            )
+        object.__setattr__(self, "bases", bases)
 
     @property
     def effective_bits(self) -> float:
-        """Bits per channel with the norm."""
-        return (sum((end - start) * bits for start, end, bits in self.segments) + 16) / self.dim
+        """Bits per channel with the norm and the channels aside."""
+        codes = sum((end - start) * bits for start, end, bits in self.segments)
+        beside = 16 * len(self.aside[0]) if self.aside else 0
+        return (codes + (8 if self.top else 16) + beside) / self.dim
 
     def encode(self, x: mx.array) -> Packed:
-        """Vectors [..., dim] -> (words of each segment ..., norms [..., 1])."""
+        """Vectors -> (bytes of each segment ..., norms [..., 1], channels aside [..., n]).
+
+        Vectors are [..., dim], or [batch, heads, ..., dim] where channels are aside.
+        """
         import mlx.core as mx
 
-        y = self.rotation.forward(x.astype(mx.float32))
+        x = x.astype(mx.float32)
+        y, *rest = (basis.forward(x) for basis in self.bases if basis is not None)
         size = mx.linalg.norm(y, axis=-1, keepdims=True)
         unit = y / mx.maximum(size, 1e-30)
         codes, estimate = self._nearest(unit)
@@ -75,19 +106,37 @@ class TurboCodec:
             size = size / mx.maximum(along, 1e-6)
         elif self.norm == "least":
             size = size * along / mx.maximum((estimate**2).sum(axis=-1, keepdims=True), 1e-12)
-        words = (pack(codes[..., start:end], bits) for start, end, bits in self.segments)
-        return (*words, pack_norms(size))
+        packed = [pack(codes[..., start:end], bits) for start, end, bits in self.segments if bits]
+        beside = (mx.clip(part, -_HALF_MAX, _HALF_MAX).astype(mx.float16) for part in rest)
+        return (*packed, self._norms(size, unit), *beside)
 
-    def decode(self, packed: Packed) -> mx.array:
-        """Packed arrays -> vectors [..., dim] in the rotated basis."""
+    def _norms(self, size: mx.array, unit: mx.array) -> mx.array:
         import mlx.core as mx
 
+        if not self.top:
+            return pack_norms(size)
+        lift = None
+        if self.norm == "unbiased":  # the far decimals of a coordinate are as good as random
+            lift = mx.abs(unit[..., :1]) * 9973.0
+            lift = lift - mx.floor(lift)
+        return pack_short_norms(size, self.top, lift)
+
+    def decode(self, packed: Packed) -> tuple[mx.array, ...]:
+        """Packed arrays -> coordinates [..., dim] in the rotated basis, and the channels aside."""
+        import mlx.core as mx
+
+        coded = [segment for segment in self.segments if segment[2]]
         parts = [
-            _lookup(words, bits, end - start, self.dim)
-            for words, (start, end, bits) in zip(packed[:-1], self.segments, strict=True)
+            _lookup(octets, bits, end - start, self.dim)
+            for octets, (start, end, bits) in zip(packed, coded, strict=False)
         ]
+        sizes = packed[len(coded)]
+        empty = self.dim - sum(end - start for start, end, _ in coded)
+        if empty:
+            parts.append(mx.zeros((*sizes.shape[:-1], empty)))
         unit = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
-        return unit * unpack_norms(packed[-1])
+        norms = unpack_short_norms(sizes, self.top) if self.top else unpack_norms(sizes)
+        return (unit * norms, *(part.astype(mx.float32) for part in packed[len(coded) + 1 :]))
 
     def _nearest(self, unit: mx.array) -> tuple[mx.array, mx.array]:
         """Codes and their centroids, for vectors of norm about one."""
@@ -95,6 +144,10 @@ class TurboCodec:
 
         codes, values = [], []
         for start, end, bits in self.segments:
+            if not bits:
+                codes.append(mx.zeros_like(unit[..., start:end]).astype(mx.uint32))
+                values.append(mx.zeros_like(unit[..., start:end]))
+                continue
             grid = _grid(self.dim, bits)
             code = grid.nearest(unit[..., start:end])
             codes.append(code)
@@ -126,19 +179,36 @@ class TurboCodec:
 
 
 def split_channels(dim: int, bits: float) -> tuple[tuple[int, int, int], ...]:
-    """The channels' widths: whole bits, or the first share with one bit more than the rest."""
-    low = int(np.floor(bits))
-    share = (bits - low) * dim
-    if dim % _UNIT:
-        raise KvError(f"a head of {dim} channels: turboquant packs multiples of {_UNIT}")
-    if not 1 <= bits <= 8:
-        raise KvError(f"{bits} bits: turboquant has 1 to 8")
+    """The channels' widths: whole bits, or the first share with one bit more than the rest.
+
+    Of less than one bit the rest have none, and are zero.
+    """
+    total = bits * dim
+    if dim % UNIT:
+        raise KvError(f"a head of {dim} channels: turboquant packs multiples of {UNIT}")
+    if not 0 < bits <= 8:
+        raise KvError(f"{bits:g} bits: turboquant has more than 0 and up to 8")
+    if abs(total / UNIT - round(total / UNIT)) > 1e-6:
+        near = [int(total / UNIT) + more for more in (0, 1)]
+        fit = " and ".join(f"{units * UNIT / dim:g}" for units in near if units)
+        raise KvError(f"{bits:g} bits do not split {dim} channels in units of {UNIT}; {fit} do")
+    low, share = divmod(round(total), dim)
     if share == 0:
         return ((0, dim, low),)
-    if share % _UNIT:
-        exact = ", ".join(f"{low + k * _UNIT / dim:g}" for k in range(1, dim // _UNIT))
-        raise KvError(f"{bits} bits do not split {dim} channels in units of {_UNIT}; {exact} do")
-    return ((0, int(share), low + 1), (int(share), dim, low))
+    return ((0, share, low + 1), (share, dim, low))
+
+
+def _check_aside(aside: Aside, dim: int) -> None:
+    """KvError where the heads' lists are no channels, or not as many in each head."""
+    counts = {len(places) for places in aside}
+    named = all(
+        0 <= place < dim and places.count(place) == 1 for places in aside for place in places
+    )
+    if len(counts) > 1 or 0 in counts or not named:
+        raise KvError(
+            f"channels aside {[list(places) for places in aside]}: every head needs as many, each "
+            f"once and below {dim}"
+        )
 
 
 @dataclass(frozen=True)
@@ -186,8 +256,8 @@ def _grid(dim: int, bits: int) -> _Grid:
     return _Grid(bits, codebook(dim, bits))
 
 
-_AT_ONCE: Final = {1: 8, 2: 4, 3: 4, 4: 2, 6: 2, 8: 2}
-"""Codes that one look-up turns into centroids: whole bytes, or twelve bits."""
+_AT_ONCE: Final = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 7: 2, 8: 2}
+"""Codes that one look-up turns into centroids."""
 
 
 @cache
@@ -203,29 +273,13 @@ def _table(dim: int, bits: int) -> Any:
     return mx.view(table, mx.int64).reshape(-1) if count == 2 else table
 
 
-def _lookup(words: mx.array, bits: int, count: int, dim: int) -> mx.array:
+def _lookup(octets: mx.array, bits: int, count: int, dim: int) -> mx.array:
     """Packed codes -> centroids [..., count], several codes at a time."""
     import mlx.core as mx
 
-    if bits not in _AT_ONCE:
-        codes = unpack(words, bits, count).astype(mx.uint32)
-        return mx.take(_grid(dim, bits).centers, codes)
-    width = bits * _AT_ONCE[bits]
-    index = mx.view(words, mx.uint16 if width == 16 else mx.uint8)
-    if width == 12:
-        index = _twelve_bits(index)
+    index = fields(octets, bits * _AT_ONCE[bits])
     if _AT_ONCE[bits] == 2:
         found = mx.view(mx.take(_table(dim, bits), index), mx.float32)
     else:
         found = mx.take(_table(dim, bits), index, axis=0)
-    return found.reshape(*words.shape[:-1], count)
-
-
-def _twelve_bits(octets: mx.array) -> mx.array:
-    """Every three bytes as two numbers of twelve bits, the lower first."""
-    import mlx.core as mx
-
-    three = octets.reshape(*octets.shape[:-1], -1, 3).astype(mx.uint16)
-    low = three[..., 0] | ((three[..., 1] & 15) << 8)
-    high = (three[..., 1] >> 4) | (three[..., 2] << 4)
-    return mx.stack([low, high], axis=-1).reshape(*octets.shape[:-1], -1)
+    return found.reshape(*octets.shape[:-1], count)

@@ -1,0 +1,206 @@
+"""How much each layer minds a quantized cache, and how to share the bits out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from math import exp, log
+from typing import Any, Final
+
+from quant.kv.measure import Baseline, forward_of, loss
+from quant.kv.observe import Seen
+from quant.kv.replay import recorded
+from quant.kv.runtime import caches
+from quant.kv.scan import LayerFacts, spec_for
+from quant.kv.spec import FLOAT, KvSpec, TensorSpec
+from quant.kv.split import Layout
+from quant.kv.turbo import KvError
+
+CHUNK: Final = 64
+WIDTHS: Final = (2, 3, 4, 5, 6, 8)
+MEASURED: Final = (2, 4)
+_NOTHING: Final = Seen()
+
+
+@dataclass
+class Sensitivity:
+    """Mean KL with one tensor of one layer quantized, by (layer, role, bits)."""
+
+    scheme: str
+    kl: dict[tuple[int, str, int], float] = field(default_factory=dict)
+    measured: frozenset[int] = frozenset()
+    """The widths that were measured; the others follow from them."""
+
+
+def sensitivity(
+    model: Any,
+    facts: Sequence[LayerFacts],
+    ids: Sequence[int],
+    *,
+    seen: Seen = _NOTHING,
+    measured: Sequence[int] = MEASURED,
+    widths: Sequence[int] = WIDTHS,
+    progress: Callable[[str], None] | None = None,
+) -> Sensitivity:
+    """Quantize one layer's keys or values at a time, at the widths ``measured``.
+
+    All settings of a layer are the rows of one batch, which starts at that layer, and store beside
+    the codes what ``seen`` has for it. The other ``widths`` follow from their expected error D: the
+    loss is c D^p between two that were measured, and proportional to D beyond the widest, where the
+    error is small.
+    """
+    found = Sensitivity("turboquant", measured=frozenset(measured))
+    places = [(role, bits) for role in ("key", "value") for bits in measured]
+    with recorded(model, ids, chunk=CHUNK) as replay:
+        for fact in facts:
+            if not fact.quantizable:
+                continue
+            if progress:
+                progress(f"KV cache: layer {fact.index}")
+            rows = [
+                caches(model, _only(facts, seen, fact.index, role, bits))[fact.index]
+                for role, bits in places
+            ]
+            losses = replay.losses(fact.index, rows[0].merge(rows), len(rows))
+            for role in ("key", "value"):
+                known = {b: kl for (r, b), kl in zip(places, losses, strict=True) if r == role}
+                one = seen.layout(fact, role)
+                for bits in widths:
+                    found.kl[fact.index, role, bits] = _between(known, bits, one)
+    return found
+
+
+def _between(known: dict[int, float], bits: int, one: Layout) -> float:
+    """The loss at ``bits`` from those at the widths of ``known``."""
+    if bits in known:
+        return known[bits]
+    below = max((width for width in known if width < bits), default=min(known))
+    above = min((width for width in known if width > bits), default=0)
+    ratio = log(one.error(bits) / one.error(below))
+    power = 1.0
+    if above and min(known[above], known[below]) > 0.0:
+        whole = log(one.error(above) / one.error(below))
+        power = log(known[above] / known[below]) / whole
+    return known[below] * exp(power * ratio)
+
+
+def _only(facts: Sequence[LayerFacts], seen: Seen, index: int, role: str, bits: int) -> KvSpec:
+    def choose(fact: LayerFacts) -> tuple[TensorSpec, TensorSpec]:
+        if fact.index != index:
+            return FLOAT, FLOAT
+        tensor = seen.layout(fact, role).tensor(bits)
+        return (tensor, FLOAT) if role == "key" else (FLOAT, tensor)
+
+    return spec_for(facts, choose, means=seen.means)
+
+
+def allocate(
+    facts: Sequence[LayerFacts], measured: Sensitivity, *, bits: float, seen: Seen = _NOTHING
+) -> dict[tuple[int, str], float]:
+    """Widths (16: float) with the least summed KL at ``bits`` effective bits on average.
+
+    Starts from the narrowest everywhere and widens, one step of a lower convex hull at a time,
+    where a bit saves most: the greedy solution of the knapsack. What is left when a step does not
+    fit is spent on a part of it, in units of eight channels.
+    KvError when not even the narrowest fits.
+    """
+    layouts = {
+        (fact.index, role): seen.layout(fact, role)
+        for fact in facts
+        if fact.quantizable
+        for role in ("key", "value")
+    }
+    numbers = sum(one.dim for one in layouts.values())
+    steps, cost, budget = [], 0.0, bits * numbers
+    chosen: dict[tuple[int, str], float] = {}
+    for place, one in layouts.items():
+        curve: list[tuple[float, float, float]] = [
+            (one.price(width), kl, width)
+            for (index, role, width), kl in measured.kl.items()
+            if (index, role) == place
+        ]
+        curve.append((16.0 * one.dim, 0.0, 16))
+        hull = _hull(sorted(curve))
+        chosen[place] = hull[0][2]
+        cost += hull[0][0]
+        for (paid, before, _), (price, after, width) in pairwise(hull):
+            steps.append(((before - after) / (price - paid), place, price - paid, width))
+    if cost > budget:
+        raise KvError(f"{bits} bits are too few: the narrowest choice has {cost / numbers:.3f}")
+    # On a hull later steps of a place save less per bit, so that its steps come in order.
+    blocked: set[tuple[int, str]] = set()
+    for _, place, price, width in sorted(steps, key=lambda step: -step[0]):
+        if place in blocked:
+            continue
+        if cost + price > budget:
+            blocked.add(place)
+            one = layouts[place]
+            paid = one.price(chosen[place])
+            part = one.widest(paid + budget - cost)
+            if chosen[place] < part < width:
+                chosen[place] = part
+                cost += one.price(part) - paid
+            continue
+        cost += price
+        chosen[place] = width
+    return chosen
+
+
+def _hull(curve: Sequence[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
+    """Of (price, loss, width) by price, the lower convex hull of those that lower the loss."""
+    hull: list[tuple[float, float, float]] = []
+    for point in curve:
+        if hull and point[1] >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(a: tuple[float, float, float], b: tuple[float, float, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
+def allocated_spec(
+    facts: Sequence[LayerFacts],
+    chosen: dict[tuple[int, str], float],
+    seen: Seen = _NOTHING,
+    **settings: Any,
+) -> KvSpec:
+    """The spec of an allocation."""
+
+    def tensor(fact: LayerFacts, role: str) -> TensorSpec:
+        width = chosen[fact.index, role]
+        return FLOAT if width == 16 else seen.layout(fact, role).tensor(width)
+
+    return spec_for(
+        facts,
+        lambda fact: (tensor(fact, "key"), tensor(fact, "value")),
+        means=seen.means,
+        **settings,
+    )
+
+
+def halves(spec: KvSpec) -> dict[str, KvSpec]:
+    """The same spec with only the keys, and only the values, quantized."""
+    keys = [layer and replace(layer, value=FLOAT) for layer in spec.layers]
+    values = [layer and replace(layer, key=FLOAT) for layer in spec.layers]
+    return {
+        "keys only": replace(spec, layers=tuple(keys)),
+        "values only": replace(spec, layers=tuple(values)),
+    }
+
+
+def joint(model: Any, spec: KvSpec, exact: Baseline) -> dict[str, dict[str, dict[str, float]]]:
+    """The loss of everything together, of the keys alone, and of the values alone.
+
+    By "prefill" and "decode", then by which of the three.
+    """
+    forward = forward_of(model)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, one in {"all": spec, **halves(spec)}.items():
+        for part, measured in loss(forward, caches(model, one), exact).items():
+            found.setdefault(part, {})[name] = measured.to_json()
+    return found

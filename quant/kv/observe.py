@@ -1,0 +1,70 @@
+"""What a text shows of a model's caches before anything is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quant.kv.cache import AVERAGED
+from quant.kv.measure import forward_of
+from quant.kv.runtime import own_caches
+from quant.kv.scan import LayerFacts
+from quant.kv.spec import LayerSpec
+from quant.kv.split import Layout, layout
+
+_SINKS: Final = LayerSpec.__dataclass_fields__["sinks"].default
+_GAIN: Final = 0.97
+"""The keys' mean is taken off where that leaves this share of their energy, or less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """By (layer, "key" or "value") what is stored beside the codes, and whose mean is taken off."""
+
+    layouts: dict[tuple[int, str], Layout] = field(default_factory=dict)
+    means: frozenset[int] = frozenset()
+    """Layers whose keys have a mean worth taking off."""
+
+    def layout(self, fact: LayerFacts, role: str) -> Layout:
+        """Of one tensor; the plain one where nothing was seen."""
+        dim = fact.key_dim if role == "key" else fact.value_dim
+        return self.layouts.get((fact.index, role), Layout(dim=dim))
+
+
+def observed(model: Any, facts: Sequence[LayerFacts], ids: Sequence[int], *, bits: float) -> Seen:
+    """Run ``ids`` through the model's own caches and look at keys and values.
+
+    ``bits`` is about what a channel will cost, which decides how many channels are worth keeping
+    aside. KvError where that many bits cannot be shared out in any head.
+    """
+    import mlx.core as mx
+
+    own = own_caches(model)
+    mx.eval(forward_of(model)(mx.array([list(ids)]), own))
+    layouts: dict[tuple[int, str], Layout] = {}
+    means: set[int] = set()
+    for fact in facts:
+        if not fact.quantizable:
+            continue
+        cache = own[fact.index]
+        keys, values = (
+            np.array(x[0, :, _SINKS : cache.offset].astype(mx.float32))
+            for x in (cache.keys, cache.values)
+        )
+        # By the keys as they are: what is constant here may turn with the position later on.
+        one = layouts[fact.index, "key"] = layout(keys, bits)
+        layouts[fact.index, "value"] = layout(values, bits)
+        if one.aside:
+            np.put_along_axis(keys, np.array(one.aside)[:, None, :], 0.0, axis=-1)
+        centred = keys - keys[:, :AVERAGED].mean(axis=1, keepdims=True)
+        if _energy(centred) <= _GAIN * _energy(keys):
+            means.add(fact.index)
+    return Seen(layouts=layouts, means=frozenset(means))
+
+
+def _energy(x: NDArray[np.float32]) -> float:
+    return float((x.astype(np.float64) ** 2).mean())
