@@ -27,6 +27,7 @@ from validate.acceptance.model import (
 from validate.acceptance.process import Command, last_error
 from validate.acceptance.replies import Reply, Step, require_same
 from validate.acceptance.rows import ROWS
+from validate.acceptance.rows.drafting import parting
 from validate.acceptance.rows.generate import judge_continuations
 from validate.acceptance.run import judge
 from validate.acceptance.server import Server
@@ -392,6 +393,19 @@ def test_torchs_tokens_are_parted_from_at_rounding_alone(steps, says: str) -> No
     except RowFailure as failure:
         told = str(failure)
     assert says in told
+
+
+@pytest.mark.parametrize(
+    ("shown", "place"),
+    [
+        ("drafter: auto\nab^^", (3, "ab")),  # the third token has no text, and led more
+        ("drafter: auto\na^^", (1, "a")),
+        ("DFLASH\n^^", (0, "")),
+    ],
+)
+def test_where_a_printed_text_parts(shown: str, place: tuple[int, str]) -> None:
+    plain = reply(("a", -1, 0.5), ("b", -1, 0.1), ("", -1, 0.3), (";", -1, 0.2), (";", -1, 2))
+    assert parting(plain, ["a", "ab", "ab", "ab;", "ab;;"], shown) == place
 
 
 class Slow(Server):
