@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from release_helpers import make, status
 
+from converter.manifest import file_sha256, read_manifest, refresh, verify
+from converter.measured import quality_report, record_variants
+from converter.page import draw_page
 from converter.plan import Options
 from quant.recipe import QuantSpec
 from validate.checks import Check, Report
@@ -19,7 +22,14 @@ def parity(folder: Path, *, error: float, kl: float) -> Path:
     verdict = "pass" if error < 1e-4 else "fail"
     checks = (
         Check("logits", "text", verdict, "mlx_lm", error, 1e-4),
-        Check("loss", "text", "info", "mlx_lm", kl, metrics={"kl_mean": kl, "top1": 0.9}),
+        Check(
+            "loss",
+            "text",
+            "info",
+            "mlx_lm",
+            kl,
+            metrics={"kl_mean": kl, "kl_p99": kl, "top1": 0.9, "positions": 7},
+        ),
     )
     reference = {"class": "Q", "folder": HOSTILE, "torch": "2.13.0"}
     runtime = {"runtimes": [{"name": "mlx_lm", "version": "0.32.2", "mlx": "0.32.4"}]}
@@ -67,6 +77,32 @@ def test_runs_are_told_in_a_table_as_json_and_as_a_page(outputs, tmp_path: Path,
     assert "<script>" not in text
     assert text.count("<circle") == 4
     assert "not in it" not in text
+
+
+def test_outputs_of_one_run_are_shown_beside_each_other(outputs, tmp_path: Path) -> None:
+    copies = [shutil.copytree(out, tmp_path / out.name) for out in outputs]
+    for copy in copies:  # a report of exactly these files
+        data = json.loads((copy / "parity.json").read_text())
+        (copy / "parity.json").write_text(
+            json.dumps({**data, "checkpoint": read_manifest(copy).checkpoint})
+        )
+    record_variants(copies)
+    found = quality_report(copies[1])
+    assert [(row["name"], row["kl_mean"], row["this"]) for row in found["rows"]] == [
+        ("4bit", 0.01, False),
+        ("8bit", 0.001, True),
+    ]
+    draw_page(copies[1])
+    text = (copies[1] / "parity.html").read_text()
+    assert text.count("<circle") == 4
+    assert "parity-kl.png" not in {path.name for path in copies[1].iterdir()}
+    verify(copies[1])
+    config = json.loads((copies[1] / "config.json").read_text())
+    (copies[1] / "config.json").write_text(json.dumps({**config, "changed": 1}))
+    refresh(copies[1], {"config.json": file_sha256(copies[1] / "config.json")})
+    assert quality_report(copies[1]) is None
+    draw_page(copies[1])
+    assert "<circle" not in (copies[1] / "parity.html").read_text()
 
 
 def test_a_report_alone_is_told_as_far_as_it_goes(tmp_path: Path, outputs, capsys) -> None:
