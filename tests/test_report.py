@@ -315,7 +315,6 @@ def test_outputs_that_were_measured_together_are_shown() -> None:
     )
 
 
-AXE = files("axe_core_python") / "axe.min.js"
 BROKEN = """
 [...document.querySelectorAll('body *')].filter(e =>
   e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.scroll')).map(e => e.outerHTML)
@@ -340,7 +339,7 @@ def test_the_page_in_a_browser(tmp_path: Path, verdict: str) -> None:
     with Browser(url, chromium=str(chromium()), work=tmp_path) as page:
         page.until("document.readyState == 'complete'", "nothing shown", limit_s=30)
         page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
-        page.evaluate(AXE.read_text())
+        page.evaluate((files("axe_core_python") / "axe.min.js").read_text())
         for width, scheme in ((1280, "light"), (1280, "dark"), (320, "light"), (320, "dark")):
             page.show(width=width, scheme=scheme)
             found = page.evaluate(
