@@ -1,4 +1,4 @@
-"""Runtime acceptance of an output: run, written beside it, shown on its page."""
+"""Runtime acceptance of an output: run, and written beside it."""
 
 from __future__ import annotations
 
@@ -49,14 +49,13 @@ def accept_output(
     except ReferenceError as error:
         raise ConvertError(str(error)) from error
     outcomes, backend = accept(facts, only=only, progress=progress)
-    plan, checkpoint = _identity(out)
+    plan, checkpoint = identity(out)
     report = report_json(outcomes, plan=plan, checkpoint=checkpoint, backend=backend)
     earlier = acceptance_report(out)
     if only and earlier is not None:
         report = _merged(report, earlier, [(row.name, row.runtime) for row in ROWS])
     with explain(out):
         _write(out / REPORT, report)
-        _show(out, report)
     return report
 
 
@@ -66,10 +65,11 @@ def acceptance_report(out: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return report if (report["plan"], report["checkpoint"]) == _identity(out) else None
+    return report if (report["plan"], report["checkpoint"]) == identity(out) else None
 
 
-def _identity(out: Path) -> tuple[str | None, str | None]:
+def identity(out: Path) -> tuple[str | None, str | None]:
+    """Plan and hash over all files of an output; none of a checkpoint that was made elsewhere."""
     if not (out / MANIFEST).is_file():
         return None, None
     manifest = read_manifest(out)
@@ -85,15 +85,6 @@ def _merged(
     rows = {(row["name"], row["runtime"]): row for row in (*earlier["rows"], *report["rows"])}
     kept = [rows[key] for key in order if key in rows]
     return {**report, "verdict": verdict_of(row["verdict"] for row in kept), "rows": kept}
-
-
-def _show(out: Path, report: dict[str, Any]) -> None:
-    """Draw the page of an existing parity report again, with these rows."""
-    from validate.report import write_page
-
-    if (out / "parity.json").is_file():
-        data = json.loads((out / "parity.json").read_text(encoding="utf-8"))
-        write_page(data, out, acceptance=report)
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:

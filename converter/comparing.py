@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from converter.decode import decoded
 from converter.errors import ConvertError, UsageError
 from converter.execute.folder import MANIFEST
 from converter.manifest import read_manifest
+from converter.naming import folder_names
 from converter.pipeline import Request, convert, plan_request
 from converter.plain import plain_release
 from converter.plan import Options
@@ -96,7 +97,7 @@ def compare(given: Comparison, console: Console) -> dict[str, Any]:
 
             rows = [
                 row(out, name, False)
-                for out, name in zip(given.outputs, _names(given.outputs), strict=True)
+                for out, name in zip(given.outputs, folder_names(given.outputs), strict=True)
             ]
             found = [
                 (own, *_control(out, own["bytes"], source))
@@ -130,6 +131,20 @@ def compare(given: Comparison, console: Console) -> dict[str, Any]:
         "perplexity_base": rows[0]["perplexity_base"],
         "rows": rows,
     }
+
+
+def record_comparison(outputs: Sequence[Path], report: Mapping[str, Any]) -> None:
+    """Write what was measured beside each of ``outputs``, and draw their pages anew."""
+    from converter.measured import record
+    from converter.page import draw_page
+
+    text = report["text"]
+    what = (
+        f"{report['tokens']} tokens of {text['name']}, in windows of {text['length']}, run in torch"
+    )
+    record(dict(zip(outputs, folder_names(outputs), strict=True)), report["rows"], measured=what)
+    for out in outputs:
+        draw_page(out)
 
 
 def _release(given: Comparison) -> Release:
@@ -214,18 +229,6 @@ def _weights(out: Path) -> int:
     """Parameters of a checkpoint, packed ones counted as what they stand for."""
     logical = decoded(open_folder(out, allow_mlx=True)).source
     return sum(math.prod(info.shape) for info in logical.tensors.values())
-
-
-def _names(outputs: Sequence[Path]) -> list[str]:
-    """Folder names, with as much of the path as tells them apart."""
-    paths = [out.resolve() for out in outputs]
-    if len(set(paths)) != len(paths):
-        raise UsageError("the same output is given twice")
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    raise AssertionError("different paths have different parts")
 
 
 def _ratio(value: float, control: float) -> float | None:

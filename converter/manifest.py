@@ -13,10 +13,9 @@ from typing import Any
 from converter.errors import ConvertError, PlanError, UsageError
 from converter.execute.folder import MANIFEST
 from converter.plan.model import Plan
+from converter.sidecars import REPORTS
 from converter.source.strict_json import parse_object
 
-REPORTS = frozenset({"README.md", "parity.json", "parity.html", "acceptance.json", MANIFEST})
-"""Files that are made after the manifest, or are it."""
 _RECORDED = ("mlx-dayzero", "numpy", "ml-dtypes", "numba", "safetensors", "huggingface-hub")
 
 

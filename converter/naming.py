@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
+from converter.errors import UsageError
 from converter.plan.options import Options
 
 
@@ -30,3 +34,15 @@ def repo_name(requested: str, name: str) -> str:
     from converter.hub import whoami
 
     return f"{whoami()}/{name}"
+
+
+def folder_names(folders: Sequence[Path]) -> list[str]:
+    """Names of folders, with as much of the path as tells them apart; UsageError for one twice."""
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) != len(paths):
+        raise UsageError("the same output is given twice")
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("different paths have different parts")

@@ -17,13 +17,13 @@ from arch_maps.config import start
 from arch_maps.facts import Facts
 from arch_maps.ops import RowReader, exact, factors
 from arch_maps.registry import ArchMap
-from converter.acceptance import acceptance_report
 from converter.decode import DecodingReader, decoded
 from converter.diagnose import diagnose
 from converter.errors import ConvertError, GateError
 from converter.execute import Job, execute
 from converter.execute.folder import explain
 from converter.manifest import note_comparison, read_manifest
+from converter.page import draw_page
 from converter.plain import plain_release
 from converter.plan import Options, Plan
 from converter.plan.back import build_back_plan
@@ -60,6 +60,7 @@ def prove(
         manifest = read_manifest(out)
         plan_hash, checkpoint = manifest.plan, manifest.checkpoint
     seen = diagnose(out, source, arch=arch)
+    release = source.name
     if any(check.verdict == "fail" for check in seen):
         # What a runtime would make of such files says less than what is wrong with them.
         return _publish(_unrun(seen, plan_hash, source), out, checkpoint)
@@ -85,7 +86,10 @@ def prove(
             )
         except ReferenceError as error:
             raise ConvertError(f"{source}: cannot be run as the reference: {error}") from error
-    return _publish(replace(report, checks=(*seen, *report.checks)), out, checkpoint)
+    # Not the folders that only this run had: a report is the same bytes wherever it is made.
+    reference = {**report.reference, "folder": release}
+    report = replace(report, reference=reference, checks=(*seen, *report.checks))
+    return _publish(report, out, checkpoint)
 
 
 def _unrun(seen: Sequence[Check], plan: str | None, source: Path) -> Report:
@@ -96,14 +100,13 @@ def _unrun(seen: Sequence[Check], plan: str | None, source: Path) -> Report:
 
 def _publish(report: Report, out: Path, checkpoint: str | None) -> dict[str, Any]:
     """Write a report beside the output it is of; the content of parity.json."""
-    from validate.report import write_report
+    from validate.report import write_json
 
-    write_report(report, out, kv_cache=kv_report(out), acceptance=acceptance_report(out))
-    data: dict[str, Any] = json.loads((out / "parity.json").read_text(encoding="utf-8"))
-    data["checkpoint"] = checkpoint
-    _rewrite(out / "parity.json", data)
+    with explain(out):
+        data = write_json(report, out, checkpoint=checkpoint, kv_cache=kv_report(out))
     if checkpoint is not None:
         note_comparison(out, NOT_COMPARED if data["verdict"] == "unproven" else None)
+    draw_page(out)
     return data
 
 
@@ -119,7 +122,6 @@ def kv_report(out: Path) -> dict[str, Any] | None:
 
 def prove_drafter(out: Path, *, target: Path, console: Console) -> dict[str, Any]:
     """Judge a drafter beside the output it drafts for; the content of its parity.json."""
-    from validate.report import write_report
     from validate.speculative import judge_drafter
 
     made_here = (out / "conversion.json").is_file()
@@ -128,13 +130,7 @@ def prove_drafter(out: Path, *, target: Path, console: Console) -> dict[str, Any
     report = judge_drafter(
         out, target=target, plan=plan, progress=lambda text: console.say(f"  {text}")
     )
-    write_report(report, out)
-    data: dict[str, Any] = json.loads((out / "parity.json").read_text(encoding="utf-8"))
-    data["checkpoint"] = None if manifest is None else manifest.checkpoint
-    _rewrite(out / "parity.json", data)
-    if manifest is not None:
-        note_comparison(out, None)
-    return data
+    return _publish(report, out, None if manifest is None else manifest.checkpoint)
 
 
 def require_proof(out: Path, *, allow_unproven: bool = False) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from typing import Any
 from arch_maps.registry import ArchMap, find
 from converter.acceptance import acceptance_report
 from converter.errors import GateError, UsageError
-from converter.manifest import REPORTS, Manifest, installed_versions, read_manifest, verify
+from converter.manifest import Manifest, installed_versions, read_manifest, verify
 from converter.plan.match import find_map
 from converter.proof import kv_report, require_proof
-from converter.sidecars import is_sidecar
-from converter.ui import Console
+from converter.sidecars import REPORTS, is_sidecar
+from converter.ui import Console, quantization_text
 
 _VERSIONS = ("mlx-dayzero", "mlx", "mlx-vlm", "mlx-lm", "torch", "transformers")
 
@@ -27,6 +27,7 @@ def write_card(
 ) -> Path:
     """Write README.md for a finished output; ``source_card`` is the release's own README.md."""
     from model_cards.card import CardFacts, render_card
+    from validate.report import IMAGES
 
     manifest = read_manifest(out)
     data = manifest.data
@@ -34,6 +35,7 @@ def write_card(
     told = data.get("map") or _told(find(data["model_type"]) or find_map(config))
     quant = data["recipe"]["quantization"]
     report = out / "parity.json"
+    pictures = [(f"{name}.png", title) for name, title in IMAGES.items()]
     facts = CardFacts(
         repo_id=repo_id,
         base_model=data["source"].get("repo"),
@@ -43,7 +45,7 @@ def write_card(
         modalities=tuple(told["modalities"]),
         pipeline_tag=told["pipeline_tag"],
         runtimes=tuple(told["runtimes"]),
-        quantization=_quantization_text(data),
+        quantization=quantization_text(data),
         recipe=quant or {},
         dtype=str(config.get("dtype") or config.get("torch_dtype")),
         size_bytes=sum(e["bytes"] for n, e in manifest.files.items() if n.endswith(".safetensors")),
@@ -55,6 +57,7 @@ def write_card(
         versions=installed_versions(_VERSIONS),
         plan_hash=manifest.plan,
         parity=json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None,
+        charts=tuple((file, title) for file, title in pictures if (out / file).is_file()),
         kv_cache=kv_report(out),
         acceptance=acceptance_report(out),
         sentence_embedding=told["pipeline_tag"] == "sentence-similarity",
@@ -115,19 +118,5 @@ def _told(arch: ArchMap) -> dict[str, Any]:
 def _message(manifest: Manifest) -> str:
     data = manifest.data
     base = data["source"].get("repo") or data["model_type"]
-    what = _quantization_text(data) or "unquantized"
+    what = quantization_text(data) or "unquantized"
     return f"Convert {base} to MLX ({what}), plan {manifest.plan[:12]}"
-
-
-def _quantization_text(data: dict[str, Any]) -> str:
-    recipe = data["recipe"]
-    quant = recipe["quantization"]
-    if quant is None:
-        return ""
-    mixed = f", {recipe['predicate']}" if recipe["predicate"] else ""
-    if recipe.get("target_size"):
-        return f"formats chosen for each matrix, {data['bits_per_weight']:.2f} bits per weight"
-    return (
-        f"{quant['bits']}-bit {quant['mode']}, group size {quant['group_size']}{mixed}, "
-        f"{data['bits_per_weight']:.2f} bits per weight"
-    )

@@ -22,7 +22,13 @@ _OTHER_FORMATS = frozenset(
     {"onnx", "openvino", "coreml", "tflite", "tensorrt", "gguf", "ggml", "flax", "tf", "mlx"}
     | {"original"}
 )
-_REWRITTEN = frozenset({"config.json", "readme.md"})
+REPORTS = frozenset(
+    {"README.md", "conversion.json", "acceptance.json", "quality.json"}
+    | {"parity.json", "parity.html"}
+    | {f"parity-{chart}.{kind}" for chart in ("layers", "kl") for kind in ("svg", "png")}
+)
+"""Files of an output that are made after its manifest, or are it."""
+_REWRITTEN = frozenset({"config.json"} | {name.lower() for name in REPORTS})
 _STALE = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})
 TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model"}
@@ -32,7 +38,6 @@ BESIDE_GGUF = TOKENIZER_FILES | {
     *("chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE"),
 }
 """What is taken along with a GGUF file."""
-_OURS = frozenset({"conversion.json", "parity.json", "parity.html", "acceptance.json"})
 
 
 def is_sidecar(name: str) -> bool:
@@ -51,7 +56,7 @@ def is_sidecar(name: str) -> bool:
     lower = path.name.lower()
     if lower.endswith(_WEIGHT_SUFFIXES):
         return False
-    return lower not in _STALE and not (len(path.parts) == 1 and lower in _REWRITTEN | _OURS)
+    return lower not in _STALE and not (len(path.parts) == 1 and lower in _REWRITTEN)
 
 
 def list_sidecars(root: Path) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,12 +97,8 @@ def plan_tables(plan: Plan, *, workers: int) -> str:
         drops = Table(box=None, pad_edge=False, header_style="bold")
         drops.add_column("dropped")
         drops.add_column("reason")
-        seen: dict[tuple[str, str], list[int]] = {}
-        for drop in plan.drops:
-            key = (_INDEX.sub("{}", drop.name), drop.reason)
-            seen.setdefault(key, []).extend(int(n) for n in _INDEX.findall(drop.name)[:1])
-        for (name, reason), numbers in seen.items():
-            drops.add_row(_fill(name, numbers), reason)
+        for name, reason in collapsed((drop.name, drop.reason) for drop in plan.drops):
+            drops.add_row(name, reason)
         console.print()
         console.print(drops)
     for note in plan.notes:
@@ -212,6 +208,30 @@ def _grouped(outputs: Sequence[Output]) -> dict[str, list[Output]]:
         name = _fill(pattern, numbers)
         named[name if name not in named else f"{name} "] = group
     return named
+
+
+def collapsed(drops: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(name, reason) of dropped tensors, those that differ in their layer number as one."""
+    seen: dict[tuple[str, str], list[int]] = {}
+    for name, reason in drops:
+        key = (_INDEX.sub("{}", name), reason)
+        seen.setdefault(key, []).extend(int(n) for n in _INDEX.findall(name)[:1])
+    return [(_fill(name, numbers), reason) for (name, reason), numbers in seen.items()]
+
+
+def quantization_text(data: Mapping[str, Any]) -> str:
+    """The weights of a manifest's output in words; empty where they are not quantized."""
+    recipe = data["recipe"]
+    quant = recipe["quantization"]
+    if quant is None:
+        return ""
+    mixed = f", {recipe['predicate']}" if recipe["predicate"] else ""
+    if recipe.get("target_size"):
+        return f"formats chosen for each matrix, {data['bits_per_weight']:.2f} bits per weight"
+    return (
+        f"{quant['bits']}-bit {quant['mode']}, group size {quant['group_size']}{mixed}, "
+        f"{data['bits_per_weight']:.2f} bits per weight"
+    )
 
 
 def _fill(pattern: str, numbers: list[int]) -> str:

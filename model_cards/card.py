@@ -65,6 +65,8 @@ class CardFacts:
     plan_hash: str
     parity: Mapping[str, Any] | None
     """Content of parity.json, None when nothing was validated."""
+    charts: tuple[tuple[str, str], ...] = ()
+    """(file beside the card, what it shows) of the report's pictures."""
     kv_cache: Mapping[str, Any] | None = None
     """The study of KV-cache schemes, None where there was none."""
     acceptance: Mapping[str, Any] | None = None

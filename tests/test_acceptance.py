@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from release_helpers import make, status
 from model_cards.card import CardFacts, render_card
 from validate.acceptance import needs
 from validate.acceptance.bench import Bench
-from validate.acceptance.facts import Facts
+from validate.acceptance.facts import Continued, Facts
 from validate.acceptance.model import (
     Found,
     NotApplicable,
@@ -25,7 +27,10 @@ from validate.acceptance.model import (
 from validate.acceptance.process import Command, last_error
 from validate.acceptance.replies import Reply, Step, require_same
 from validate.acceptance.rows import ROWS
+from validate.acceptance.rows.drafting import parting
+from validate.acceptance.rows.generate import judge_continuations
 from validate.acceptance.run import judge
+from validate.acceptance.server import Server
 from validate.report import render_html
 
 
@@ -367,3 +372,56 @@ def test_two_rows_for_real(tinylm: Path, tmp_path: Path, capsys) -> None:
     ]
     assert report["plan"] == json.loads((out / "conversion.json").read_text())["plan"]
     assert any("python -m mlx_lm generate" in c for c in report["rows"][0]["commands"])
+
+
+TORCH = {"prose": Continued(prompt="p", tokens=(5, 6, 7), logprobs=(-1.0, -1.0, -1.0))}
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        ([(5, -1.1, 1.0), (6, -1.0, 1.0), (7, -1.0, 1.0)], "3 of 3 tokens"),
+        ([(5, -1.1, 1.0), (9, -1.0, 0.19)], "1 parted at a near tie; log-probabilities within 0.1"),
+        ([(5, -1.1, 1.0), (9, -1.0, 0.21)], "at most 0.2 is rounding"),
+        ([(5, -1.6, 1.0), (6, -1.0, 1.0)], "differ from torch's by 0.6 nats"),
+        ([(9, -1.0, 0.01)], "at most 0 is rounding"),
+    ],
+)
+def test_torchs_tokens_are_parted_from_at_rounding_alone(steps, says: str) -> None:
+    try:
+        told = judge_continuations(TORCH, {"prose": steps}, computing="16 bits").note
+    except RowFailure as failure:
+        told = str(failure)
+    assert says in told
+
+
+@pytest.mark.parametrize(
+    ("shown", "place"),
+    [
+        ("drafter: auto\nab^^", (3, "ab")),  # the third token has no text, and led more
+        ("drafter: auto\na^^", (1, "a")),
+        ("DFLASH\n^^", (0, "")),
+    ],
+)
+def test_where_a_printed_text_parts(shown: str, place: tuple[int, str]) -> None:
+    plain = reply(("a", -1, 0.5), ("b", -1, 0.1), ("", -1, 0.3), (";", -1, 0.2), (";", -1, 2))
+    assert parting(plain, ["a", "ab", "ab", "ab;", "ab;;"], shown) == place
+
+
+class Slow(Server):
+    """A server that takes as long as an answer is, of as many requests at a time as there are."""
+
+    def __init__(self, at_once: int) -> None:
+        self.places = threading.Semaphore(at_once)
+
+    def chat(self, content, *, max_tokens, **options):
+        with self.places:
+            time.sleep(max_tokens / 100)
+        return Reply(text=f"{content} {options['logit_bias']}")
+
+
+@pytest.mark.parametrize(("at_once", "overlapped"), [(2, True), (1, False)])
+def test_requests_that_are_served_one_after_another_are_seen(at_once, overlapped) -> None:
+    replies, seen = Slow(at_once).joined("long", "short", lengths=(80, 5), never=(7,))
+    assert [one.text for one in replies] == ["long {'7': -1000.0}", "short {'7': -1000.0}"]
+    assert seen is overlapped

@@ -62,12 +62,16 @@ def test_release_becomes_a_proven_repo_that_stock_mlx_vlm_runs(staged, tmp_path)
     remote = {sibling.rfilename for sibling in info.siblings}
     needed = {"README.md", "config.json", "conversion.json", "parity.json", "parity.html"}
     needed |= {"model.safetensors", "model.safetensors.index.json", "chat_template.jinja"}
+    pictures = {"parity-layers.png", "parity-kl.png"}
+    needed |= pictures | {name.replace("png", "svg") for name in pictures}
     assert needed <= remote
     assert info.card_data.license == "apache-2.0"
     assert info.card_data.base_model == RELEASE
     assert info.card_data.library_name == "mlx"
 
     local = work / "MiniCPM-V-4_6-4bit"
+    card = (local / "README.md").read_text()
+    assert all(f"]({name})" in card for name in pictures)
     manifest = json.loads((local / "conversion.json").read_text())
     report = json.loads((local / "parity.json").read_text())
     assert report["plan"] == manifest["plan"]

@@ -29,7 +29,14 @@ LEFT = [
     *("tf_model.h5", "onnx/model.onnx", "onnx/config.json", "openvino/openvino_model.xml"),
     *("coreml/Model.mlpackage/Data/weights/weight.bin", "original/params.json"),
     *("checkpoint-500/config.json", "model.onnx_data", "rust_model.ot", "parity.json"),
-    *("quantize_config.json", "conversion.json", "parity.html", "pytorch_model.bin.index.json"),
+    *(
+        "quantize_config.json",
+        "conversion.json",
+        "parity.html",
+        "parity-kl.png",
+        "quality.json",
+        "pytorch_model.bin.index.json",
+    ),
 ]
 
 

@@ -11,6 +11,26 @@ LEFT: Final = 58.0
 RIGHT: Final = 12.0
 TOP: Final = 12.0
 BOTTOM: Final = 34.0
+BOX: Final = {"w": WIDTH, "h": HEIGHT, "l": LEFT, "r": RIGHT, "t": TOP, "b": BOTTOM}
+"""The frame of every chart, for the templates."""
+COLOURS: Final = (
+    *("#0b68cb", "#c2500b", "#18794e", "#8e4ec6", "#b4232c", "#0d7c86", "#8a6d00", "#c2298a"),
+)
+"""Of the lines, on light paper."""
+DARK_COLOURS: Final = (
+    *("#70b8ff", "#ffa057", "#3dd68c", "#d19dff", "#ff9592", "#4ccce6", "#f5e147", "#ff8dcc"),
+)
+"""Of the same lines on dark paper."""
+DASHES: Final[tuple[tuple[int, ...], ...]] = ((), (7, 4), (2, 3), (9, 3, 2, 3)) * 2
+"""Lengths of strokes and gaps of each line, SVG units: colour is not all that tells them apart."""
+_KL_DECADES: Final = 6
+"""How far below the largest the axis of a distribution goes: less than that is nothing."""
+_DEPTH: Final = {
+    "error": "MLX against torch",
+    "noise": "torch's own noise",
+    "single tokens": "single-token steps",
+}
+"""What the lines of the errors along the depth are called."""
 
 
 @dataclass(frozen=True)
@@ -55,43 +75,38 @@ def position_chart(check: Mapping[str, Any]) -> Chart | None:
         x_label="position",
         x_ticks=_linear_ticks(longest),
         y_ticks=_log_ticks(low, high),
-        lines=tuple(
-            Line(
-                name,
-                _points(
-                    [_x(i, max(1, longest - 1)) for i in range(len(values))],
-                    [_y(value, low, high) for value in values],
-                ),
-                index % 8,
-            )
-            for index, (name, values) in enumerate(series)
-        ),
+        lines=_lines(series, low, high, last=longest - 1),
         threshold=_gate(threshold, low, high),
     )
 
 
+def kl_chart(checks: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """KL at all positions of each kind of input, in order of size."""
+    return _distribution(
+        [
+            (check["modality"], [v for _, one in _series(check, "kl") for v in one])
+            for check in checks
+        ]
+    )
+
+
 def distribution_chart(check: Mapping[str, Any]) -> Chart | None:
-    """KL of every prompt's positions, sorted: the share of positions below a value."""
-    series = [(name, sorted(values)) for name, values in _series(check, "kl")]
-    if not any(values for _, values in series):
+    """KL of every prompt's positions, in order of size: the share of positions below a value."""
+    return _distribution(_series(check, "kl"))
+
+
+def _distribution(series: Sequence[tuple[str, Sequence[float]]]) -> Chart | None:
+    ordered = [(name, sorted(values)) for name, values in series]
+    if not any(values for _, values in ordered):
         return None
-    low, high = _decades([v for _, values in series for v in values], None)
+    low, high = _decades([v for _, values in ordered for v in values], None)
+    low = max(low, high - _KL_DECADES)
     return Chart(
         title="KL from the original, positions in order of size",
         x_label="share of positions",
         x_ticks=tuple(Tick(_x(p, 100), f"{p} %") for p in (0, 25, 50, 75, 99)),
         y_ticks=_log_ticks(low, high),
-        lines=tuple(
-            Line(
-                name,
-                _points(
-                    [_x(i, max(1, len(values) - 1)) for i in range(len(values))],
-                    [_y(value, low, high) for value in values],
-                ),
-                index % 8,
-            )
-            for index, (name, values) in enumerate(series)
-        ),
+        lines=_lines(ordered, low, high),
         threshold=None,
     )
 
@@ -175,18 +190,7 @@ def layer_chart(
         x_label=x_label,
         x_ticks=_linear_ticks(longest),
         y_ticks=_log_ticks(low, high),
-        lines=tuple(
-            Line(
-                name,
-                _points(
-                    [_x(i, max(1, longest - 1)) for i in range(len(line))],
-                    [_y(value, low, high) for value in line],
-                ),
-                index % 8,
-            )
-            for index, (name, line) in enumerate(series)
-            if line
-        ),
+        lines=_lines(series, low, high, last=longest - 1),
         threshold=None,
     )
 
@@ -197,7 +201,11 @@ def depth_chart(check: Mapping[str, Any]) -> Chart | None:
     if case is None:
         return None
     shown = {"cases": [case]}
-    series = [(key, values) for key in case["series"] for _, values in _series(shown, key)]
+    series = [
+        (_DEPTH.get(key, key), values)
+        for key in case["series"]
+        for _, values in _series(shown, key)
+    ]
     labels = case.get("labels", [])
     last = max(1, len(labels) - 1)
     low, high = _decades([v for _, values in series for v in values], None)
@@ -206,17 +214,7 @@ def depth_chart(check: Mapping[str, Any]) -> Chart | None:
         x_label="modules in the order of the reference",
         x_ticks=_block_ticks(labels, last),
         y_ticks=_log_ticks(low, high),
-        lines=tuple(
-            Line(
-                name,
-                _points(
-                    [_x(i, last) for i in range(len(values))],
-                    [_y(value, low, high) for value in values],
-                ),
-                index,
-            )
-            for index, (name, values) in enumerate(series)
-        ),
+        lines=_lines(series, low, high, last=last),
         threshold=None,
     )
 
@@ -230,6 +228,30 @@ def _block_ticks(labels: Sequence[str], last: int) -> tuple[Tick, ...]:
     ]
     step = max(1, -(-len(blocks) // 5))
     return tuple(Tick(_x(index, last), name) for index, name in blocks[::step])
+
+
+def _lines(
+    series: Sequence[tuple[str, Sequence[float]]], low: int, high: int, *, last: int | None = None
+) -> tuple[Line, ...]:
+    """A line for each series that has values, coloured by its place.
+
+    ``last`` is the index at the right edge; None: each line spans the whole width.
+    """
+    return tuple(
+        Line(
+            name,
+            _points(
+                [
+                    _x(i, max(1, len(values) - 1 if last is None else last))
+                    for i in range(len(values))
+                ],
+                [_y(value, low, high) for value in values],
+            ),
+            index % 8,
+        )
+        for index, (name, values) in enumerate(series)
+        if values
+    )
 
 
 def gauge(value: Any, threshold: Any) -> float | None:

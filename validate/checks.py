@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
 Verdict = Literal["pass", "fail", "info"]
@@ -26,6 +26,22 @@ NOISE: Final = 2.0
 """Gate on the error of computing in 16 bits, in units of torch's own."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parting:
+    """One position at which another token comes first."""
+
+    position: int
+    """Index of the token after which the choice is made; a greedy answer counts from its start."""
+    before: str
+    """The end of the text up to there; empty where it is not known."""
+    wanted: str
+    """The token that the reference ranks first."""
+    got: str
+    """The token that the other ranks first."""
+    lead: float
+    """By how many nats the reference prefers its own to the other's."""
+
+
 @dataclass(frozen=True)
 class CaseResult:
     """One prompt of a check: its own figures, and series over positions for the charts."""
@@ -36,6 +52,8 @@ class CaseResult:
     series: Mapping[str, Sequence[float]] = field(default_factory=dict)
     labels: Sequence[str] = ()
     """What the places of the series are called, where they are no positions."""
+    partings: Sequence[Parting] = ()
+    """Where the first choices differ, some of the places."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,7 @@ class Check:
                     "metrics": finite(dict(case.metrics)),
                     "series": finite({k: [_rounded(v) for v in s] for k, s in case.series.items()}),
                     **({"labels": list(case.labels)} if case.labels else {}),
+                    **_told(case.partings),
                 }
                 for case in self.cases
             ],
@@ -129,6 +148,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
+
+
+def _told(partings: Sequence[Parting]) -> dict[str, Any]:
+    told = [{**asdict(one), "lead": finite(_rounded(one.lead))} for one in partings]
+    return {"partings": told} if told else {}
 
 
 def _rounded(value: float) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from validate.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, layer_chart, pareto_chart
+from validate.charts import layer_chart, pareto_chart
 from validate.report import page
 
 Row = Mapping[str, Any]
@@ -94,7 +94,7 @@ def comparison_html(report: Mapping[str, Any]) -> str:
         "compare.html.j2",
         report=report,
         tables=[("At a glance", _MAIN), ("Distributions", _MORE)],
-        scatter=pareto_chart(
+        sizes=pareto_chart(
             [(r["name"], r["bits_per_weight"], r["kl_mean"], bool(r["control"])) for r in rows],
             title="mean KL against bits per weight",
             x_label="bits per weight",
@@ -104,7 +104,6 @@ def comparison_html(report: Mapping[str, Any]) -> str:
             title="error of each layer",
             x_label="layer",
         ),
-        box={"w": WIDTH, "h": HEIGHT, "l": LEFT, "r": RIGHT, "t": TOP, "b": BOTTOM},
     )
 
 

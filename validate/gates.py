@@ -11,6 +11,7 @@ from validate.metrics import (
     compare_logits,
     cosine,
     first_divergence,
+    log_softmax,
     margin,
     relative,
     relative_error,
@@ -133,7 +134,7 @@ def greedy_check(
             metrics |= {"margin": gap, "tie": int(tie)}
             ties += tie
             failed = failed or not tie
-        cases.append(CaseResult(prompt, shared, metrics))
+        cases.append(CaseResult(prompt, shared, metrics, {"logprob": _logprobs(greedy)}))
     return Check(
         name=name,
         modality=modality,
@@ -144,6 +145,12 @@ def greedy_check(
         note=f"{ties} prompts part at a tie" if ties else "tokens to first divergence, at least",
         cases=tuple(cases),
     )
+
+
+def _logprobs(greedy: Greedy) -> list[float]:
+    """What the reference gave each token of its answer, in nats."""
+    rows = log_softmax(greedy.logits)
+    return [float(row[token]) for row, token in zip(rows, greedy.tokens, strict=True)]
 
 
 def hidden_check(*, runtime: str, pairs: Pairs) -> Check:

@@ -10,7 +10,7 @@ from arch_maps.rules import Rule
 from validate.answers import Answer, Answers, Question
 from validate.arrays import to_mlx
 from validate.cases import MEDIA_FILES
-from validate.checks import EXACT, CaseResult, Check, at_most
+from validate.checks import EXACT, CaseResult, Check, Parting, at_most
 from validate.deviations import deviations_for, without
 from validate.fault import Deviation
 from validate.gates import greedy_check, logits_check, loss_check, noise_check
@@ -18,6 +18,7 @@ from validate.listening import audio_inputs
 from validate.loaded import compare_loaded
 from validate.looking import image_inputs, medium
 from validate.metrics import compare_logits, different_ids
+from validate.partings import Words, partings, with_partings
 from validate.processor_faults import OWN_TEMPLATES
 from validate.quality import joined, score, statistics
 from validate.runtime import Logits, MlxRuntime, RuntimeRefusal, Steps
@@ -48,6 +49,8 @@ class Judgement:
     """The checkpoint has parts that a text-only runtime leaves alone."""
     rules: tuple[Rule, ...] = ()
     """The map's rules for the reference's tensors; they pair its modules with the runtime's."""
+    words: Words = field(default_factory=Words)
+    """Text of the release's tokens."""
 
 
 @dataclass
@@ -345,23 +348,39 @@ def _outputs(job: Judgement, found: Found, answers: Answers, modality: str, runs
     where = {"modality": modality, "runtime": found.runtime}
     items = [(answers.exact[index], steps) for index, steps in runs]
     if job.exact:
+        logits = logits_check(
+            f"{prefix}logits", pairs=[(_label(a), a.logits, s.prefill) for a, s in items], **where
+        )
+        greedy = greedy_check(
+            f"{prefix}greedy", rows=[(_label(a), a.greedy, s.steps) for a, s in items], **where
+        )
         found.checks += [
-            logits_check(
-                f"{prefix}logits",
-                pairs=[(_label(a), a.logits, s.prefill) for a, s in items],
-                **where,
+            with_partings(
+                logits, [_prompt_partings(job, a, a.logits, s.prefill) for a, s in items]
             ),
             logits_check(
                 f"{prefix}decode",
                 pairs=[(_label(a), a.greedy.logits, s.steps) for a, s in items],
                 **where,
             ),
-            greedy_check(
-                f"{prefix}greedy",
-                rows=[(_label(a), a.greedy, s.steps) for a, s in items],
-                **where,
-            ),
+            with_partings(greedy, [_answer_partings(job, a, s) for a, s in items]),
         ]
+
+
+def _prompt_partings(
+    job: Judgement, item: Answer, wanted: Logits, found: Logits
+) -> tuple[Parting, ...]:
+    """Where the first choices for the prompt's own positions differ."""
+    ids = item.question.ids
+    fed = 1 if len(wanted) == len(found) == len(ids) else len(ids)
+    return partings(*_aligned(wanted, found), job.words, ids=ids, fed=fed)
+
+
+def _answer_partings(job: Judgement, item: Answer, steps: Steps) -> tuple[Parting, ...]:
+    """Where they differ in the greedy answer, each after the reference's own tokens."""
+    ids = item.question.ids
+    said = [*ids, *item.greedy.tokens]
+    return partings(item.greedy.logits, steps.steps, job.words, ids=said, fed=len(ids))
 
 
 def _prefix(modality: str) -> str:
@@ -372,19 +391,20 @@ def _loss(job: Judgement, found: Found, answers: Answers, modality: str, runs: R
     """How far the stock runtime with these weights is from the original."""
     if not answers.original:
         return
-    found.checks.append(
-        loss_check(
-            modality=modality,
-            runtime=found.runtime,
-            pairs=[
-                (_label(answers.exact[i]), *_aligned(answers.original[i], s.prefill))
-                for i, s in runs
-            ],
-            kl_threshold=job.kl_threshold,
-            what="KL of the output's softmax from the original's, nats per position",
-            statistics=_statistics(answers, runs) if modality not in MEDIA_FILES else None,
-        )
+    check = loss_check(
+        modality=modality,
+        runtime=found.runtime,
+        pairs=[
+            (_label(answers.exact[i]), *_aligned(answers.original[i], s.prefill)) for i, s in runs
+        ],
+        kl_threshold=job.kl_threshold,
+        what="KL of the output's softmax from the original's, nats per position",
+        statistics=_statistics(answers, runs) if modality not in MEDIA_FILES else None,
     )
+    parted = [
+        _prompt_partings(job, answers.exact[i], answers.original[i], s.prefill) for i, s in runs
+    ]
+    found.checks.append(with_partings(check, parted))
 
 
 def _statistics(answers: Answers, runs: Runs) -> dict[str, float]:

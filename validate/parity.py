@@ -28,6 +28,7 @@ from validate.judge import Judgement, judge_runtime
 from validate.loaded import weight_dtypes
 from validate.looking import INSTALL, borrowed_questions
 from validate.modalities import hears, sees
+from validate.partings import Words
 from validate.pictures import judge_pictures, only_looks
 from validate.reference import ReferenceError, TorchReference, lacks_class, read_config
 from validate.runtime import is_generative, prepare_mlx, runtimes_for
@@ -86,6 +87,9 @@ def run_parity(
         trust_remote_code=trust_remote_code,
         text_only=sees(config) or hears(config),
         rules=() if missing else rules_of(dequantized or source, read_config(source), arch),
+        words=Words()
+        if missing or not is_generative(config)
+        else Words.of(source, trust_remote_code=trust_remote_code),
     )
     runtimes = runtimes_for(config, mlx_path)
     if not runtimes:

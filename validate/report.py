@@ -1,4 +1,4 @@
-"""Write a parity report: ``parity.json`` for programs, ``parity.html`` for people."""
+"""Write a parity report: ``parity.json`` for programs, ``parity.html`` and charts for people."""
 
 import json
 import os
@@ -6,72 +6,136 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from validate.charts import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    RIGHT,
-    TOP,
-    WIDTH,
-    depth_chart,
-    distribution_chart,
-    gauge,
-    position_chart,
-)
-from validate.checks import Report
+from validate import view
+from validate.chart_files import chart_png, chart_svg
+from validate.charts import BOX, COLOURS, DARK_COLOURS, DASHES, gauge
+from validate.checks import NOT_COMPARED, Report
 
 TEMPLATES: Final = Path(__file__).parent / "templates"
+JSON: Final = "parity.json"
+PAGE: Final = "parity.html"
+IMAGES: Final = {
+    "parity-layers": "Error by layer, MLX against torch",
+    "parity-kl": "Loss of quantizing, KL from the original",
+}
+"""Charts beside the page, each as .svg and .png, by name and by what they show."""
+REPORT_FILES: Final = (
+    *(JSON, PAGE),
+    *(f"{name}.{kind}" for name in IMAGES for kind in ("svg", "png")),
+)
+"""Everything that a report is written to."""
 _HEADINGS: Final = {
     "pass": "Parity holds",
     "fail": "Parity does not hold",
     "unproven": "Parity is unproven",
 }
+_MEANINGS: Final = {
+    "pass": "The stock MLX runtime computes what the release computes in torch from these weights:",
+    "fail": "Something here is not what the release computes, and nothing is published:",
+    "unproven": f"This checkpoint was {NOT_COMPARED}:",
+}
 _WORDS: Final = {"pass": "passed", "fail": "failed", "info": "reported"}
+_SECTIONS: Final = {
+    "layers": "Error by layer",
+    "loss": "Loss of quantizing",
+    "choices": "First choices by prompt",
+    "sizes": "Size against loss",
+    "kv": "KV cache",
+    "acceptance": "Runtime acceptance",
+    "drops": "What was left out",
+    "checks": "Every check",
+    "provenance": "Provenance",
+}
 
 
-def write_report(
-    report: Report,
-    folder: Path,
-    *,
-    kv_cache: Mapping[str, Any] | None = None,
-    acceptance: Mapping[str, Any] | None = None,
-) -> None:
-    """Write ``parity.json`` and the self-contained ``parity.html`` into ``folder``.
+def write_json(
+    report: Report, folder: Path, *, checkpoint: str | None, kv_cache: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Write ``parity.json`` into ``folder``; its content.
 
-    ``kv_cache`` is the study of the checkpoint's KV-cache schemes, ``acceptance`` what the stock
-    programs did with it, where there are such; the latter is shown on the page alone.
+    ``checkpoint`` is the hash over the files that the report vouches for, ``kv_cache`` the study of
+    the checkpoint's KV-cache schemes, where there are such.
     """
-    data: dict[str, Any] = {**report.to_json(), **({"kv_cache": kv_cache} if kv_cache else {})}
+    data: dict[str, Any] = {
+        **report.to_json(),
+        **({"kv_cache": kv_cache} if kv_cache else {}),
+        "checkpoint": checkpoint,
+    }
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False, sort_keys=True)
-    _replace(folder / "parity.json", text + "\n")
-    write_page(data, folder, acceptance=acceptance)
+    _replace(folder / JSON, text.encode() + b"\n")
+    return data
 
 
-def write_page(
-    data: Mapping[str, Any], folder: Path, *, acceptance: Mapping[str, Any] | None
-) -> None:
-    """Write ``parity.html`` from the content of parity.json and of acceptance.json."""
-    shown = {**data, **({"acceptance": acceptance} if acceptance else {})}
-    _replace(folder / "parity.html", render_html(shown))
+def write_page(data: Mapping[str, Any], folder: Path) -> None:
+    """Write ``parity.html`` and the charts, and take away charts that there are none of any more.
+
+    ``data`` is the content of parity.json; beside it may stand ``acceptance`` (of
+    acceptance.json), ``quality`` (of quality.json) and ``conversion`` (how the output was made).
+    """
+    _replace(folder / PAGE, render_html(data).encode())
+    for name, image in images(data).items():
+        if image is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            _replace(folder / name, image)
+
+
+def images(data: Mapping[str, Any]) -> dict[str, bytes | None]:
+    """The files of the two main charts: of the first runtime, and of text where there is text."""
+    layers = view.layer_charts(data["checks"])
+    kl = view.kl_charts(data["checks"])
+    charts = {
+        "parity-layers": layers[0][1] if layers else None,
+        "parity-kl": kl[0][1] if kl else None,
+    }
+    found: dict[str, bytes | None] = {}
+    for name, title in IMAGES.items():
+        chart = charts[name]
+        found[f"{name}.svg"] = chart_svg(title, chart).encode() if chart else None
+        found[f"{name}.png"] = chart_png(title, chart) if chart else None
+    return found
 
 
 def render_html(data: Mapping[str, Any]) -> str:
-    """One page from the content of parity.json: no scripts, nothing fetched, all text escaped."""
+    """One page from what ``write_page`` takes: no scripts, nothing fetched, all text escaped."""
+    checks = data["checks"]
     counts = {word: 0 for word in _WORDS}
-    for check in data["checks"]:
+    for check in checks:
         counts[check["verdict"]] += 1
+    made = data.get("conversion")
+    shown = {
+        "layers": view.layer_charts(checks),
+        "kl": view.kl_charts(checks),
+        "losses": view.losses(checks),
+        "choices": view.choices(checks),
+        "sizes": view.size_chart(data.get("quality")),
+        "kv_rows": view.kv_rows(data.get("kv_cache")),
+        "groups": view.grouped(checks),
+    }
+    there = {
+        **shown,
+        "loss": shown["kl"] or shown["losses"],
+        "sizes": "quality" in data,
+        "kv": shown["kv_rows"],
+        "acceptance": made or "acceptance" in data,
+        "drops": made,
+        "checks": checks,
+        "provenance": True,
+    }
     return page(
         "parity.html.j2",
         report=data,
+        subject=(made and made["repo"]) or data["reference"].get("folder") or "MLX checkpoint",
+        made=made,
         headings=_HEADINGS,
+        meanings=_MEANINGS,
         counts=[(counts[key], word, key) for key, word in _WORDS.items()],
-        tiles=_tiles(data["checks"]),
-        groups=_grouped(data["checks"]),
-        charts=_charts(data["checks"]),
-        facts=_facts(data),
-        kv_rows=kv_rows(data.get("kv_cache")),
+        tiles=view.tiles(data),
+        contents=[(key, title) for key, title in _SECTIONS.items() if there[key]],
+        charts=view.prompt_charts(checks),
+        facts=view.provenance(data),
         gauge=gauge,
-        box={"w": WIDTH, "h": HEIGHT, "l": LEFT, "r": RIGHT, "t": TOP, "b": BOTTOM},
+        **shown,
     )
 
 
@@ -86,99 +150,18 @@ def page(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["figure"] = figure
+    environment.globals |= {"box": BOX, "colours": COLOURS, "dark": DARK_COLOURS, "dashes": DASHES}
+    environment.filters |= {
+        "figure": view.figure,
+        "runtime": view.runtime_name,
+        "share": view.share,
+        "visible": view.visible,
+    }
     return environment.get_template(template).render(**values)
 
 
-def figure(value: Any) -> str:
-    """A number as a reader wants it: three significant digits, whole numbers as such."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if float(value).is_integer() and abs(value) < 1e15:
-        return f"{int(value):,}"
-    return f"{value:.3g}"
-
-
-def _tiles(checks: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """(label, figure, remark) of what a reader looks for first; the worst row of each kind."""
-    tiles = []
-    for label, names, remark in (
-        ("exactness", ("logits", "decode", "hidden"), "largest relative error, text"),
-        ("pictures", ("image/logits", "image/decode", "image/hidden"), "largest relative error"),
-        ("sounds", ("audio/logits", "audio/decode", "audio/hidden"), "largest relative error"),
-        ("16-bit noise", ("noise",), "in units of torch's own"),
-    ):
-        values = [check["value"] for check in checks if check["name"] in names]
-        if values:
-            tiles.append((label, figure(_largest(values)), remark))
-    losses = [check["metrics"] for check in checks if check["name"] == "loss" and check["metrics"]]
-    if losses and all("kl_mean" in metrics for metrics in losses):
-        p99, agree = (_largest([m["kl_p99"] for m in losses]), min(m["top1"] for m in losses))
-        tiles.append(
-            (
-                "loss, KL mean",
-                figure(_largest([m["kl_mean"] for m in losses])),
-                f"p99 {figure(p99)}, same first choice {100 * agree:.1f} %",
-            )
-        )
-    return tiles
-
-
-def _largest(values: list[Any]) -> Any:
-    """The worst of JSON figures; text stands for what is not finite, and null for no figure."""
-    words = [value for value in values if not isinstance(value, int | float)]
-    return words[0] if words else max(values)
-
-
-def _grouped(checks: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for check in checks:
-        groups.setdefault(check["runtime"] or "checkpoint", []).append(check)
-    return list(groups.items())
-
-
-def _charts(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    result = []
-    for check in checks:
-        if check["name"] == "loss":
-            chart = distribution_chart(check)
-        elif check["name"] == "modules":
-            chart = depth_chart(check)
-        elif check["name"].rpartition("/")[2] in ("logits", "decode"):
-            chart = position_chart(check)
-        else:
-            chart = None
-        if chart is not None:
-            result.append({"check": check, "chart": chart})
-    return result
-
-
-def kv_rows(study: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The schemes of a KV-cache study, by loss at long context; what failed comes last."""
-    if study is None:
-        return []
-    chosen = study["chosen"]
-    rows = [{**chosen, "setting": f"config.json: {chosen['scheme']}"}]
-    rows += [{**row, "setting": row["flags"]} for row in study["stock"]]
-    failed = [row for row in rows if "error" in row]
-    measured = [row for row in rows if "error" not in row]
-    return sorted(measured, key=lambda row: float(row["long"]["decode"]["all"]["kl_mean"])) + failed
-
-
-def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Provenance as (label, value) rows."""
-    facts = [("plan", str(data["plan"] or "none given"))]
-    facts += [(f"reference {key}", str(value)) for key, value in data["reference"].items()]
-    for runtime in data["runtime"].get("runtimes", []):
-        name = runtime.get("name", "runtime")
-        facts += [(f"{name} {key}", str(v)) for key, v in runtime.items() if key != "name"]
-    return facts
-
-
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, content: bytes) -> None:
     # A reader, or an interrupted run, never sees half a report.
     draft = path.with_name(f".{path.name}.partial")
-    draft.write_text(text, encoding="utf-8")
+    draft.write_bytes(content)
     os.replace(draft, path)

@@ -12,7 +12,8 @@ from converter.errors import ConvertError, HubError
 from converter.execute.folder import MANIFEST
 from converter.hub import HubSnapshot, download, resolve_revision, sha256_of
 from converter.hub.errors import status_of
-from converter.manifest import REPORTS, read_manifest
+from converter.manifest import read_manifest
+from converter.sidecars import REPORTS
 
 PARITY = "parity.json"
 _EXACT = ("logits", "decode", "hidden")

@@ -23,6 +23,7 @@ def accept_command(
 ) -> None:
     """Tell each row as it ends, then the table; GateError when an applicable one fails."""
     from converter.acceptance import accept_output
+    from converter.page import draw_page
     from converter.ui import Console
 
     console = Console()
@@ -36,6 +37,7 @@ def accept_command(
                 f"  {one.verdict}: {one.row.title} ({one.seconds:.0f} s)"
             ),
         )
+    draw_page(out)
     if as_json:
         click.echo(json.dumps(report, indent=1, ensure_ascii=False))
     else:

@@ -104,11 +104,29 @@ def kv(out: Path, **given: Any) -> None:
 @click.option("--windows", type=click.IntRange(1), default=16, show_default=True, help="At most.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with charts here.")
+@click.option("--record", is_flag=True, help="Show the figures on the outputs' own pages, too.")
 def compare(outputs: tuple[Path, ...], **given: Any) -> None:
     """Set outputs of one release side by side: size, KL, perplexity, and plain rounding's."""
     from converter.cli.convert import compare_command
 
     compare_command(outputs, given)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("report.html"),
+    show_default=True,
+    help="The page with charts.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what is compared as JSON.")
+def report(runs: tuple[Path, ...], html: Path, as_json: bool) -> None:
+    """Set finished runs side by side: outputs, or their parity.json; nothing is run again."""
+    from converter.cli.tools import report_command
+
+    report_command(runs, html=html, as_json=as_json)
 
 
 @cli.command()

@@ -123,7 +123,7 @@ def kv_command(out: Path, given: dict[str, Any]) -> None:
 
 def compare_command(outputs: tuple[Path, ...], given: dict[str, Any]) -> None:
     """convert compare: outputs of one release side by side."""
-    from converter.comparing import Comparison, compare
+    from converter.comparing import Comparison, compare, record_comparison
     from validate.checks import finite
     from validate.compare_report import comparison_html, print_comparison
 
@@ -143,6 +143,8 @@ def compare_command(outputs: tuple[Path, ...], given: dict[str, Any]) -> None:
     )
     if given["html"] is not None:
         given["html"].write_text(comparison_html(report), encoding="utf-8")
+    if given["record"]:
+        record_comparison(outputs, report)
     if given["as_json"]:
         click.echo(json.dumps(finite(report), indent=1))
     else:
@@ -248,6 +250,7 @@ def _prove_and_publish(
         raise UsageError(
             "--upload-repo REPO names one repo; with --variants or --mtp leave REPO out"
         )
+    reports = []
     for output in outputs:
         out = output.folder
         console.say(f"validate: {out}")
@@ -266,6 +269,10 @@ def _prove_and_publish(
                     workers=workers,
                     arch=output.arch,
                 )
+        reports.append(report)
+    _set_side_by_side([output.folder for output in outputs if output.target is None])
+    for output, report in zip(outputs, reports, strict=True):
+        out = output.folder
         repo = None
         if requested is not None:
             from converter.naming import output_name
@@ -301,6 +308,17 @@ def _prove_and_publish(
             click.echo(f"published: {address}")
     if failed:
         raise GateError("\n".join(map(str, failed)))
+
+
+def _set_side_by_side(outputs: list[Path]) -> None:
+    """Show on the page of each output of a run what the others cost."""
+    from converter.measured import record_variants
+    from converter.page import draw_page
+
+    if len(outputs) > 1:
+        record_variants(outputs)
+        for out in outputs:
+            draw_page(out)
 
 
 def _gate(report: dict[str, Any], out: Path) -> None:

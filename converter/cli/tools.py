@@ -159,6 +159,23 @@ def maps_draft_command(source: str, revision: str | None, out: Path | None) -> N
         click.echo(f"dropped {drop.name}: {drop.reason}", err=True)
 
 
+def report_command(places: tuple[Path, ...], *, html: Path, as_json: bool) -> None:
+    """convert report: runs side by side, from the reports that they left."""
+    from converter.execute.folder import explain
+    from converter.reporting import gather
+    from validate.checks import finite
+    from validate.runs import print_runs, runs_html
+
+    found = gather(places)
+    with explain(html.parent):
+        html.write_text(runs_html(found["runs"]), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(finite(found), indent=1, ensure_ascii=False))
+    else:
+        print_runs(found["runs"])
+        click.echo(str(html))
+
+
 def card_command(out: Path, *, repo_id: str | None, template: Path | None) -> None:
     """convert card: write the model card."""
     from converter.publish import write_card

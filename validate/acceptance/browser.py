@@ -7,6 +7,7 @@ import json
 import subprocess
 import time
 import urllib.request
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -36,6 +37,7 @@ class Page:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        self._open = ExitStack()
         self._socket: Any = None
         self._count = 0
         self._events: list[dict[str, Any]] = []
@@ -43,22 +45,23 @@ class Page:
     def __enter__(self) -> "Page":
         try:
             self._connect()
-            self._call("Runtime.enable")
-            self._call("Page.enable")
-            self._call("Page.navigate", url=self._url)
+            for domain in ("Runtime", "Page", "Log"):
+                self.call(f"{domain}.enable")
+            self.call("Page.navigate", url=self._url)
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if self._socket is not None:
-            self._socket.close()
+        self._open.close()
         end(self._browser)
 
     def evaluate(self, script: str) -> Any:
-        """The value of an expression in the page, None while it cannot be evaluated."""
-        answer = self._call("Runtime.evaluate", expression=script, returnByValue=True)
+        """The value of an expression in the page, waited for; None while there is none."""
+        answer = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
         return answer.get("result", {}).get("value")
 
     def until(self, script: str, otherwise: str, *, limit_s: float) -> None:
@@ -75,6 +78,31 @@ class Page:
         details = [one["exceptionDetails"] for one in thrown]
         return [d.get("exception", {}).get("description") or d["text"] for d in details]
 
+    def said(self) -> list[str]:
+        """What stands in the console: of scripts, and of the browser about the page."""
+        entries = [e["params"]["entry"] for e in self._events if e["method"] == "Log.entryAdded"]
+        calls = [e["params"] for e in self._events if e["method"] == "Runtime.consoleAPICalled"]
+        return [entry["text"] for entry in entries] + [str(call["args"]) for call in calls]
+
+    def show(self, *, width: int, height: int = 900, scheme: str = "light") -> None:
+        """Lay the page out anew: its size in pixels, ``light`` or ``dark``."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            **{"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
+        )
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.call("Emulation.setEmulatedMedia", features=features)
+
+    def press(self, key: str) -> None:
+        """One key, such as ``Tab``."""
+        for kind in ("keyDown", "keyUp"):
+            code = {"Tab": 9, "Enter": 13}[key]
+            self.call(
+                "Input.dispatchKeyEvent",
+                **{"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code},
+                **({"text": "\r"} if key == "Enter" else {}),
+            )
+
     def _connect(self) -> None:
         # Chromium writes the port that it chose as the first line of this file.
         told = self._profile / "DevToolsActivePort"
@@ -89,9 +117,11 @@ class Page:
         page = next(one for one in targets if one["type"] == "page")
         # Installed with mlx-vlm, whose server speaks over it.
         client: Any = import_module("websockets.sync.client")
-        self._socket = client.connect(page["webSocketDebuggerUrl"], max_size=None)
+        socket = client.connect(page["webSocketDebuggerUrl"], max_size=None)
+        self._socket = self._open.enter_context(socket)
 
-    def _call(self, method: str, **params: Any) -> dict[str, Any]:
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """The answer to a command of the protocol."""
         self._count += 1
         self._socket.send(json.dumps({"id": self._count, "method": method, "params": params}))
         while True:

@@ -24,6 +24,8 @@ class Continued:
 
     prompt: str
     tokens: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+    """What torch gave each of them, nats; none in reports of earlier versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,11 @@ def _torch(report: Mapping[str, Any]) -> dict[str, Continued]:
             tokens = case["metrics"].get("reference")
             if text and tokens:
                 name = f"{check['modality']} {case['name']}"
-                found[name] = Continued(prompt=text, tokens=tuple(map(int, tokens.split())))
+                found[name] = Continued(
+                    prompt=text,
+                    tokens=tuple(map(int, tokens.split())),
+                    logprobs=tuple(map(float, case["series"].get("logprob", ()))),
+                )
     return found
 
 

@@ -88,6 +88,11 @@ def has_browser(facts: Facts) -> str | None:
     del facts
     if importlib.util.find_spec("gradio") is None:
         return "gradio is not installed here (pip install 'mlx-vlm[ui]')"
+    return no_chromium()
+
+
+def no_chromium() -> str | None:
+    """Why no browser can be started here; None where one can."""
     return None if chromium() else f"no Chromium found here (none of {', '.join(_CHROMIUMS)})"
 
 

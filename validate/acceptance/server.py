@@ -8,9 +8,10 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final
@@ -20,6 +21,8 @@ from validate.acceptance.process import GRACE_S, Command, arguments, end, last_e
 from validate.acceptance.replies import Reply, Step
 
 _POLL_S: Final = 0.3
+_NEVER: Final = -1000.0
+"""Added to a logit: its token is not chosen."""
 Json = dict[str, Any]
 
 
@@ -131,6 +134,31 @@ class Server:
         with ThreadPoolExecutor(len(contents)) as pool:
             waiting = [pool.submit(self.chat, c, max_tokens=max_tokens) for c in contents]
             return [one.result() for one in waiting]
+
+    def joined(
+        self, first: Any, second: Any, *, lengths: tuple[int, int], never: Sequence[int] = ()
+    ) -> tuple[list[Reply], bool]:
+        """A long answer, and a short one that is asked for while the first is being written.
+
+        ``lengths`` are their tokens; none ends early, for ``never`` are not chosen. The second
+        value: whether the short one, asked for later, ended before the long one, as in a batch.
+        """
+        asked = [
+            partial(self.unending, content, max_tokens=length, never=never)
+            for content, length in zip((first, second), lengths, strict=True)
+        ]
+        with ThreadPoolExecutor(2) as pool:
+            long = pool.submit(asked[0])
+            time.sleep(_POLL_S)
+            short = pool.submit(asked[1])
+            done, _ = wait((long, short), return_when=FIRST_COMPLETED)
+            return [long.result(), short.result()], long not in done
+
+    def unending(self, content: Any, *, max_tokens: int, never: Sequence[int]) -> Reply:
+        """An answer in which the tokens ``never`` are not chosen, so that it does not end early."""
+        return self.chat(
+            content, max_tokens=max_tokens, logit_bias={str(token): _NEVER for token in never}
+        )
 
     def body(self, content: Any, max_tokens: int, options: Mapping[str, Any]) -> Json:
         """A greedy request about ``content``, a text or a list of parts."""

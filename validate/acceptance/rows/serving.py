@@ -10,6 +10,8 @@ from validate.acceptance.model import Found, Row, RowFailure
 from validate.acceptance.replies import SAME
 from validate.acceptance.server import picture_content
 
+_LONG: Final = 8
+"""Times the length of an answer: another one fits into it."""
 _SUBJECTS: Final = (
     "rain",
     "the old harbour in winter",
@@ -104,6 +106,26 @@ def _concurrent(runtime: str, count: int) -> Callable[[Bench], Found]:
     return run
 
 
+def _joined(runtime: str) -> Callable[[Bench], Found]:
+    def run(bench: Bench) -> Found:
+        server, never = bench.server(runtime), bench.facts.stop_ids
+        asked, lengths = questions(2), (_LONG * TOKENS, TOKENS)
+        alone = [
+            server.unending(one, max_tokens=length, never=never)
+            for one, length in zip(asked, lengths, strict=True)
+        ]
+        together, overlapped = server.joined(asked[0], asked[1], lengths=lengths, never=never)
+        same = bench.same(list(zip(asked, alone, together, strict=True)))
+        if not overlapped:
+            raise RowFailure(
+                f"the second, shorter answer came after the first: one was served after the other "
+                f"({same})"
+            )
+        return Found(note=f"the second joined the first; {same}", metrics=same.metrics())
+
+    return run
+
+
 def _structured(bench: Bench) -> Found:
     wanted = {"name": "shape", "schema": _SCHEMA}
     reply = bench.server("mlx_vlm").chat(
@@ -145,8 +167,9 @@ def _both(runtime: str) -> tuple[Row, ...]:
         Row(
             name="server, two at once",
             runtime=runtime,
-            rule=f"continuous batching against one at a time: {SAME}",
-            run=_concurrent(runtime, 2),
+            rule="a short question that comes while a long answer is written is answered before "
+            f"that ends, and both as one at a time: {SAME}",
+            run=_joined(runtime),
         ),
         Row(
             name="server, eight at once",
