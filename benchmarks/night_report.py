@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -101,7 +102,7 @@ def figures(night: Night, found: Sequence[str]) -> dict[str, str]:
     struck = ", ".join(f"{count} {kind}" for kind, count in night.struck.most_common())
     published = states["published"]
     return {
-        "releases": f"{night.count} sound ones of {len(set(night.types))} types in 3 "
+        "releases": f"{night.count} sound ones of {len(set(_types(night)))} types in 3 "
         f"organisations, and 3 that cannot be published; {len(night.variants)} variants each",
         "time": f"{night.seconds / 60:.1f} minutes, {night.workers} "
         + ("Dask workers" if night.fleet else "runs that share a ledger"),
@@ -134,12 +135,12 @@ def write_outcome(night: Night, found: Sequence[str], folder: Path) -> None:
         "problems": list(found),
         "machine": machine,
         "rate": night.rate,
-        "types": list(night.types),
+        "types": _types(night),
         "variants": list(night.variants),
         "confirmed": night.confirmed,
         "jobs": [
-            {key: row[key] for key in ("target", "state", "class", "error", "lost", "crashes")}
-            | {"checkpoint": row["facts"].get("checkpoint")}
+            {key: row[key] for key in ("target", "state", "class", "lost", "crashes")}
+            | {"error": _anywhere(row["error"]), "checkpoint": row["facts"].get("checkpoint")}
             for row in night.rows
         ],
     }
@@ -154,7 +155,7 @@ def write_outcome(night: Night, found: Sequence[str], folder: Path) -> None:
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in told.items()),
         "",
-        f"Types: {', '.join(night.types)}. Variants: {', '.join(night.variants)}.",
+        f"Types: {', '.join(_types(night))}. Variants: {', '.join(night.variants)}.",
         "",
         "| not published | jobs |",
         "|---|---|",
@@ -169,11 +170,23 @@ def write_outcome(night: Night, found: Sequence[str], folder: Path) -> None:
     (folder / "night.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def _types(night: Night) -> list[str]:
+    """The types that the sound releases are of."""
+    return list(night.types[: night.count])
+
+
 def _command() -> str:
     """This run, but for folders of this machine."""
     given = iter(sys.argv[1:])
     words = [word for word in given if word not in ("--keep", "--out") or not next(given)]
     return shlex.join(["python", "-m", "benchmarks.night", *words])
+
+
+def _anywhere(text: str | None) -> str | None:
+    """A reason without what only this machine has: folders, and the hub's port."""
+    if text is None:
+        return None
+    return re.sub(r"(http://127\.0\.0\.1):\d+", r"\1", text.partition("; see ")[0])
 
 
 def _reason(row: dict[str, Any]) -> str:
