@@ -77,19 +77,18 @@ def trained(kind: int, group: int) -> Kernel:
         r = 0
         while r < w.shape[0] and not row_is(w[r], edges[r], middle):
             r += 1
-        return r < w.shape[0]
+        return bool(r < w.shape[0])
 
     return kernel
 
 
 @cache
 def lattice(kind: int, group: int) -> Kernel:
-    """``(w, edges, middle, codes, scales, biases) -> int`` over (rows, cols) bits; groups tried.
+    """``(w, edges, middle, codes, scales, biases)`` over (rows, cols) bits; replaces the last 3.
 
     ``edges`` (rows, groups) are the values of largest magnitude, perhaps ``biases`` themselves;
     ``middle`` is the code of zero, 2**(bits-1).
     """
-
     fits = on_grid(kind, group)
     row_is = row_trained(kind, group)
 
@@ -128,12 +127,11 @@ def lattice(kind: int, group: int) -> Kernel:
     @jit
     def kernel(
         w: Array, edges: Array, middle: np.float32, codes: Array, scales: Array, biases: Array
-    ) -> int:
+    ) -> None:
         rows, columns = w.shape
         groups = columns // group
         tried = np.empty(4, np.float32)
         new = np.empty(group, np.uint8)
-        found = 0
         for r in range(rows):
             row = w[r]
             if not row_is(row, edges[r], middle):  # so that rows do not depend on each other
@@ -149,7 +147,6 @@ def lattice(kind: int, group: int) -> Kernel:
                         continue
                     own = codes[r, start : start + group]
                     if least == _FAR:
-                        found += 1
                         s = _load(np.uint32(scales[r, g]), kind)
                         least = error(row, start, s, _load(np.uint32(biases[r, g]), kind), own)
                     steps(row, start, d, tried)
@@ -171,6 +168,5 @@ def lattice(kind: int, group: int) -> Kernel:
                                 own[i] = new[i]
                             scales[r, g] = bits
                             biases[r, g] = bias
-        return found
 
     return kernel
