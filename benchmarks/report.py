@@ -18,7 +18,7 @@ class Row:
 
     what: str
     value: float
-    unit: Literal["x", "s", "MiB", "tensors"]
+    unit: Literal["x", "s", "MiB", "GB/s", "tensors"]
     how: str
     """What was set against what, and the spread."""
     relation: Literal[">=", "<=", "<", "="] = "<="
@@ -42,8 +42,8 @@ class Row:
 def _spell(value: float, unit: str) -> str:
     if unit == "x":
         return f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
-    if unit == "s":
-        return f"{value:.2f} s"
+    if unit in ("s", "GB/s"):
+        return f"{value:.2f} {unit}"
     return f"{value:.0f} {unit}"
 
 

@@ -204,7 +204,8 @@ def _grouped(outputs: Sequence[Output]) -> dict[str, list[Output]]:
         groups.setdefault((pattern, _stored_as(out)), []).append(out)
     named = {}
     for (pattern, _), group in groups.items():
-        numbers = sorted({int(n) for out in group for n in _INDEX.findall(out.rule.target)[:1]})
+        found = (_INDEX.search(out.rule.target) for out in group)
+        numbers = sorted({int(index[0]) for index in found if index})
         name = _fill(pattern, numbers)
         named[name if name not in named else f"{name} "] = group
     return named

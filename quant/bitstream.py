@@ -1,4 +1,4 @@
-"""Compiled loops that pack codes of a byte each into a bitstream, and back; import lazily."""
+"""Compiled loops that pack codes of a byte each into a bitstream, and back."""
 
 from functools import cache
 from typing import Any
@@ -26,10 +26,12 @@ def pack(bits: int) -> Kernel:
     width = 8 * bits
     (m1, w1, g1), (m2, w2, g2), (m3, w3, g3) = _slides(bits)
 
+    def run(codes: Array, out: Array) -> None:
+        kernel(codes, out, np.empty(codes.shape[1] // 8, np.uint64))
+
     @jit
-    def kernel(codes: Array, out: Array) -> None:
+    def kernel(codes: Array, out: Array, words: Array) -> None:
         rows, columns = codes.shape
-        words = np.empty(columns // 8, np.uint64)
         for r in range(rows):
             eights = codes[r].view(np.uint64)
             for i in range(columns // 8):
@@ -47,7 +49,7 @@ def pack(bits: int) -> Kernel:
                         x |= words[4 * block + k + 1] << np.uint64(width - offset)
                     row[block * bits + j] = np.uint32(x & np.uint64(0xFFFFFFFF))
 
-    return kernel
+    return run
 
 
 @cache

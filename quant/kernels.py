@@ -1,11 +1,11 @@
-"""Compiled loops over rows of weights; import lazily, numba comes with it.
+"""Compiled loops over rows of weights (``quant.compiled``).
 
 Every kernel uses float32 arithmetic and reads and writes floats as their bits (uint16 or uint32),
 so the same input gives the same bytes on every machine. ``kind`` names what the bits mean: F32,
 BF16 or F16. Kernels that reject an element return the flat index where its group starts, or -1.
 
 Loops are shaped for the vectoriser: constant or whole-row trip counts, selects for branches, casts
-that keep 32 bits. Helpers share this file because numba's cache watches only a kernel's own file.
+that keep 32 bits. Memory comes from the caller: kernels have a function before them that brings it.
 """
 
 from functools import cache
@@ -166,16 +166,29 @@ def affine_codes(kind: int, group: int) -> Kernel:
     signed, mask, infinity = _layout(kind)
     shift = mask.bit_length()
 
+    def run(
+        w: Array, levels: np.float32, stored: bool, codes: Array, scales: Array, biases: Array
+    ) -> int:
+        columns = w.shape[1]
+        extremes = np.empty((2, columns), signed)
+        grid = np.empty((2, columns // group), np.float32)
+        return int(kernel(w, levels, stored, codes, scales, biases, extremes, grid))
+
     @jit
     def kernel(
-        w: Array, levels: np.float32, stored: bool, codes: Array, scales: Array, biases: Array
+        w: Array,
+        levels: np.float32,
+        stored: bool,
+        codes: Array,
+        scales: Array,
+        biases: Array,
+        extremes: Array,
+        grid: Array,
     ) -> int:
         rows, columns = w.shape
         groups = columns // group
-        most = np.empty(columns, signed)
-        least = np.empty(columns, signed)
-        scale = np.empty(groups, np.float32)
-        bias = np.empty(groups, np.float32)
+        most, least = extremes[0], extremes[1]
+        scale, bias = grid[0], grid[1]
         for r in range(rows):
             row = w[r]
             # Order-preserving integers: their extremes vectorise, and show NaN.
@@ -222,7 +235,7 @@ def affine_codes(kind: int, group: int) -> Kernel:
                     out[i] = np.uint8(_bits(q + _ULP_ONE) & np.uint32(0xFF))
         return -1
 
-    return kernel
+    return run
 
 
 @cache
@@ -287,12 +300,17 @@ def microscaled_codes(kind: int, format: int) -> Kernel:
     top_scale = np.float32(448)
     signed, magnitude, infinity = _layout(kind)
 
+    def run(w: Array, stock: bool, codes: Array, scales: Array) -> int:
+        columns = w.shape[1]
+        most, scale = np.empty(columns, signed), np.empty(columns // 16, np.float32)
+        return int(kernel(w, stock, codes, scales, most, scale))
+
     @jit
-    def kernel(w: Array, stock: bool, codes: Array, scales: Array) -> int:
+    def kernel(
+        w: Array, stock: bool, codes: Array, scales: Array, most: Array, scale: Array
+    ) -> int:
         rows, columns = w.shape
         groups = columns // group
-        most = np.empty(columns, signed)
-        scale = np.empty(columns // 16, np.float32)
         for r in range(rows):
             row = w[r]
             for i in range(columns):
@@ -334,7 +352,7 @@ def microscaled_codes(kind: int, format: int) -> Kernel:
                             out[i] = _first_nearest_e2m1(_round_to(x, kind))
         return -1
 
-    return kernel
+    return run
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The compiled inner loop of GPTQ; import lazily, numba comes with it."""
+"""The compiled inner loop of GPTQ."""
 
 from functools import cache
 from typing import Any, Final

@@ -1,10 +1,9 @@
-"""Compiled descent on codes, scale and bias of each group; import lazily, numba comes with it.
+"""Compiled descent on codes, scale and bias of each group.
 
 It minimises ``e^T M e`` over the errors ``e`` of a group, ``M`` (group, group) the second moments
 of the inputs that the group multiplies: what the group's errors add to the output, squared. Starts
 from codes that a search has found (``quant.kernels_search``). Sums run in a fixed order, so the
-same input gives the same bytes on every machine. Helpers come from other files: numba's cache does
-not watch those, so touch this one after changing them.
+same input gives the same bytes on every machine.
 """
 
 from functools import cache
@@ -26,7 +25,7 @@ from quant.kernels import (
     _store_e2m1,
     _store_e4m3,
 )
-from quant.kernels_search import _fold_sum
+from quant.kernels_search import fold_sum
 
 Array = npt.NDArray[Any]
 
@@ -47,24 +46,42 @@ def affine_descent(kind: int, group: int) -> Kernel:
     scales and biases are read and improved; no group's error grows.
     """
 
+    fold = fold_sum(group)
+
     @jit
-    def descend(m: Array, s: np.float32, n: np.float32, q: Array, r: Array, share: Array) -> None:
-        """Change one code at a time to the best for all others, until none changes."""
+    def first_moved(r: Array, share: Array, q: Array, n: np.float32, start: np.int32) -> int:
+        """The first code from ``start`` that another one betters, or ``group``."""
+        first = np.int32(group)
         for i in range(group):
-            share[i] = np.float32(1) / (s * m[i, i])
+            step = (r[i] * share[i] + _ONE_AND_HALF_ULP) - _ONE_AND_HALF_ULP
+            moved = min(max(q[i] + step, _ZERO), n) != q[i]
+            at = np.int32(i)
+            first = min(first, at if moved and at >= start else np.int32(group))
+        return int(first)
+
+    @jit
+    def descend(
+        m: Array, diagonal: Array, s: np.float32, n: np.float32, q: Array, r: Array, share: Array
+    ) -> None:
+        """Change one code at a time to the best for all others, until none changes.
+
+        Few change: looking at all of them for the next one is faster than visiting each.
+        """
+        for i in range(group):
+            share[i] = np.float32(1) / (s * diagonal[i])
         for _ in range(PASSES):
-            changed = False
-            for i in range(group):
+            i = first_moved(r, share, q, n, np.int32(0))
+            if i == group:
+                break
+            while i < group:
                 step = (r[i] * share[i] + _ONE_AND_HALF_ULP) - _ONE_AND_HALF_ULP
                 d = min(max(q[i] + step, _ZERO), n) - q[i]
-                if d != _ZERO:
-                    changed = True
-                    q[i] += d
-                    ds = s * d
-                    for j in range(group):
-                        r[j] -= ds * m[i, j]
-            if not changed:
-                break
+                q[i] += d
+                ds = s * d
+                row = m[i]
+                for j in range(group):
+                    r[j] -= ds * row[j]
+                i = first_moved(r, share, q, n, np.int32(i + 1))
 
     @jit
     def multiply(m: Array, v: Array, out: Array) -> None:
@@ -80,29 +97,37 @@ def affine_descent(kind: int, group: int) -> Kernel:
     def error(x: Array, s: np.float32, b: np.float32, q: Array, r: Array, t: Array) -> np.float32:
         for i in range(group):
             t[i] = (x[i] - (s * q[i] + b)) * r[i]
-        return _fold_sum(t, 0, group)
+        return np.float32(fold(t, 0))
+
+    def run(
+        w: Array, moments: Array, levels: np.float32, codes: Array, scales: Array, biases: Array
+    ) -> None:
+        scratch, t = np.empty((8, group), np.float32), np.empty(4 * group, np.float32)
+        kernel(w, moments, levels, codes, scales, biases, scratch, t)
 
     @jit
     def kernel(
-        w: Array, moments: Array, levels: np.float32, codes: Array, scales: Array, biases: Array
+        w: Array,
+        moments: Array,
+        levels: np.float32,
+        codes: Array,
+        scales: Array,
+        biases: Array,
+        scratch: Array,
+        t: Array,
     ) -> None:
         rows, columns = w.shape
-        x = np.empty(group, np.float32)
-        e = np.empty(group, np.float32)
-        q = np.empty(group, np.float32)
-        best = np.empty(group, np.float32)
-        r = np.empty(group, np.float32)
-        mq = np.empty(group, np.float32)
-        m1 = np.empty(group, np.float32)
-        t = np.empty(4 * group, np.float32)
+        x, e, q, best = scratch[0], scratch[1], scratch[2], scratch[3]
+        r, mq, m1, diagonal = scratch[4], scratch[5], scratch[6], scratch[7]
         for g in range(columns // group):
             m = moments[g]
             for i in range(group):
                 e[i] = np.float32(1)
+                diagonal[i] = m[i, i]
             multiply(m, e, m1)
             for i in range(group):
                 t[i] = m1[i]
-            total = _fold_sum(t, 0, group)
+            total = fold(t, 0)
             for row in range(rows):
                 s = _load(np.uint32(scales[row, g]), kind)
                 b = _load(np.uint32(biases[row, g]), kind)
@@ -120,7 +145,7 @@ def affine_descent(kind: int, group: int) -> Kernel:
                     best[i] = q[i]
                 best_s = s
                 best_b = b
-                descend(m, s, levels, q, r, e)
+                descend(m, diagonal, s, levels, q, r, e)
                 found = error(x, s, b, q, r, t)
                 if found < least:
                     least = found
@@ -133,10 +158,10 @@ def affine_descent(kind: int, group: int) -> Kernel:
                         t[group + i] = mq[i]
                         t[2 * group + i] = q[i] * r[i]
                         t[3 * group + i] = r[i]
-                    qq = _fold_sum(t, 0, group)
-                    q1 = _fold_sum(t, group, group)
-                    towards_s = _fold_sum(t, 2 * group, group)
-                    towards_b = _fold_sum(t, 3 * group, group)
+                    qq = fold(t, 0)
+                    q1 = fold(t, group)
+                    towards_s = fold(t, 2 * group)
+                    towards_b = fold(t, 3 * group)
                     spread = qq * total - q1 * q1
                     if not spread > np.float32(1e-6) * qq * total:
                         break
@@ -148,7 +173,7 @@ def affine_descent(kind: int, group: int) -> Kernel:
                         r[i] -= (next_s - s) * mq[i] + (next_b - b) * m1[i]
                     s = next_s
                     b = next_b
-                    descend(m, s, levels, q, r, e)
+                    descend(m, diagonal, s, levels, q, r, e)
                     found = error(x, s, b, q, r, t)
                     if not found < least:
                         break
@@ -162,7 +187,7 @@ def affine_descent(kind: int, group: int) -> Kernel:
                 for i in range(group):
                     own[i] = np.uint8(best[i])
 
-    return kernel
+    return run
 
 
 @cache
@@ -175,11 +200,12 @@ def microscaled_descent(kind: int, format: int) -> Kernel:
     def value(code: np.uint32) -> np.float32:
         return _load_e4m3(code) if fp8 else _load_e2m1(code)
 
+    def run(w: Array, moments: Array, codes: Array, scales: Array) -> None:
+        kernel(w, moments, codes, scales, np.empty(group, np.float32), np.empty(group, np.float32))
+
     @jit
-    def kernel(w: Array, moments: Array, codes: Array, scales: Array) -> None:
+    def kernel(w: Array, moments: Array, codes: Array, scales: Array, v: Array, r: Array) -> None:
         rows, columns = w.shape
-        v = np.empty(group, np.float32)
-        r = np.empty(group, np.float32)
         for g in range(columns // group):
             m = moments[g]
             for row in range(rows):
@@ -215,4 +241,4 @@ def microscaled_descent(kind: int, format: int) -> Kernel:
                     if not changed:
                         break
 
-    return kernel
+    return run

@@ -1,10 +1,8 @@
-"""Compiled searches for the scale and bias of each group; import lazily, numba comes with it.
+"""Compiled searches for the scale and bias of each group.
 
 They minimise ``sum v (w - value)**2`` over a group, ``v`` the weight of each input column and
 ``value`` what the stored scale, bias and code stand for. Sums run in a fixed order, by halves, so
 the same input gives the same bytes on every machine. Reject as the kernels of ``quant.kernels`` do.
-Their helpers come from there: numba's cache does not watch that file, so touch this one after
-changing them.
 """
 
 from functools import cache
@@ -38,17 +36,31 @@ _LEAST_SCALE: Final = np.float32(1e-7)
 _INFINITE: Final = np.float32(np.inf)
 
 
-@jit
-def _fold_sum(t: Array, start: int, size: int) -> np.float32:
-    """Sum of ``size`` (a power of two, at least 16) values from ``start``, by halves; spoils t."""
-    half = size // 2
-    while half >= 8:
-        for i in range(half):
-            t[start + i] += t[start + i + half]
-        half //= 2
-    a = (t[start] + t[start + 4]) + (t[start + 2] + t[start + 6])
-    b = (t[start + 1] + t[start + 5]) + (t[start + 3] + t[start + 7])
-    return np.float32(a + b)
+@cache
+def fold_sum(size: int) -> Kernel:
+    """``(t, start) -> float32``: sum of ``size`` values of ``t``, by halves; spoils them.
+
+    ``size`` is a power of two, at least 16.
+    """
+    halves = tuple(size >> step for step in range(1, size.bit_length() - 3))
+    h1, h2, h3, h4 = (*halves, 0, 0, 0)[:4]
+
+    @jit
+    def kernel(t: Array, start: int) -> np.float32:
+        x = t[start : start + size]
+        for i in range(h1):
+            x[i] += x[i + h1]
+        for i in range(h2):
+            x[i] += x[i + h2]
+        for i in range(h3):
+            x[i] += x[i + h3]
+        for i in range(h4):
+            x[i] += x[i + h4]
+        a = (x[0] + x[4]) + (x[2] + x[6])
+        b = (x[1] + x[5]) + (x[3] + x[7])
+        return np.float32(a + b)
+
+    return kernel
 
 
 @cache
@@ -61,6 +73,7 @@ def affine_search(kind: int, group: int) -> Kernel:
     counts, and the best is kept: never worse than "rtn". ``neighbours`` tries the two stored scales
     next to the best as well.
     """
+    fold = fold_sum(group)
     magnitude = 0x7FFFFFFF if kind == F32 else 0x7FFF
     infinity = {0: 0x7F800000, 1: 0x7F80, 2: 0x7C00}[kind]
 
@@ -73,7 +86,7 @@ def affine_search(kind: int, group: int) -> Kernel:
             q = (q + _ULP_ONE) - _ULP_ONE
             e = x[i] - (s * q + b)
             t[i] = v[i] * e * e
-        return _fold_sum(t, 0, group)
+        return np.float32(fold(t, 0))
 
     @jit
     def fit(
@@ -91,11 +104,11 @@ def affine_search(kind: int, group: int) -> Kernel:
             t[2 * group + i] = vq * q
             t[3 * group + i] = v[i] * e
             t[4 * group + i] = vq * e
-        sv = _fold_sum(t, 0, group)
-        sq = _fold_sum(t, group, group)
-        sqq = _fold_sum(t, 2 * group, group)
-        se = _fold_sum(t, 3 * group, group)
-        sqe = _fold_sum(t, 4 * group, group)
+        sv = fold(t, 0)
+        sq = fold(t, group)
+        sqq = fold(t, 2 * group)
+        se = fold(t, 3 * group)
+        sqe = fold(t, 4 * group)
         mean = sq / sv
         spread = sqq - sq * mean
         slope = (sqe - se * mean) / spread
@@ -103,6 +116,21 @@ def affine_search(kind: int, group: int) -> Kernel:
         out[0] = s + s * slope
         out[1] = b + s * (se / sv - slope * mean)
         out[2] = mean
+
+    def run(
+        w: Array,
+        weights: Array,
+        levels: np.float32,
+        clips: Array,
+        neighbours: bool,
+        codes: Array,
+        scales: Array,
+        biases: Array,
+    ) -> int:
+        x, t = np.empty(w.shape[1], np.float32), np.empty(5 * group, np.float32)
+        found = np.empty(3, np.float32)
+        result = kernel(w, weights, levels, clips, neighbours, codes, scales, biases, x, t, found)
+        return int(result)
 
     @jit
     def kernel(
@@ -114,11 +142,11 @@ def affine_search(kind: int, group: int) -> Kernel:
         codes: Array,
         scales: Array,
         biases: Array,
+        x: Array,
+        t: Array,
+        found: Array,
     ) -> int:
         rows, columns = w.shape
-        x = np.empty(columns, np.float32)
-        t = np.empty(5 * group, np.float32)
-        found = np.empty(3, np.float32)
         for r in range(rows):
             row = w[r]
             for i in range(columns):
@@ -187,7 +215,7 @@ def affine_search(kind: int, group: int) -> Kernel:
                     out[i] = np.uint8(_bits(q + _ULP_ONE) & np.uint32(0xFF))
         return -1
 
-    return kernel
+    return run
 
 
 @cache
@@ -199,15 +227,18 @@ def microscaled_search(kind: int, format: int) -> Kernel:
     """
     group = 16 if format == NVFP4 else 32
     top = np.float32(448 if format == MXFP8 else 6)
+    fold = fold_sum(group)
     magnitude = 0x7FFFFFFF if kind == F32 else 0x7FFF
     infinity = {0: 0x7F800000, 1: 0x7F80, 2: 0x7C00}[kind]
     tries = 8 if format == NVFP4 else 3
 
+    def run(w: Array, weights: Array, codes: Array, scales: Array) -> int:
+        x, t = np.empty(group, np.float32), np.empty(group, np.float32)
+        return int(kernel(w, weights, codes, scales, x, t))
+
     @jit
-    def kernel(w: Array, weights: Array, codes: Array, scales: Array) -> int:
+    def kernel(w: Array, weights: Array, codes: Array, scales: Array, x: Array, t: Array) -> int:
         rows, columns = w.shape
-        x = np.empty(group, np.float32)
-        t = np.empty(group, np.float32)
         for r in range(rows):
             for g in range(columns // group):
                 start = g * group
@@ -243,7 +274,7 @@ def microscaled_search(kind: int, format: int) -> Kernel:
                             value = _load_e2m1(_store_e2m1(y)) * s
                         e = x[i] - value
                         t[i] = weights[start + i] * e * e
-                    e = _fold_sum(t, 0, group)
+                    e = fold(t, 0)
                     if e < least or k == 0:
                         least = e
                         best = code
@@ -256,4 +287,4 @@ def microscaled_search(kind: int, format: int) -> Kernel:
                     )
         return -1
 
-    return kernel
+    return run

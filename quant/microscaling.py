@@ -20,7 +20,7 @@ ROUNDING_RULES: Final[dict[str, str]] = {
 """How scales and codes are rounded, by mode; runtimes have changed these between versions."""
 
 _FORMATS: Final = {"mxfp4": 0, "mxfp8": 1, "nvfp4": 2}
-_SLICE = 1 << 17
+_SLICE = 1 << 20
 
 
 def quantize_microscaled(

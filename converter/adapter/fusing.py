@@ -90,7 +90,7 @@ def fuse(
     changed = {*pieces, *whole}
     declared = stored_dtype(source.config) is not None
     tensors = {
-        n: replace(info, dtype="F32") if n in changed and declared else info
+        n: info._replace(dtype="F32") if n in changed and declared else info
         for n, info in source.tensors.items()
     }
     notes = (said, *tied, *base_note(adapter, origin, name))

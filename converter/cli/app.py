@@ -263,4 +263,6 @@ def main() -> None:
     # Imports, headers and plans make objects that stay; looking through them for garbage each
     # time seven hundred have come takes a tenth of a short run.
     gc.set_threshold(100_000)
-    sys.exit(run(lambda: cli.main(standalone_mode=False)))
+    status = run(lambda: cli.main(standalone_mode=False))
+    gc.freeze()  # nor need the interpreter look for garbage in all of it on its way out
+    sys.exit(status)

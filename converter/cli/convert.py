@@ -21,6 +21,7 @@ from converter.maps import MapChoice
 from converter.mtp import SUFFIX
 from converter.pipeline import Converted, Request, convert, plan_request
 from converter.plan import Options
+from converter.source.header import paused_gc
 from converter.ui import Console, plan_tables, size_text, verdict_text
 from converter.variants import named_variant
 from quant.calibrate.text import (
@@ -57,6 +58,7 @@ def convert_command(given: dict[str, Any]) -> None:
             click.echo(str(output.folder))
 
 
+@paused_gc()
 def plan_command(given: dict[str, Any]) -> None:
     """convert plan: show what would be done."""
     _check_kv(given)

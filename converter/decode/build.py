@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from arch_maps.ops import Shape
@@ -47,7 +47,7 @@ class Builder:
         if coded.name in self.tensors:
             self.problem(f"{coded.name}: is there both quantized ({coded.reads[0]}) and plain")
             return
-        info = replace(first, name=coded.name, dtype=dtype or self.dtype, shape=coded.shape)
+        info = first._replace(name=coded.name, dtype=dtype or self.dtype, shape=coded.shape)
         self.tensors[coded.name] = info
         self.coded[coded.name] = coded
 

@@ -26,8 +26,8 @@ from converter.execute.journal import Journal
 from converter.plan.model import Plan, Shard
 from converter.source import Source
 
-FLUSH_BYTES = 1 << 30
-"""Output that may be lost to a power cut, and so must be written again."""
+FLUSH_BYTES = 64 << 20
+"""Output that waits for the disk: less keeps it idle, and a power cut loses more of more."""
 _BAD_SHOWN = 20
 
 Progress = Callable[[int, int], None]
@@ -211,8 +211,17 @@ def _run(
                 job.pending.append(unit.number)
                 job.written += size
 
-    with explain(jobs[0].work), ThreadPoolExecutor(workers) as pool:
+    def flush() -> None:
+        for job in jobs:
+            job.flush(lock)
+
+    with (
+        explain(jobs[0].work),
+        ThreadPoolExecutor(1) as flusher,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         running: set[Future[None]] = set()
+        flushing: Future[None] | None = None
         queue = iter(todo)
         if progress:
             progress(finished, total)
@@ -228,17 +237,20 @@ def _run(
                 finished += len(done)
                 if progress:
                     progress(finished, total)
-                if sum(job.written for job in jobs) >= FLUSH_BYTES:
-                    for job in jobs:
-                        job.flush(lock)
+                if flushing is not None and flushing.done():
+                    flushing.result()
+                    flushing = None
+                if flushing is None and sum(job.written for job in jobs) >= FLUSH_BYTES:
+                    flushing = flusher.submit(flush)
         except BaseException:
             for future in running:
                 future.cancel()
             raise
         if bad:
             raise PlanError(_summary([text for _, text in bad.values()]))
-        for job in jobs:
-            job.flush(lock)
+        if flushing is not None:
+            flushing.result()
+        flush()
 
 
 def _summary(bad: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from arch_maps.config import spell_dtype, stored_dtype
@@ -22,7 +22,7 @@ from converter.plan import rotate
 from converter.plan.calibrated import calibrated_spec, unseen_pictures
 from converter.plan.layout import Pending, lay_out
 from converter.plan.match import Match
-from converter.plan.model import Output, Plan, Shard, StoredTensor
+from converter.plan.model import Output, Plan, Shard
 from converter.plan.options import Options
 from converter.plan.repack import Repack, repack
 from converter.source import Source
@@ -108,12 +108,14 @@ def assemble(
     map: dict[str, Any] | None = None,
     decoding: dict[str, Any] | None = None,
 ) -> Plan:
-    """Give every pending tensor its place and freeze the plan."""
+    """Give every pending tensor its place, in its output's ``stored``, and freeze the plan."""
     pending = [tensor for _, roles in outputs for tensor in roles.values()]
     sizing = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
     shards: tuple[Shard, ...] = lay_out(pending, metadata=metadata, **sizing)
     placed = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
-    located = tuple(_located(out, roles, placed) for out, roles in outputs)
+    for out, roles in outputs:  # filled in here: a second copy of each would take a third longer
+        out.stored.update({role: placed[tensor.name] for role, tensor in roles.items()})
+    located = tuple(out for out, _ in outputs)
     return Plan(
         version=program_version(),
         model_type=model_type,
@@ -130,7 +132,7 @@ def assemble(
         parameters=sum(out.elements for out in located),
         source_bytes=sum(
             source.tensors[name].nbytes
-            for name in {leaf.name for out in located for leaf in sources(out.expr)}
+            for name in {leaf.name for out in located for leaf in sources(out.rule.expr)}
         ),
     )
 
@@ -149,21 +151,22 @@ def pending_tensors(
     target: str, shape: tuple[int, ...], dtype: str, quant: QuantSpec | None
 ) -> dict[str, Pending]:
     """The tensors that store one parameter, by role."""
-    shape = tuple(int(size) for size in shape)
+    shape = tuple(map(int, shape))
     if quant is None:
         return {"": Pending(target, dtype, shape)}
     module = target.removesuffix(".weight")
     return {
-        role: Pending(f"{module}.{role}", code, tuple(dims))
-        for role, (code, dims) in quant.output_tensors(shape, dtype).items()
+        role: Pending(f"{module}.{role}", code, dims)
+        for role, code, dims in _quantized_tensors(quant, shape, dtype)
     }
 
 
-def _located(
-    out: Output, roles: Mapping[str, Pending], placed: Mapping[str, StoredTensor]
-) -> Output:
-    stored = {role: placed[tensor.name] for role, tensor in roles.items()}
-    return replace(out, stored=stored)
+@lru_cache(maxsize=1024)  # layers repeat each other
+def _quantized_tensors(
+    quant: QuantSpec, shape: tuple[int, ...], dtype: str
+) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    tensors = quant.output_tensors(shape, dtype).items()
+    return tuple((role, code, tuple(dims)) for role, (code, dims) in tensors)
 
 
 def _outputs(
@@ -236,6 +239,8 @@ def _own_codes(
 
 def _origin(view: View, rule: Rule, own: Repack | str, spec: QuantSpec | None) -> str:
     """What became of the source's own quantization of a parameter, in words."""
+    if not view.coded:
+        return ""
     forms = {view.coded[leaf.name].form for leaf in sources(rule.expr) if leaf.name in view.coded}
     if not forms:
         return ""
@@ -266,7 +271,10 @@ def _decoding(view: View) -> dict[str, Any] | None:
 
 
 def _storage_dtype(source: Source, rule: Rule, dtype: str | None) -> tuple[str, str | None]:
-    codes = frozenset(source.tensors[leaf.name].dtype for leaf in sources(rule.expr))
+    if isinstance(rule.expr, Leaf):
+        codes = frozenset((source.tensors[rule.expr.name].dtype,))
+    else:
+        codes = frozenset(source.tensors[leaf.name].dtype for leaf in sources(rule.expr))
     if rule.kind is Kind.INDEX:
         code, wanted = ("I32" if codes <= {"I64", "I32"} else None), "integers"
     else:

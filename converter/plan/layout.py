@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import NamedTuple
 
 from arch_maps.dtypes import itemsize
 from arch_maps.ops import Shape
@@ -15,32 +16,32 @@ SHARD_BYTES = 5 << 30
 """Largest tensor data of one shard, as both runtimes' converters write them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A tensor that has no place yet."""
+class Pending(NamedTuple):
+    """A tensor that has no place yet; a tuple, since a large plan makes them by the 100,000."""
 
     name: str
     dtype: str
     shape: Shape
-    nbytes: int = field(init=False)
-    """Bytes of the tensor."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "nbytes", math.prod(self.shape) * itemsize(self.dtype))
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * itemsize(self.dtype)
 
 
 def lay_out(
     tensors: Sequence[Pending], *, metadata: Mapping[str, str], shard_bytes: int = SHARD_BYTES
 ) -> tuple[Shard, ...]:
     """Shards in name order; a tensor larger than ``shard_bytes`` gets a shard of its own."""
-    groups: list[list[Pending]] = [[]]
+    groups: list[list[tuple[Pending, int]]] = [[]]
     filled = 0
-    for tensor in sorted(tensors, key=lambda t: t.name):
-        if groups[-1] and filled + tensor.nbytes > shard_bytes:
+    for tensor in sorted(tensors, key=attrgetter("name")):
+        size = tensor.nbytes
+        if groups[-1] and filled + size > shard_bytes:
             groups.append([])
             filled = 0
-        groups[-1].append(tensor)
-        filled += tensor.nbytes
+        groups[-1].append((tensor, size))
+        filled += size
     count = len(groups)
     names = ["model.safetensors"] if count == 1 else _numbered(count)
     return tuple(_shard(file, group, metadata) for file, group in zip(names, groups, strict=True))
@@ -50,22 +51,24 @@ def _numbered(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def _shard(file: str, group: Sequence[Pending], metadata: Mapping[str, str]) -> Shard:
+def _shard(file: str, group: Sequence[tuple[Pending, int]], metadata: Mapping[str, str]) -> Shard:
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     at = 0
-    for tensor in group:
+    starts = []
+    for tensor, size in group:
+        starts.append(at)
+        at += size
         entries[tensor.name] = {
             "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + tensor.nbytes],
+            "shape": tensor.shape,
+            "data_offsets": (starts[-1], at),
         }
-        at += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned, as the format recommends
     header = len(text).to_bytes(8, "little") + text
     start = len(header)
-    stored = []
-    for tensor in group:
-        stored.append(StoredTensor(tensor.name, tensor.dtype, tensor.shape, file, start))
-        start += tensor.nbytes
-    return Shard(file, header, start, tuple(stored))
+    stored = tuple(
+        StoredTensor(tensor.name, tensor.dtype, tensor.shape, file, start + own, size)
+        for (tensor, size), own in zip(group, starts, strict=True)
+    )
+    return Shard(file, header, start + at, stored)

@@ -66,7 +66,9 @@ def match_release(source: Source, arch: ArchMap) -> Match:
         if facts.problems:  # sizes are unreliable, so comparing shapes would only mislead
             raise PlanError(facts.problems)
         candidates.append((layout, tensors, facts))
-    layout, tensors, facts = min(candidates, key=lambda one: unmatched(source, one[1]))
+    layout, tensors, facts = candidates[0]
+    if len(candidates) > 1:
+        layout, tensors, facts = min(candidates, key=lambda one: unmatched(source, one[1]))
     problems = disagreements(source.tensors, tensors)
     if problems:
         raise PlanError(grouped(problems))

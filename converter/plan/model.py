@@ -7,9 +7,8 @@ import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
-from arch_maps.dtypes import itemsize
 from arch_maps.ops import Expr, Shape, describe
 from arch_maps.rules import Drop, Rule
 from converter.plan.options import Options
@@ -20,8 +19,7 @@ FORMAT = 1
 """Version of the plan's JSON and of everything that decides output bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor of an output file; ``start`` is its absolute byte offset there."""
 
     name: str
@@ -29,11 +27,7 @@ class StoredTensor:
     shape: Shape
     file: str
     start: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return math.prod(self.shape) * itemsize(self.dtype)
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)

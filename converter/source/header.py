@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from arch_maps.dtypes import NUMPY_DTYPES, itemsize
 from converter.errors import PlanError
@@ -24,8 +24,7 @@ _ODD_NUMBER: Final = re.compile(r"[\[,:]\s*(?:-|\d{19})")
 _FIELDS: Final = frozenset({"dtype", "shape", "data_offsets"})
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """Where a tensor lies: ``start`` and ``stop`` are absolute byte offsets in ``file``."""
 
     name: str

@@ -1,8 +1,4 @@
-"""Compiled loops of the decoders; import lazily, numba comes with it.
-
-Helpers come from ``quant.kernels``: numba's cache does not watch that file, so touch this one
-after changing them.
-"""
+"""Compiled loops of the decoders."""
 
 from functools import cache
 from typing import Any
