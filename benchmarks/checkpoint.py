@@ -18,12 +18,14 @@ TOKENIZER = Path(__file__).parent.parent / "tests" / "fixtures" / "tinylm"
 _BLOCK = 4 << 20
 _SHARD_BYTES = 4 << 30
 _SEED = 20260722
+WIDE = {"hidden": 4096, "intermediate": 12288, "vocab": 248320, "tied": False}
+"""Sizes of Qwen3 8B, with the larger vocabulary of Qwen3.5."""
 Tensors = Sequence[tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of a Qwen3 text model with tied embeddings; ``kv`` is the width of keys and values."""
+    """Sizes of a Qwen3 text model; ``kv`` is the width of keys and values."""
 
     hidden: int = 2048
     intermediate: int = 6144
@@ -31,16 +33,20 @@ class Shape:
     kv: int = 1024
     vocab: int = 4096
     layers: int = 1
+    tied: bool = True
+    """Whether the embedding is the output projection as well."""
 
     @classmethod
-    def of_bytes(cls, size: float) -> Shape:
+    def of_bytes(cls, size: float, **sizes: int) -> Shape:
         """The shape with the number of layers whose bf16 weights come nearest to ``size`` bytes."""
-        one, two = (_tensor_bytes(list(cls(layers=n).tensors())) for n in (1, 2))
-        return cls(layers=max(1, round((size - 2 * one + two) / (two - one))))
+        one, two = (_tensor_bytes(list(cls(**sizes, layers=n).tensors())) for n in (1, 2))
+        return cls(**sizes, layers=max(1, round((size - 2 * one + two) / (two - one))))
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every tensor's name and shape, as transformers names them."""
         h, i = self.hidden, self.intermediate
+        if not self.tied:
+            yield "lm_head.weight", (self.vocab, h)
         yield "model.embed_tokens.weight", (self.vocab, h)
         for n in range(self.layers):
             layer = f"model.layers.{n}"
@@ -76,7 +82,7 @@ class Shape:
             "num_key_value_heads": self.kv // self.head_dim,
             "rms_norm_eps": 1e-06,
             "rope_theta": 10000.0,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": self.tied,
             "vocab_size": self.vocab,
         }
 
@@ -195,12 +201,13 @@ def main() -> None:
     size.add_argument("--bytes", type=float, help="of a qwen3 release")
     size.add_argument("--tensors", type=int, help="of a qwen3_5 release, all zeros")
     parser.add_argument("--zeros", action="store_true")
+    parser.add_argument("--wide", action="store_true", help="layers and vocabulary of 8B")
     given = parser.parse_args()
     if given.tensors:
         config, tensors = of_tensors(given.tensors)
         print(make_release(given.folder, config, tensors, zeros=True))
         return
-    shape = Shape.of_bytes(given.bytes)
+    shape = Shape.of_bytes(given.bytes, **(WIDE if given.wide else {}))
     print(make_release(given.folder, shape.config(), list(shape.tensors()), zeros=given.zeros))
 
 
