@@ -26,8 +26,8 @@ def streaming_for(
 ) -> Iterator[Streaming | None]:
     """What a proof of ``out`` reads block by block; None where it fits into memory whole.
 
-    ``source`` is the plain release, ``limit`` the bytes that it may take, None for those available. A runtime that is judged
-    ``alone`` is held against no weights.
+    ``source`` is the plain release, ``limit`` the bytes that it may take, None for those available.
+    A runtime that is judged ``alone`` is held against no weights.
     """
     release = open_folder(source)
     shapes = {name: info.shape for name, info in release.tensors.items()}

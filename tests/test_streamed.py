@@ -21,7 +21,7 @@ from validate.answers import Question
 from validate.cases import Case
 from validate.metrics import relative_error
 from validate.reference import ReferenceError, TorchReference
-from validate.runtime import MlxRuntime, runtimes_for
+from validate.runtime import MlxRuntime, RuntimeRefusal, runtimes_for
 from validate.streamed.reference import GREEDY_TOKENS, StreamedReference
 from validate.streamed.runtime import StreamedRuntime
 from validate.streamed.tensors import Tensors, whole_run_bytes
@@ -105,18 +105,30 @@ def test_both_sides_give_the_whole_models_numbers(twin_of, tmp_path, model_type)
             assert relative_error(a.steps, b.steps) < ROUNDING
 
 
+def made(root, **sizes):
+    """A release, its 4-bit output, and what made that."""
+    shape = Shape(**sizes)
+    make_release(root / "release", shape.config(), list(shape.tensors()))
+    done = converted(root / "release", root / "out")
+    return root / "release", root / "out", done
+
+
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
-    """A release of twelve blocks, and its 4-bit output."""
-    root = tmp_path_factory.mktemp("deep")
-    shape = Shape(hidden=256, intermediate=768, head_dim=64, kv=128, layers=12, tied=False)
-    make_release(root / "deep", shape.config(), list(shape.tensors()))
-    done = converted(root / "deep", root / "out")
-    return root / "deep", root / "out", done
+    """Twelve blocks."""
+    sizes = {"hidden": 256, "intermediate": 768, "head_dim": 64, "kv": 128, "layers": 12}
+    return made(tmp_path_factory.mktemp("deep"), **sizes, tied=False)
 
 
-def test_every_weight_is_read_once_in_a_pass(deep):
-    source, _, _ = deep
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Three blocks."""
+    sizes = {"hidden": 64, "intermediate": 96, "head_dim": 32, "kv": 32, "layers": 3}
+    return made(tmp_path_factory.mktemp("small"), **sizes, vocab=1024, tied=False)
+
+
+def test_every_weight_is_read_once_in_a_pass(small):
+    source, _, _ = small
     with open_folder(source).open() as reader:
         counting = Counting(reader)
         ask(source, counting)
@@ -143,19 +155,42 @@ def test_the_runtime_holds_one_block(deep):
         assert mx.get_active_memory() - before < 1 << 20
 
 
-def test_a_fault_in_one_block_fails_the_report(deep):
-    source, out, done = deep
+def test_a_model_that_holds_its_weights_is_refused(small, monkeypatch):
+    import mlx.core as mx
+    from mlx_lm.models import qwen3
+
+    stock = qwen3.MLP.__call__
+
+    def hasty(self, x):
+        mx.eval(self.gate_proj.weight)
+        return stock(self, x)
+
+    monkeypatch.setattr(qwen3.MLP, "__call__", hasty)
+    monkeypatch.setattr("validate.streamed.runtime._HELD", 1 << 12)
+    model = StreamedRuntime.load(small[1], runtime="mlx_lm")
+    model.to_float32(dense=True)
+    with pytest.raises(RuntimeRefusal, match="computes values while it is being called"):
+        model.run(model.text_inputs((5, 6, 7)))
+
+
+def test_a_fault_in_one_block_fails_the_report(small):
+    source, out, done = small
     good = prove(out, source=source, console=QUIET, plan=done.plan, memory_limit=0)
     assert good["verdict"] == "pass"
     row = next(check for check in good["checks"] if check["name"] == "streamed")
     assert "block by block" in row["note"]
     names = {(check["name"], check["modality"]) for check in good["checks"]}
-    assert {("logits", "chat"), ("decode", "text"), ("greedy", "code"), ("loss", "text")} <= names
+    assert {
+        ("logits", "unicode"),
+        ("decode", "text"),
+        ("greedy", "code"),
+        ("loss", "text"),
+    } <= names
     reader = PlannedReader.read_rows
 
     def planted(self, name, start, stop):
         rows = reader(self, name, start, stop)
-        return rows * 1.01 if name == "model.layers.7.mlp.down_proj.weight" else rows
+        return rows * 1.01 if name == "model.layers.1.mlp.down_proj.weight" else rows
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PlannedReader, "read_rows", planted)
@@ -165,8 +200,8 @@ def test_a_fault_in_one_block_fails_the_report(deep):
     assert failed >= {("logits", "mlx_vlm"), ("logits", "mlx_lm"), ("decode", "mlx_lm")}
 
 
-def test_weights_need_not_be_written_to_be_read(deep):
-    source, out, _ = deep
+def test_weights_need_not_be_written_to_be_read(small):
+    source, out, _ = small
     with written_weights(out, source) as folder, unwritten_weights(out, source) as (other, planned):
         written = open_folder(folder)
         assert planned.shapes == {name: info.shape for name, info in written.tensors.items()}
@@ -190,8 +225,8 @@ def test_rounding_goes_to_parameters_alone(twin_of):
         assert relative_error(whole.logits(question.ids), answer.logits) < ROUNDING
 
 
-def test_what_fits_is_not_streamed(deep):
-    source, out, done = deep
+def test_what_fits_is_not_streamed(small):
+    source, out, done = small
     needed = whole_run_bytes({k: i.shape for k, i in open_folder(source).tensors.items()})
     with streaming_for(out, source, plan=done.plan, limit=needed) as streaming:
         assert streaming is None
