@@ -179,13 +179,6 @@ kv_cache = _all(
     click.option("--kv-group-size", type=click.Choice(["32", "64", "128"]), help="For uniform."),
 )
 
-memory_limit = click.option(
-    "--memory-limit",
-    envvar="MLX_DAYZERO_MEMORY_LIMIT",
-    help="Validate block by block, with weights from the disk, what needs more than this, such as "
-    "6GiB; default: the memory that is available.",
-)
-
 judging = _all(
     click.option(
         "--draft-for",
@@ -195,7 +188,13 @@ judging = _all(
     click.option(
         "--kl-threshold", type=float, help="Fail when quantizing costs more mean KL than this."
     ),
-    memory_limit,
+    click.option(
+        "--memory-limit",
+        envvar="MLX_DAYZERO_MEMORY_LIMIT",
+        metavar="SIZE",
+        help="Validate block by block, with weights from the disk, what needs more than this, such "
+        "as 6GiB; default: the memory that is available.",
+    ),
 )
 
 proof = _all(
