@@ -124,7 +124,7 @@ def deep(tmp_path_factory):
 def small(tmp_path_factory):
     """Three blocks."""
     sizes = {"hidden": 64, "intermediate": 96, "head_dim": 32, "kv": 32, "layers": 3}
-    return made(tmp_path_factory.mktemp("small"), **sizes, vocab=1024, tied=False)
+    return made(tmp_path_factory.mktemp("small"), **sizes, tied=False)
 
 
 def test_every_weight_is_read_once_in_a_pass(small):
