@@ -12,6 +12,7 @@ from typing import Any
 from arch_maps.registry import ArchMap
 from converter.diagnose import diagnose
 from converter.errors import ConvertError, GateError
+from converter.execute.folder import explain
 from converter.manifest import note_comparison, read_manifest
 from converter.page import draw_page
 from converter.plain import plain_release
