@@ -18,12 +18,14 @@ TOKENIZER = Path(__file__).parent.parent / "tests" / "fixtures" / "tinylm"
 _BLOCK = 4 << 20
 _SHARD_BYTES = 4 << 30
 _SEED = 20260722
+WIDE = {"hidden": 4096, "intermediate": 12288, "vocab": 248320, "tied": False}
+"""Sizes of Qwen3 8B, with the larger vocabulary of Qwen3.5."""
 Tensors = Sequence[tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of a Qwen3 text model with tied embeddings; ``kv`` is the width of keys and values."""
+    """Sizes of a Qwen3 text model; ``kv`` is the width of keys and values."""
 
     hidden: int = 2048
     intermediate: int = 6144
@@ -31,16 +33,20 @@ class Shape:
     kv: int = 1024
     vocab: int = 4096
     layers: int = 1
+    tied: bool = True
+    """Whether the embedding is the output projection as well."""
 
     @classmethod
-    def of_bytes(cls, size: float) -> Shape:
+    def of_bytes(cls, size: float, **sizes: int) -> Shape:
         """The shape with the number of layers whose bf16 weights come nearest to ``size`` bytes."""
-        one, two = (_tensor_bytes(list(cls(layers=n).tensors())) for n in (1, 2))
-        return cls(layers=max(1, round((size - 2 * one + two) / (two - one))))
+        one, two = (_tensor_bytes(list(cls(**sizes, layers=n).tensors())) for n in (1, 2))
+        return cls(**sizes, layers=max(1, round((size - 2 * one + two) / (two - one))))
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every tensor's name and shape, as transformers names them."""
         h, i = self.hidden, self.intermediate
+        if not self.tied:
+            yield "lm_head.weight", (self.vocab, h)
         yield "model.embed_tokens.weight", (self.vocab, h)
         for n in range(self.layers):
             layer = f"model.layers.{n}"
@@ -76,7 +82,7 @@ class Shape:
             "num_key_value_heads": self.kv // self.head_dim,
             "rms_norm_eps": 1e-06,
             "rope_theta": 10000.0,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": self.tied,
             "vocab_size": self.vocab,
         }
 
@@ -111,11 +117,17 @@ def of_tensors(count: int) -> tuple[dict[str, object], Tensors]:
 
 
 def make_release(
-    folder: Path, config: dict[str, object], tensors: Tensors, *, zeros: bool = False
+    folder: Path,
+    config: dict[str, object],
+    tensors: Tensors,
+    *,
+    zeros: bool = False,
+    bits: bool = False,
 ) -> int:
     """Write the release and return the bytes of its weights; the same bytes on every machine.
 
-    With ``zeros`` the weight files are holes: any size costs no disk, and reads as zeros.
+    With ``zeros`` the weight files are holes: any size costs no disk, and reads as zeros. With
+    ``bits`` matrices are of random bits, which are made ten times as fast.
     """
     folder.mkdir(parents=True)
     for source in TOKENIZER.iterdir():
@@ -135,7 +147,8 @@ def make_release(
                 file.truncate(file.tell() + _tensor_bytes(shard))
                 continue
             for _, dims in shard:
-                for block in _random_bf16(number, math.prod(dims), ones=len(dims) == 1):
+                make = _random_bits if bits and len(dims) > 1 else _random_bf16
+                for block in make(number, math.prod(dims), ones=len(dims) == 1):
                     file.write(block)
                 number += 1
     total = _tensor_bytes(tensors)
@@ -183,6 +196,18 @@ def _random_bf16(seed: int, count: int, *, ones: bool) -> Iterator[bytes]:
         yield values.astype(ml_dtypes.bfloat16).tobytes()
 
 
+def _random_bits(seed: int, count: int, *, ones: bool) -> Iterator[bytes]:
+    """Values of either sign from 2^-7 to 2^-5, all as likely among those of one exponent."""
+    import numpy as np
+
+    random = np.random.Generator(np.random.SFC64([_SEED, seed]))
+    for start in range(0, count, _BLOCK):
+        words = random.integers(0, 1 << 16, min(_BLOCK, count - start), np.uint16)
+        words &= 0x80FF
+        words |= 0x3C00
+        yield words.tobytes()
+
+
 def _tensor_bytes(tensors: Tensors) -> int:
     return sum(2 * math.prod(dims) for _, dims in tensors)
 
@@ -195,13 +220,19 @@ def main() -> None:
     size.add_argument("--bytes", type=float, help="of a qwen3 release")
     size.add_argument("--tensors", type=int, help="of a qwen3_5 release, all zeros")
     parser.add_argument("--zeros", action="store_true")
+    parser.add_argument("--wide", action="store_true", help="wide layers and random bits")
+    parser.add_argument("--hidden", type=int, help="width of narrow layers")
     given = parser.parse_args()
     if given.tensors:
         config, tensors = of_tensors(given.tensors)
         print(make_release(given.folder, config, tensors, zeros=True))
         return
-    shape = Shape.of_bytes(given.bytes)
-    print(make_release(given.folder, shape.config(), list(shape.tensors()), zeros=given.zeros))
+    h = given.hidden
+    narrow = {"hidden": h, "intermediate": 3 * h, "kv": h // 2} if h else {}
+    shape = Shape.of_bytes(given.bytes, **(WIDE if given.wide else narrow))
+    tensors = list(shape.tensors())
+    made = make_release(given.folder, shape.config(), tensors, zeros=given.zeros, bits=given.wide)
+    print(made)
 
 
 if __name__ == "__main__":

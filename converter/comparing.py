@@ -21,10 +21,10 @@ from converter.naming import folder_names
 from converter.pipeline import Request, convert, plan_request
 from converter.plain import plain_release
 from converter.plan import Options
-from converter.proof import written_weights
 from converter.release import Release, fetch, open_release
 from converter.source import open_folder
 from converter.ui import Console
+from converter.written import written_weights
 from quant.recipe import AFFINE_BITS, AFFINE_GROUP_SIZES, QuantSpec
 
 _SLICE = 1 << 22

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from arch_maps.config import start
-from arch_maps.facts import Facts
-from arch_maps.ops import RowReader, exact, factors
 from arch_maps.registry import ArchMap
-from converter.decode import DecodingReader, decoded
 from converter.diagnose import diagnose
 from converter.errors import ConvertError, GateError
-from converter.execute import Job, execute
 from converter.execute.folder import explain
 from converter.manifest import note_comparison, read_manifest
 from converter.page import draw_page
 from converter.plain import plain_release
-from converter.plan import Options, Plan
-from converter.plan.back import build_back_plan
-from converter.plan.match import find_map, match_release
-from converter.sidecars import copy_sidecars, list_sidecars
-from converter.source import open_folder
+from converter.plan import Plan
+from converter.streaming import streaming_for
 from converter.ui import Console
+from converter.written import as_released, written_weights
 from validate.checks import NOT_COMPARED, REFERENCE, Check, Report
 
 
@@ -44,11 +33,13 @@ def prove(
     trust_remote_code: bool = False,
     workers: int = 2,
     arch: ArchMap | None = None,
+    memory_limit: int | None = None,
 ) -> dict[str, Any]:
     """Judge the checkpoint ``out`` against the release in ``source``; the content of parity.json.
 
     Works on conversions of any origin; with ``plan`` the report vouches for exactly that plan and
     for the files of its manifest. ``arch`` is the map it was made with, None for the registry's.
+    What needs more than ``memory_limit`` bytes, None for what is available, is run block by block.
     Raises ConvertError when nothing can be judged at all.
     """
     from validate.parity import run_parity
@@ -68,9 +59,12 @@ def prove(
         # A quantized release is compared by what its weights mean.
         source = stack.enter_context(plain_release(source, beside=out, arch=arch, workers=workers))
         alone = bool(lacks_class(source, trust_remote_code=trust_remote_code))
+        streaming = stack.enter_context(
+            streaming_for(out, source, plan=plan, arch=arch, limit=memory_limit, alone=alone)
+        )
         dequantized = (
             None
-            if alone
+            if alone or streaming is not None
             else stack.enter_context(_written_weights(out, source, plan, workers, arch))
         )
         try:
@@ -83,6 +77,7 @@ def prove(
                 progress=lambda text: console.say(f"  {text}"),
                 trust_remote_code=trust_remote_code,
                 arch=arch,
+                streaming=streaming,
             )
         except ReferenceError as error:
             raise ConvertError(f"{source}: cannot be run as the reference: {error}") from error
@@ -176,87 +171,9 @@ def _written_weights(
     out: Path, source: Path, plan: Plan | None, workers: int, arch: ArchMap | None
 ) -> AbstractContextManager[Path | None]:
     """A torch checkpoint of the weights as written, where they are not those of the release."""
-    if plan is not None and _lossless(plan):
-        return nullcontext()
-    view = decoded(open_folder(out, allow_mlx=True), dtype="F32")
-    arch = arch or find_map(view.source.config)
-    exactly = not view.coded and not _rotated(out) and not _arithmetic(arch, view.source.config)
-    if plan is None and exactly:
+    if as_released(out, plan, arch):
         return nullcontext()
     return written_weights(out, source, arch=arch, workers=workers)
-
-
-@contextmanager
-def written_weights(
-    out: Path,
-    source: Path,
-    *,
-    arch: ArchMap | None = None,
-    workers: int = 2,
-    scratch: Path | None = None,
-) -> Iterator[Path]:
-    """A torch checkpoint of the weights that ``out`` holds, as float32, under the release's names.
-
-    It lies hidden beside ``out``, or in ``scratch``, and goes with the context.
-    """
-    checkpoint = open_folder(out, allow_mlx=True)
-    view = decoded(checkpoint, dtype="F32")
-    logical = view.source
-    arch = arch or find_map(logical.config)
-    release = open_folder(source)
-    match = match_release(release, arch)
-    beside = [drop.name for drop in match.drops if drop.same_as is None]
-    beside += [leaf.name for rule in match.rules for leaf in factors(rule.expr)]
-    carried = {name: release.tensors[name] for name in beside}
-    merged = replace(logical, tensors={**logical.tensors, **carried})
-    back = build_back_plan(
-        merged,
-        arch,
-        Options(target="torch", dtype="float32"),
-        torch_config=start(release.config),
-        carried=carried,
-        rotated=_rotated(out),  # so that the gate judges the fold, too
-    )
-    parent = scratch or out.parent
-    with explain(parent):
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.reference-", dir=parent))
-    try:
-        with checkpoint.open() as mine, release.open() as theirs:
-            reader = _Beside(DecodingReader(mine, view), theirs, set(carried))
-            execute([Job(back, folder)], merged, reader=reader, stamp={}, workers=workers)
-        _rewrite(folder / "config.json", back.config)
-        _rewrite(folder / "model.safetensors.index.json", back.index())
-        copy_sidecars(source, list_sidecars(source), folder)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _rotated(out: Path) -> bool:
-    return (out / "conversion.json").is_file() and read_manifest(out).rotated
-
-
-def _lossless(plan: Plan) -> bool:
-    return all(out.quant is None and exact(out.expr) for out in plan.outputs)
-
-
-def _arithmetic(arch: ArchMap, config: dict[str, Any]) -> bool:
-    tensors = arch.expand(Facts(config), arch.layouts[0])
-    return not all(exact(rule.expr) for rule in tensors.rules)
-
-
-@dataclass(frozen=True, slots=True)
-class _Beside:
-    """Rows of the checkpoint, and of the release for what the checkpoint no longer holds."""
-
-    checkpoint: RowReader
-    release: RowReader
-    lost: set[str]
-
-    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows ``[start, stop)`` of a tensor."""
-        reader = self.release if name in self.lost else self.checkpoint
-        return reader.read_rows(name, start, stop)
 
 
 def _rewrite(path: Path, data: dict[str, Any]) -> None:

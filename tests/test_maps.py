@@ -175,7 +175,7 @@ def test_targets_are_the_parameters_of_the_stock_runtimes(model_type, recipe, tm
     )
     for runtime in runtimes_for(plan.config):
         parameters = MlxRuntime.load(tmp_path, runtime=runtime).parameters()
-        parameters = dict(taken_apart(tmp_path, parameters))
+        parameters = dict(taken_apart(tmp_path, parameters.items()))
         loaded = {
             n: (_CODES[str(a.dtype)], tuple(a.shape))
             for n, a in parameters.items()

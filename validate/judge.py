@@ -11,7 +11,7 @@ from validate.answers import Answer, Answers, Question
 from validate.arrays import to_mlx
 from validate.cases import MEDIA_FILES
 from validate.checks import EXACT, CaseResult, Check, Parting, at_most
-from validate.deviations import deviations_for, without
+from validate.deviations import deviations_for
 from validate.fault import Deviation
 from validate.gates import greedy_check, logits_check, loss_check, noise_check
 from validate.listening import audio_inputs
@@ -22,10 +22,13 @@ from validate.partings import Words, partings, with_partings
 from validate.processor_faults import OWN_TEMPLATES
 from validate.quality import joined, score, statistics
 from validate.runtime import Logits, MlxRuntime, RuntimeRefusal, Steps
+from validate.streamed.runtime import StreamedRuntime
 from validate.where.compare import Where
 from validate.where.row import locate, where_check
 
 _PACKED_TOKENS: Final = 4
+_PACKED_STREAMED: Final = 1
+"""Tokens through the packed kernels; fewer where another pass reads all weights for each kind."""
 _SHOWN: Final = 8
 _STATISTICS: Final = (
     *("perplexity", "perplexity_ratio", "perplexity_ratio_error", "kl_mean_error", "kl_median"),
@@ -51,6 +54,8 @@ class Judgement:
     """The map's rules for the reference's tensors; they pair its modules with the runtime's."""
     words: Words = field(default_factory=Words)
     """Text of the release's tokens."""
+    streamed: bool = False
+    """Whether the runtime, too, holds the weights of one block at a time."""
 
 
 @dataclass
@@ -84,7 +89,10 @@ def judge_runtime(job: Judgement, answers: Answers, *, runtime: str) -> Found:
         found.refused("load", "weights", error)
         return found
     compare_tokens(found, model, [item.question for item in answers.exact])
-    for modality, rows in _by_modality(answers).items():
+    groups = _by_modality(answers)
+    written = [index for kind, rows in groups.items() if kind not in MEDIA_FILES for index in rows]
+    together = _Together(model, answers, written) if isinstance(model, StreamedRuntime) else None
+    for modality, rows in groups.items():
         if modality in MEDIA_FILES and runtime == "mlx_lm":
             continue
         job.progress(f"{runtime}: {modality}")
@@ -98,13 +106,15 @@ def judge_runtime(job: Judgement, answers: Answers, *, runtime: str) -> Found:
                 )
                 found.checks += seen
                 run = partial(_run, model, answers, rows, inputs)
+                if together is not None and modality not in MEDIA_FILES:
+                    run = partial(together.runs, rows)
             stock = run()
             known = _needed_deviations(job, found, model, answers, modality, stock)
             prepared = any(item.prepares for item in known)
             if prepared:
                 fed = {index: to_mlx(answers.exact[index].question.inputs) for index in rows}
                 run = partial(_run, model, answers, rows, fed)
-            with without(known, model.model, model.config, source=job.source):
+            with model.without(known, source=job.source):
                 judged = run() if known else stock
                 found.checks += heard
                 _outputs(job, found, answers, modality, judged)
@@ -124,13 +134,14 @@ def load_checked(job: Judgement, found: Found, *, sample: bool = True) -> MlxRun
     """
     runtime = found.runtime
     job.progress(f"{runtime}: loading")
-    model = MlxRuntime.load(job.mlx_path, runtime=runtime, trust_remote_code=job.trust_remote_code)
+    kind = StreamedRuntime if job.streamed else MlxRuntime
+    model = kind.load(job.mlx_path, runtime=runtime, trust_remote_code=job.trust_remote_code)
     found.description = model.describe()
     found.checks.append(_weights(job, model))
     packed = model.quantized()
     model.to_float32(dense=packed and not sample)
     if packed and sample:
-        tokens = list(range(1, _PACKED_TOKENS + 1))
+        tokens = list(range(1, (_PACKED_STREAMED if job.streamed else _PACKED_TOKENS) + 1))
         codes = model.sample(tokens)
         model.to_float32(dense=True)
         check = logits_check(
@@ -145,7 +156,9 @@ def load_checked(job: Judgement, found: Found, *, sample: bool = True) -> MlxRun
 
 def _weights(job: Judgement, model: MlxRuntime) -> Check:
     text_only = model.name == "mlx_lm" and job.text_only
-    result = compare_loaded(job.mlx_path, model.parameters(), text_only=text_only)
+    result = compare_loaded(
+        job.mlx_path, model.parameters(), text_only=text_only, drop=job.streamed
+    )
     shown = "; ".join(result.problems[:_SHOWN])
     unused = f"{len(result.unused)} tensors of other modalities left alone" if result.unused else ""
     return Check(
@@ -223,14 +236,29 @@ def _by_modality(answers: Answers) -> dict[str, list[int]]:
 def _run(
     model: MlxRuntime, answers: Answers, rows: Sequence[int], inputs: Mapping[int, dict[str, Any]]
 ) -> Runs:
-    runs = []
-    for index in rows:
-        item = answers.exact[index]
-        if index in inputs:
-            runs.append((index, model.run(inputs[index], item.greedy.tokens)))
-        else:
-            runs.append((index, model.continued(item.question.ids, item.greedy.tokens)))
-    return runs
+    items = [(index, answers.exact[index]) for index in rows]
+    asked = [
+        (inputs.get(index) or model.text_inputs(item.question.ids), item.greedy.tokens)
+        for index, item in items
+    ]
+    return list(zip(rows, model.runs(asked), strict=True))
+
+
+@dataclass
+class _Together:
+    """All written prompts at once, kind after kind: every weight is read for all of them."""
+
+    model: StreamedRuntime
+    answers: Answers
+    rows: Sequence[int]
+    _done: dict[tuple[Deviation, ...], dict[int, Steps]] = field(default_factory=dict)
+
+    def runs(self, rows: Sequence[int]) -> Runs:
+        """The runs of ``rows``, with the faults taken out that are so now."""
+        known = self.model.known
+        if known not in self._done:
+            self._done[known] = dict(_run(self.model, self.answers, self.rows, {}))
+        return [(index, self._done[known][index]) for index in rows]
 
 
 def _listen(model: MlxRuntime, answers: Answers, rows: Sequence[int], heard: list[Check]) -> Runs:
@@ -440,7 +468,7 @@ def _noise(job: Judgement, found: Found, answers: Answers) -> None:
             check = measure()
             if check.verdict == "fail" and known:
                 fed = any(item.prepares for item in known)
-                with without(known, model.model, model.config, source=job.source):
+                with model.without(known, source=job.source):
                     check = measure(fed=fed)
                 check = replace(check, note=f"{check.note}; the runtime's known faults taken out")
             found.checks.append(check)

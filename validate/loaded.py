@@ -6,7 +6,7 @@ checkpoint is right only when none of that happens to it.
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from arch_maps.dtypes import itemsize
 
 _HEADER_LIMIT: Final = 100_000_000
+_PIECE: Final = 1 << 24
+"""Bytes of a file that are compared at once."""
 _LANGUAGE: Final = "language_model."
 _READ_BY_ALL: Final = (_LANGUAGE, f"model.{_LANGUAGE}", "lm_head.")
 """Starts of the names that a text-only runtime reads too."""
@@ -121,12 +123,13 @@ def weight_dtypes(folder: Path) -> dict[str, int]:
 
 
 def compare_loaded(
-    folder: Path, parameters: Mapping[str, Any], *, text_only: bool = False
+    folder: Path, parameters: dict[str, Any], *, text_only: bool = False, drop: bool = False
 ) -> LoadedWeights:
     """Compare loaded MLX ``parameters`` with the files: names, dtypes, shapes and every bit.
 
     A runtime may keep the whole language model under ``language_model.``; that prefix is the only
     difference in names allowed. ``text_only``: tensors outside the language model may stay unread.
+    ``drop`` takes each out of ``parameters`` before it is read, so that it is gone afterwards.
     """
     written = written_tensors(folder)
     translate = file_names(written, parameters)
@@ -134,7 +137,8 @@ def compare_loaded(
     problems: list[str] = []
     seen: set[str] = set()
     count = size = 0
-    for path, array in taken_apart(folder, parameters):
+    given = ((path, parameters.pop(path)) for path in list(parameters)) if drop else None
+    for path, array in taken_apart(folder, given or parameters.items()):
         name = translate(path)
         source = written.get(name)
         if source is None and path.endswith(habit.computed):
@@ -156,11 +160,11 @@ def compare_loaded(
     return LoadedWeights(tensors=count, bytes=size, unused=unused, problems=tuple(problems))
 
 
-def taken_apart(folder: Path, parameters: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The parameters, with what the loader of this type joins taken apart again."""
+def taken_apart(folder: Path, parameters: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The parameters by path, with what the loader of this type joins taken apart again."""
     mx: Any = import_module("mlx.core")
     whole, *parts = _HABITS.get(_model_type(folder), Habit()).joined or ("",)
-    for path, array in parameters.items():
+    for path, array in parameters:
         if whole and f".{whole}." in path:
             for name, part in zip(parts, mx.split(array, 2, axis=1), strict=True):
                 yield path.replace(f".{whole}.", f".{name}."), mx.contiguous(part)
@@ -202,14 +206,30 @@ def _difference(source: Written, array: Any, *, parted: bool = False, halved: bo
     if tuple(array.shape) != source.shape:
         return f"written with shape {list(source.shape)}, loaded with {list(array.shape)}"
     words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.itemsize]
-    loaded = np.array(array.view(words) if array.dtype != mx.bool_ else array.astype(mx.uint8))
-    bits = source.bits()
-    if rounded:
-        bits = bits.view(np.float32).astype(np.float16).view(np.uint16)
-    if parted:
-        bits = np.concatenate([bits[0::2], bits[1::2]])
-    different = int(np.count_nonzero(loaded != bits))
+    loaded = np.asarray(array.view(words) if array.dtype != mx.bool_ else array.astype(mx.uint8))
+    if rounded or parted:
+        bits = source.bits()
+        if rounded:
+            bits = bits.view(np.float32).astype(np.float16).view(np.uint16)
+        if parted:
+            bits = np.concatenate([bits[0::2], bits[1::2]])
+        different = int(np.count_nonzero(loaded != bits))
+    else:
+        different = _different(source, loaded.reshape(-1))
     return f"{different} of {loaded.size} values differ from the file" if different else ""
+
+
+def _different(source: Written, loaded: NDArray[Any]) -> int:
+    """How many values are not the file's, which is read in pieces and not mapped into memory."""
+    size = loaded.itemsize
+    step = _PIECE // size
+    count = 0
+    with source.file.open("rb") as file:
+        file.seek(source.offset)
+        for start in range(0, loaded.size, step):
+            part = loaded[start : start + step]
+            count += int(np.count_nonzero(np.fromfile(file, part.dtype, part.size) != part))
+    return count
 
 
 def _read_header(file: Path) -> dict[str, Written]:

@@ -33,6 +33,8 @@ from validate.pictures import judge_pictures, only_looks
 from validate.reference import ReferenceError, TorchReference, lacks_class, read_config
 from validate.runtime import is_generative, prepare_mlx, runtimes_for
 from validate.speculative import drafter_weights
+from validate.streamed.asking import ask_streamed, streamed_row
+from validate.streamed.tensors import Streaming
 from validate.torch_faults import unbuilt
 from validate.where.row import rules_of
 
@@ -53,44 +55,57 @@ def run_parity(
     progress: Callable[[str], None] | None = None,
     trust_remote_code: bool = False,
     arch: ArchMap | None = None,
+    streaming: Streaming | None = None,
 ) -> Report:
     """Judge ``mlx_path`` against the torch checkpoint ``source``.
 
     ``dequantized``: torch folder with the weights the output really holds, as float32 values;
     needed for exactness when the output is quantized or narrower than the source. ``images``: None
     judges pictures where the config has a vision part; sounds are judged where it has an audio
-    part. ``arch`` is the map, None for the registry's; it tells which modules to compare. Raises
-    ReferenceError or CheckpointError when a folder cannot be judged at all; what a runtime refuses
-    is a failed check instead. Where torch has no class for the release, the runtime is judged alone
-    and nothing is proven.
+    part. ``arch`` is the map, None for the registry's; it tells which modules to compare.
+    ``streaming`` runs text block by block, with weights from there and not from ``dequantized``.
+    Raises ReferenceError or CheckpointError when a folder cannot be judged at all; what a runtime
+    refuses is a failed check instead. Where torch has no class for the release, the runtime is
+    judged alone and nothing is proven.
     """
     say = progress or (lambda message: None)
     fast = prepare_mlx()
     config = read_config(mlx_path)
     checks: list[Check] = []
     quantized = bool(config.get("quantization"))
+    held = dequantized is not None or (streaming is not None and streaming.exact is not None)
+    exact = held or not quantized
     missing = lacks_class(source, trust_remote_code=trust_remote_code)
     if missing:
         checks.append(no_reference(missing))
-    elif quantized and dequantized is None:
+    elif quantized and not exact:
         checks.append(_no_exactness())
-    wants_images = _reads_pictures(config) if missing else _wants_images(source, images, checks)
+    if missing or streaming:
+        wants_images = _reads_pictures(config)
+    else:
+        wants_images = _wants_images(source, images, checks)
     media = (*(("image",) if wants_images else ()), *(("audio",) if hears(config) else ()))
     judgement = Judgement(
         mlx_path=mlx_path,
         source=source,
         quantized=quantized,
         dtype=_compute_dtype(mlx_path),
-        exact=not (quantized and dequantized is None),
+        exact=exact,
         kl_threshold=kl_threshold,
         progress=say,
         trust_remote_code=trust_remote_code,
         text_only=sees(config) or hears(config),
-        rules=() if missing else rules_of(dequantized or source, read_config(source), arch),
+        rules=()
+        if missing or streaming
+        else rules_of(dequantized or source, read_config(source), arch),
         words=Words()
         if missing or not is_generative(config)
         else Words.of(source, trust_remote_code=trust_remote_code),
+        streamed=streaming is not None,
     )
+    if streaming is not None:
+        checks.append(streamed_row(streaming, judgement, media))
+        _require_blocks(config)
     runtimes = runtimes_for(config, mlx_path)
     if not runtimes:
         checks.append(_no_runtime(str(config.get("model_type"))))
@@ -112,7 +127,10 @@ def run_parity(
         checks += found.checks
         described["runtimes"].append(found.description)
     elif is_generative(config):
-        reference, answers = _ask(source, dequantized, judgement, media, checks)
+        if streaming is not None:
+            reference, answers = ask_streamed(streaming, judgement)
+        else:
+            reference, answers = _ask(source, dequantized, judgement, media, checks)
         for runtime in runtimes:
             found = judge_runtime(judgement, answers, runtime=runtime)
             checks += found.checks
@@ -122,6 +140,7 @@ def run_parity(
             and images is None
             and sees(config)
             and not _reads_pictures(config)
+            and streaming is None
         ):
             checks += look_alone(judgement, source)
     elif only_looks(config):
@@ -135,6 +154,15 @@ def run_parity(
     return Report(
         plan=plan, reference=reference, runtime=described, checks=tuple(_settle_metal(checks))
     )
+
+
+def _require_blocks(config: Mapping[str, Any]) -> None:
+    """Raise ReferenceError for what is no text model of its own, and so is not streamed."""
+    if assists(config) or not is_generative(config):
+        raise ReferenceError(
+            "it cannot be judged block by block: only models that write text can. "
+            "Give --memory-limit a size that it needs whole, or judge it on a larger machine"
+        )
 
 
 def _ask(

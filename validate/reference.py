@@ -166,9 +166,19 @@ class TorchReference:
         """``count`` greedy tokens after a text prompt, one cached step at a time."""
         return self.greedy_from(self.text_inputs(ids), count)
 
-    def _has_usual_cache(self) -> bool:
+    def steps_with_cache(self, inputs: Mapping[str, Any]) -> bool:
         """Whether steps hand on ``past_key_values``; pure state-space models do otherwise."""
-        return "past_key_values" in inspect.signature(self.model.forward).parameters
+        usual = "past_key_values" in inspect.signature(self.model.forward).parameters
+        return usual and set(inputs) <= {"input_ids", "attention_mask"}
+
+    def ends(self, token: int) -> bool:
+        """Whether a continuation ends with ``token``, one that stands for a picture or a sound."""
+        return token in {getattr(self.model.config, name, None) for name in _MEDIA_TOKENS}
+
+    def extended(self, inputs: Mapping[str, Any], token: int) -> dict[str, Any]:
+        """The inputs with one more text token."""
+        kind = _SUFFIX_TYPE.get(self.model.config.model_type, 0)
+        return _extended(inputs, token, token_type=kind)
 
     def greedy_from(self, inputs: Mapping[str, Any], count: int) -> Greedy:
         """``count`` greedy tokens after prepared inputs.
@@ -183,10 +193,8 @@ class TorchReference:
         tokens: list[int] = []
         rows: list[Logits] = []
         current = dict(self.cast(inputs))
-        media = {getattr(self.model.config, name, None) for name in _MEDIA_TOKENS}
         apart = bool(self.answer_so_far(()))
-        cached = set(inputs) <= {"input_ids", "attention_mask"} and self._has_usual_cache()
-        cached = cached and not apart
+        cached = self.steps_with_cache(inputs) and not apart
         cache = None
         with torch.inference_mode():
             for _ in range(count):
@@ -200,11 +208,10 @@ class TorchReference:
                     output = self.model(**current, **answered, use_cache=False)
                 rows.append(_numpy(output.logits[0, -1]))
                 tokens.append(int(rows[-1].argmax()))
-                if tokens[-1] in media:
+                if self.ends(tokens[-1]):
                     break
                 if not cached and not apart:
-                    kind = _SUFFIX_TYPE.get(self.model.config.model_type, 0)
-                    current = _extended(current, tokens[-1], token_type=kind)
+                    current = self.extended(current, tokens[-1])
         return Greedy(tokens=tuple(tokens), logits=np.stack(rows))
 
     def hidden(self, ids: Sequence[int]) -> Logits:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from validate.cases import Case
+from validate.fault import Deviation
 from validate.model_file import ModelFileError, runtimes_of, trusted
 
 Logits = NDArray[np.float32]
@@ -122,6 +123,10 @@ class Steps:
     """[tokens, vocabulary]: row k was computed after k tokens of the continuation."""
 
 
+Asked = tuple[Mapping[str, Any], Sequence[int]]
+"""A prompt as ``run`` takes it: inputs and continuation."""
+
+
 class MlxRuntime:
     """A checkpoint loaded by one stock runtime, exactly as that runtime loads it."""
 
@@ -149,7 +154,7 @@ class MlxRuntime:
                 f"{folder}: config.json names model code of its own ({config['model_file']}); "
                 "it runs only with --trust-remote-code"
             )
-        with _refusals(runtime, folder), _quiet():
+        with refusals(runtime, folder), _quiet():
             if runtime == "mlx_lm":
                 from mlx_lm.utils import load_model
 
@@ -186,8 +191,8 @@ class MlxRuntime:
         """Whether any module computes with packed codes."""
         return any(_is_quantized(module) for _, module in self.model.named_modules())
 
-    def to_float32(self, *, dense: bool) -> None:
-        """Compute in float32 from the loaded weights, cast in memory.
+    def to_float32(self, *, dense: bool, evaluate: bool = True) -> None:
+        """Compute in float32 from the loaded weights, cast in memory, when used or at once.
 
         ``dense`` also unpacks the codes into float32 matrices, which compute what the packed
         kernel computes up to the order of accumulation, and on a CPU a hundred times faster.
@@ -198,17 +203,26 @@ class MlxRuntime:
         self.model.set_dtype(mx.float32)
         if dense:
             modules = [
-                (name, _unpacked(module))
+                (name, _unpacked(module, evaluate=evaluate))
                 for name, module in self.model.named_modules()
                 if _is_quantized(module)
             ]
             if modules:
                 self.model.update_modules(tree_unflatten(modules))
-        mx.eval(self.model.parameters())
+        if evaluate:
+            mx.eval(self.model.parameters())
+
+    def without(
+        self, known: Sequence[Deviation], *, source: Path
+    ) -> contextlib.AbstractContextManager[None]:
+        """Take documented faults out of the model meanwhile."""
+        from validate.deviations import without
+
+        return without(known, self.model, self.config, source=source)
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Logits of every position of one prompt, [positions, vocabulary]."""
-        return self.run({"input_ids": self._row(ids)}).prefill
+        return self.run(self.text_inputs(ids)).prefill
 
     def sample(self, ids: Sequence[int]) -> Logits:
         """What the model makes of a few tokens: logits, or an encoder's hidden states."""
@@ -216,7 +230,7 @@ class MlxRuntime:
 
     def continued(self, ids: Sequence[int], continuation: Sequence[int]) -> Steps:
         """Run the prompt, then feed ``continuation`` one token at a time through the cache."""
-        return self.run({"input_ids": self._row(ids)}, continuation)
+        return self.run(self.text_inputs(ids), continuation)
 
     def run(self, inputs: Mapping[str, Any], continuation: Sequence[int] = ()) -> Steps:
         """As stock generation runs it: embed, prefill with a cache, then single-token steps.
@@ -224,15 +238,28 @@ class MlxRuntime:
         Row 0 of ``steps`` is the prompt's last row; the last token of ``continuation`` is not
         fed, because nothing follows it.
         """
-        with _refusals(self.name, self.folder):
-            output, step = self._prefill(inputs)
-            words = slice(_words(self.config))
-            prefill = _numpy(output[0])[:, words]
-            rows = [prefill[-1]]
-            rows += [_numpy(step(self._row([token]))[0, -1])[words] for token in continuation[:-1]]
-        return Steps(prefill=prefill, steps=np.stack(rows))
+        with refusals(self.name, self.folder):
+            output, step = self.prefill(inputs)
+            prefill = numpy_of(output[0])
+            following = [numpy_of(step(self._row([t]))[0, -1]) for t in continuation[:-1]]
+            return self.steps_of(prefill, following)
 
-    def _prefill(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+    def runs(self, asked: Sequence[Asked]) -> list[Steps]:
+        """What ``run`` gives for each prompt."""
+        return [self.run(inputs, continuation) for inputs, continuation in asked]
+
+    def text_inputs(self, ids: Sequence[int]) -> dict[str, Any]:
+        """Model inputs of one text."""
+        return {"input_ids": self._row(ids)}
+
+    def steps_of(self, prefill: Logits, following: Sequence[Logits]) -> Steps:
+        """Logits [positions, all] of a prompt and [all] of each token after it, of words alone."""
+        words = slice(_words(self.config))
+        first = prefill[:, words]
+        return Steps(first, np.stack([first[-1], *(row[words] for row in following)]))
+
+    def prefill(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Logits of prepared inputs, and what feeds one token more through their cache."""
         if self.name == "mlx_lm":
             from mlx_lm.models.cache import make_prompt_cache
 
@@ -273,23 +300,23 @@ class MlxRuntime:
 
         Where the runtime gives no states, the embedding stands for them as [1, size].
         """
-        with _refusals(self.name, self.folder):
+        with refusals(self.name, self.folder):
             output = self.model(self._row(ids))
-            states, pooled = output.last_hidden_state, _numpy(output.text_embeds[0])
-            return pooled[None] if states is None else _numpy(states[0]), pooled
+            states, pooled = output.last_hidden_state, numpy_of(output.text_embeds[0])
+            return pooled[None] if states is None else numpy_of(states[0]), pooled
 
     def states(self, inputs: Mapping[str, Any]) -> Logits:
         """An encoder's last hidden state of prepared inputs, [positions, size]."""
-        with _refusals(self.name, self.folder):
-            return _numpy(self.model(**inputs).last_hidden_state[0])
+        with refusals(self.name, self.folder):
+            return numpy_of(self.model(**inputs).last_hidden_state[0])
 
     def picture(self, pixels: Any) -> Logits:
         """A tower's last hidden state of a picture [1, channels, rows, columns]."""
         import mlx.core as mx
 
-        with _refusals(self.name, self.folder):
+        with refusals(self.name, self.folder):
             output = self.model(mx.array(np.moveaxis(np.asarray(pixels), 1, -1)))
-            return _numpy(output["last_hidden_state"][0])
+            return numpy_of(output["last_hidden_state"][0])
 
     def media_inputs(self, case: Case, *, stock_prompt: bool = False) -> dict[str, Any]:
         """Model inputs for a picture or a sound and a question, through this runtime's processor.
@@ -299,14 +326,14 @@ class MlxRuntime:
         """
         from validate.runtime_inputs import media_inputs
 
-        with _refusals(self.name, self.folder), _quiet():
+        with refusals(self.name, self.folder), _quiet():
             inputs = media_inputs(self.folder, self.model.config, case, stock_prompt=stock_prompt)
         inputs["input_ids"] = self._ids(inputs["input_ids"])
         return inputs
 
     def tokenize(self, case: Case) -> list[int]:
         """Token ids of a text or a conversation, as this runtime's own loader makes them."""
-        with _refusals(self.name, self.folder), _quiet():
+        with refusals(self.name, self.folder), _quiet():
             processor = self._processor
             tokenizer = getattr(processor, "tokenizer", processor)
             if self.name == "mlx_lm":
@@ -348,7 +375,7 @@ def _is_quantized(module: Any) -> bool:
     return hasattr(module, "bits") and "scales" in module and "weight" in module
 
 
-def _unpacked(module: Any) -> Any:
+def _unpacked(module: Any, *, evaluate: bool) -> Any:
     import mlx.core as mx
 
     nn: Any = import_module("mlx.nn")
@@ -369,7 +396,8 @@ def _unpacked(module: Any) -> Any:
     )
     if "bias" in module:
         dense.bias = module.bias
-    mx.eval(dense.parameters())
+    if evaluate:
+        mx.eval(dense.parameters())
     return dense
 
 
@@ -381,14 +409,16 @@ def _words(config: Mapping[str, Any]) -> int | None:
     return int(text["vocab_size"]) + int(text["additional_vocab_size"])
 
 
-def _numpy(array: Any) -> Logits:
+def numpy_of(array: Any) -> Logits:
+    """An MLX array's values in float32."""
     import mlx.core as mx
 
     return np.array(array.astype(mx.float32))
 
 
 @contextlib.contextmanager
-def _refusals(runtime: str, folder: Path) -> Iterator[None]:
+def refusals(runtime: str, folder: Path) -> Iterator[None]:
+    """Turn what a runtime raises meanwhile into RuntimeRefusal."""
     # Whatever a stock runtime raises on a checkpoint is a finding about the pair, to be reported.
     try:
         yield

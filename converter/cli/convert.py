@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from converter.execute.parts import Part
 from converter.kv import KvAsked
 from converter.manifest import verify
 from converter.maps import MapChoice
+from converter.memory import size_of
 from converter.mtp import SUFFIX
 from converter.pipeline import Converted, Request, convert, plan_request
 from converter.plan import Options
@@ -37,6 +37,7 @@ _CALIBRATION = ("calibration_data", "calibration_sequences", "calibration_length
 
 def convert_command(given: dict[str, Any]) -> None:
     """convert --hf-path ...: everything, in order."""
+    _memory_limit(given)  # a misspelt size is refused before hours of work
     if given["upload_repo"] is not None and given["no_validate"]:
         raise UsageError("--no-validate: nothing is uploaded without a passing report")
     console = Console(quiet=given["quiet"])
@@ -101,6 +102,7 @@ def validate_command(given: dict[str, Any]) -> None:
                 kl_threshold=given["kl_threshold"],
                 trust_remote_code=trust,
                 arch=arch,
+                memory_limit=_memory_limit(given),
             )
     if given["as_json"]:
         click.echo(json.dumps(report, indent=1))
@@ -270,6 +272,7 @@ def _prove_and_publish(
                     trust_remote_code=given["trust_remote_code"],
                     workers=workers,
                     arch=output.arch,
+                    memory_limit=_memory_limit(given),
                 )
         reports.append(report)
     _set_side_by_side([output.folder for output in outputs if output.target is None])
@@ -321,6 +324,11 @@ def _set_side_by_side(outputs: list[Path]) -> None:
         record_variants(outputs)
         for out in outputs:
             draw_page(out)
+
+
+def _memory_limit(given: dict[str, Any]) -> int | None:
+    text = given["memory_limit"]
+    return None if text is None else size_of(text, "--memory-limit")
 
 
 def _gate(report: dict[str, Any], out: Path) -> None:
@@ -384,21 +392,16 @@ def _target(given: dict[str, Any]) -> dict[str, Any]:
     own += ["--quant-predicate"] if given["quant_predicate"] else []
     if own:
         raise UsageError(f"{own[0]}: --q-target-bpw and --q-target-size choose it themselves")
-    size = None if given["q_target_size"] is None else _bytes(given["q_target_size"])
+    size = (
+        None
+        if given["q_target_size"] is None
+        else size_of(given["q_target_size"], "--q-target-size")
+    )
     return {
         "target_bits": given["q_target_bpw"],
         "target_bytes": size,
         "target_group_size": given["q_group_size"],
     }
-
-
-def _bytes(text: str) -> int:
-    """A size such as 4.2GB or 900MiB in bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?\s*", text)
-    if match is None:
-        raise UsageError(f"--q-target-size {text}: give a size such as 4.2GB or 900MiB")
-    power = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def _calibration(

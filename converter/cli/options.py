@@ -188,6 +188,13 @@ judging = _all(
     click.option(
         "--kl-threshold", type=float, help="Fail when quantizing costs more mean KL than this."
     ),
+    click.option(
+        "--memory-limit",
+        envvar="MLX_DAYZERO_MEMORY_LIMIT",
+        metavar="SIZE",
+        help="Validate block by block, with weights from the disk, what needs more than this, such "
+        "as 6GiB; default: the memory that is available.",
+    ),
 )
 
 proof = _all(

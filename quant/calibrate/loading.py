@@ -33,15 +33,31 @@ def empty_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
     import torch
     import transformers
 
-    init: Any = import_module("transformers.initialization")
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    try:
+
+    def build() -> Any:
         config = transformers.AutoConfig.from_pretrained(folder, **options)
         config._experts_implementation = "eager"
+        return _model_class(config)(config, dtype=torch.float32)
+
+    return without_weights(build, folder)
+
+
+def without_weights(build: Callable[[], Any], folder: Path) -> Any:
+    """The transformers model that ``build`` makes of ``folder``, its parameters on the meta device.
+
+    Raises CalibrationError where that fails.
+    """
+    import torch
+
+    init: Any = import_module("transformers.initialization")
+    try:
         with torch.device("meta"), init.meta_device_safe_creation_ops(), init.no_tie_weights():
-            model = _model_class(config)(config, dtype=torch.float32)
+            model = build()
         model._move_missing_keys_from_meta_to_device(set(), None, None, None)
         model._initialize_missing_keys(False)
+    except CalibrationError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
         raise CalibrationError(f"{folder}: transformers cannot build it: {error}") from error
     return model.eval()
@@ -93,6 +109,8 @@ class Weights:
         """Parameters that share another's values, by name."""
         self.replaced: Mapping[str, Tensor] = {}
         """Values that stand in for tensors of the release from now on."""
+        self.rounding: Any = None
+        """torch dtype that the values of parameters are rounded to before they are used."""
         self.groups = self._grouped()
         self.group_of = {name: group for group in self.groups for name in group.parameters}
 
@@ -139,15 +157,31 @@ class Weights:
 
     def read(self, name: str) -> Tensor:
         """A tensor of the release in float32; integers keep their type."""
-        import torch
-
         if name in self.replaced:
             return self.replaced[name]
         shape = self._shapes[name]
-        array = self._reader.read_rows(name, 0, shape[0] if shape else 1)
+        return self.read_rows(name, 0, shape[0] if shape else 1).reshape(shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``[start, stop)`` of a tensor of the release, as ``read`` gives them."""
+        import torch
+
+        array = self._reader.read_rows(name, start, stop)
         if array.dtype.kind != "i":
             array = array.astype(np.float32)
-        return torch.from_numpy(np.ascontiguousarray(array).reshape(shape))
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+    def rows_of(self, parameter: str) -> Callable[[int, int], Tensor] | None:
+        """What reads rows of a parameter alone; None unless one tensor of the release is it."""
+        group = self.group_of.get(self.tied.get(parameter, parameter))
+        if group is None or group.converter is not None or group.names[0] in self.replaced:
+            return None
+        name = group.names[0]
+        return lambda start, stop: self.rounded(self.read_rows(name, start, stop))
+
+    def rounded(self, value: Tensor) -> Tensor:
+        """A parameter's value with the rounding that is asked for, in its own dtype."""
+        return value if self.rounding is None else value.to(self.rounding).to(value.dtype)
 
     def load(self, parameters: Iterable[str], changed: Mapping[str, Tensor] | None = None) -> None:
         """Give values to parameters that have none; ``changed`` replaces tensors by name.
@@ -180,7 +214,7 @@ class Weights:
             )
         held: Tensor = value.to(old.dtype).contiguous()
         if isinstance(old, torch.nn.Parameter):
-            held = torch.nn.Parameter(held, requires_grad=False)
+            held = torch.nn.Parameter(self.rounded(held), requires_grad=False)
         for name in (parameter, *(n for n, source in self.tied.items() if source == parameter)):
             owner, leaf = self._place(name)
             kept = owner._parameters if leaf in owner._parameters else owner._buffers

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -31,17 +31,35 @@ class _Stop(BaseException):
     """Not an error: the forward pass has shown enough."""
 
 
+class BlockError(CalibrationError):
+    """A model cannot be run block by block; ``reason`` says why, the message what to do."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"{reason}, so it cannot be calibrated so; use --q-method search")
+
+
 class StreamedModel:
     """A release as torch modules whose weights are there only while they compute, in float32."""
 
     def __init__(
-        self, folder: Path, reader: RowReader, shapes: Shapes, *, trust_remote_code: bool = False
+        self,
+        folder: Path,
+        reader: RowReader,
+        shapes: Shapes,
+        *,
+        trust_remote_code: bool = False,
+        model: Any = None,
+        apart: Container[str] = (),
     ) -> None:
         """Build the model of ``folder``'s config; ``reader`` and ``shapes`` give its tensors.
 
-        Raises CalibrationError where transformers cannot build it or it has no list of blocks.
+        ``model`` is one that is built already, without weights. The modules at the paths in
+        ``apart``, outside the blocks, get theirs from whoever names them. Raises CalibrationError
+        where transformers cannot build it, BlockError where it has no list of blocks.
         """
-        self.model = empty_model(folder, trust_remote_code=trust_remote_code)
+        self.model = model or empty_model(folder, trust_remote_code=trust_remote_code)
+        self._apart = apart
         self.path, self.blocks = _block_list(self.model)
         self.weights = Weights(self.model, reader, shapes)
         self._names = [
@@ -71,13 +89,25 @@ class StreamedModel:
         """What block ``index`` answers; its weights must be loaded."""
         return self._forwards[index](*positional, **named)
 
-    def run(self, rows: Sequence[Mapping[str, Tensor]], *, until_head: bool = False) -> Pass:
+    def run(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        until_head: bool = False,
+        threads: int | None = 1,
+    ) -> Pass:
         """Begin a pass over ``rows``, each the keyword arguments of one forward call.
 
         ``until_head`` ends every row where the output projection is called; the result is then
-        what that projection was given.
+        what that projection was given. torch computes on ``threads``, None for as many as before.
         """
-        return Pass(self, rows, self.head if until_head else None)
+        return Pass(self, rows, self.head if until_head else None, threads)
+
+    def stop_at(self, module: Any) -> int:
+        """Make a module that is called after all blocks one more block; its index."""
+        index = len(self.blocks)
+        module.forward = _stand_in(index)
+        return index
 
     @property
     def head(self) -> Any:
@@ -93,6 +123,8 @@ class StreamedModel:
         for name in sorted(self.weights.names - self._inside):
             outside.setdefault(name.rpartition(".")[0], []).append(name)
         for path, names in outside.items():
+            if path in self._apart:
+                continue
             module = self.model.get_submodule(path)
             own = [n for n in names if n.rpartition(".")[2] in module._parameters]
             buffers = [n for n in names if n not in own and n in self.weights.group_of]
@@ -109,16 +141,21 @@ class StreamedModel:
 class Pass:
     """One pass of rows through the blocks, in order; a context manager that ends their threads.
 
-    torch computes on one thread meanwhile, so that sums do not depend on the number of cores.
+    On one thread of torch's, sums do not depend on the number of cores.
     """
 
     def __init__(
-        self, streamed: StreamedModel, rows: Sequence[Mapping[str, Tensor]], head: Any
+        self,
+        streamed: StreamedModel,
+        rows: Sequence[Mapping[str, Any]],
+        head: Any,
+        threads: int | None,
     ) -> None:
         """Prepare ``rows``; with a ``head``, end them there."""
         self._streamed = streamed
         self._rows = [_Row(streamed.model, row) for row in rows]
         self._head = head
+        self._threads = threads
         self._ending = ExitStack()
         self._spill: _Spill | None = None
 
@@ -127,7 +164,8 @@ class Pass:
         import torch
 
         self._ending.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
         if self._head is not None:
             self._ending.callback(self._head.register_forward_pre_hook(_end_here).remove)
         try:
@@ -164,7 +202,7 @@ class Pass:
     ) -> None:
         """Put the first ``rows`` (all) through block ``index``, which is loaded.
 
-        ``keep`` hands the results on; ``after`` is called after each row. Raises CalibrationError
+        ``keep`` hands the results on; ``after`` is called after each row. Raises BlockError
         where the model does not call its blocks one after another.
         """
         import torch
@@ -182,6 +220,12 @@ class Pass:
         """The hidden states that every row hands to block ``index``."""
         for row in self._rows:
             yield _hidden(*row.call_of(index))
+
+    def answer(self, index: int, answers: Iterable[Any]) -> None:
+        """Hand every row what was computed elsewhere for its call of block ``index``."""
+        for row, found in zip(self._rows, answers, strict=True):
+            row.call_of(index)
+            row.go_on(found)
 
     def resume(self, index: int, hidden: Sequence[Tensor]) -> None:
         """Take a ``plain`` pass up at block ``index``, with what ``inputs`` gave there before."""
@@ -208,7 +252,7 @@ class Pass:
 class _Row(threading.Thread):
     """One sequence's forward pass; it and the main thread take turns."""
 
-    def __init__(self, model: Any, inputs: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: Any, inputs: Mapping[str, Any]) -> None:
         super().__init__(daemon=True)
         self._model = model
         self._inputs = inputs
@@ -229,7 +273,7 @@ class _Row(threading.Thread):
         try:
             if not self._stopped:
                 with torch.inference_mode():
-                    self.result = self._model(**self._inputs, use_cache=False)
+                    self.result = self._model(**{"use_cache": False, **self._inputs})
         except _Stop:
             pass
         except BaseException as error:  # raised again in the main thread
@@ -262,9 +306,8 @@ class _Row(threading.Thread):
         if self._answered:
             self.advance()
         if self._over or self._call is None or self._call[0] != index:
-            raise CalibrationError(
-                f"{type(self._model).__name__} does not call its blocks one after another, "
-                "so they cannot be calibrated one at a time; use --q-method search"
+            raise BlockError(
+                f"{type(self._model).__name__} does not call its blocks one after another"
             )
         return self._call[1], self._call[2]
 
@@ -360,9 +403,6 @@ def _block_list(model: Any) -> tuple[str, Any]:
         if isinstance(module, nn.ModuleList) and id(module) in inside
     ]
     if not lists:
-        raise CalibrationError(
-            f"{type(model).__name__} has no list of blocks to calibrate one at a time; "
-            "use --q-method search"
-        )
+        raise BlockError(f"{type(model).__name__} has no list of blocks")
     _, path, module = max(lists, key=lambda found: found[0])
     return path, module

@@ -1,0 +1,1 @@
+"""Parity of checkpoints larger than memory: both sides computed block by block."""

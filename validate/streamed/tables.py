@@ -1,0 +1,137 @@
+"""Vocabulary tables of the reference, which are read by rows and never whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from quant.calibrate.stream import StreamedModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TABLE_BYTES: Final = 64 << 20
+"""Tables and output projections of more float32 bytes than this are read by rows."""
+SLICE_BYTES: Final = 128 << 20
+"""Bytes of the output projection that are multiplied by at once."""
+Read = Callable[[int, int], "Tensor"]
+
+
+def tables(model: Any) -> dict[str, Any]:
+    """The large embeddings of a transformers model, and its output projection, by path."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if (isinstance(module, nn.Embedding) or (module is head and type(head) is nn.Linear))
+        and module.weight.numel() * 4 > TABLE_BYTES
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """An output projection that is never whole."""
+
+    module: Any
+    rows: Read
+    bias: Callable[[], Tensor] | None
+
+    def project(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """The projections of ``states`` (..., size), a slice of the vocabulary after the other."""
+        import torch
+
+        words, width = self.module.out_features, self.module.in_features
+        step = max(1, SLICE_BYTES // (4 * width))
+        bias = self.bias() if self.bias is not None else None
+        found = [torch.empty(*state.shape[:-1], words) for state in states]
+        with torch.inference_mode():
+            for start in range(0, words, step):
+                stop = min(words, start + step)
+                weight = self.rows(start, stop)
+                part = None if bias is None else bias[start:stop]
+                for state, out in zip(states, found, strict=True):
+                    out[..., start:stop] = torch.nn.functional.linear(state, weight, part)
+        return found
+
+
+def by_rows(streamed: StreamedModel, found: Mapping[str, Any]) -> Head | None:
+    """Let the embeddings among ``found`` read the rows that they are asked for.
+
+    Returns the output projection, which is then the block after the last; None where it is loaded
+    whole.
+    """
+    from torch import nn
+
+    head = None
+    for path, module in found.items():
+        read = streamed.weights.rows_of(f"{path}.weight")
+        if read is None:
+            _whole(streamed, path, module)
+        elif isinstance(module, nn.Embedding):
+            _Lookup(module, read)
+        else:
+            whole = streamed.weights.rows_of(f"{path}.bias") if module.bias is not None else None
+            bias = None if whole is None else partial(whole, 0, len(module.bias))
+            head = Head(module=module, rows=read, bias=bias)
+            streamed.stop_at(module)
+    return head
+
+
+def _whole(streamed: StreamedModel, path: str, module: Any) -> None:
+    names = [f"{path}.{name}" for name, _ in module.named_parameters()]
+
+    def fill(module: Any, given: Any) -> None:
+        if module.weight.is_meta:
+            streamed.weights.load(names)
+
+    module.register_forward_pre_hook(fill)
+
+
+class _Lookup:
+    """Gives an embedding, for each call, the rows of that call's tokens alone."""
+
+    def __init__(self, module: Any, read: Read) -> None:
+        self._read = read
+        self._padding = module.padding_idx
+        self._rows = _Rows(read, tuple(module.weight.shape))
+        del module._parameters["weight"]
+        vars(module)["weight"] = self._rows
+        module.register_forward_pre_hook(self._fill)
+        module.register_forward_hook(self._clear)
+
+    def _fill(self, module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        import torch
+
+        used, places = torch.unique(given[0], return_inverse=True)
+        module.padding_idx = None  # which is for training, and of another row here
+        vars(module)["weight"] = self._rows[used]
+        return (places, *given[1:])
+
+    def _clear(self, module: Any, given: Any, output: Any) -> None:
+        vars(module)["weight"], module.padding_idx = self._rows, self._padding
+
+
+class _Rows:
+    """A table in the place of an embedding's weight: models take rows of it by index, too."""
+
+    def __init__(self, read: Read, shape: tuple[int, ...]) -> None:
+        import torch
+
+        self._read = read
+        self.shape = torch.Size(shape)
+        self.dtype = torch.float32
+        self.device = torch.device("cpu")
+
+    def __getitem__(self, index: Any) -> Tensor:
+        import torch
+
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        if isinstance(first, int):
+            rows = self._read(first, first + 1)[0]
+            return rows[tuple(rest)] if rest else rows
+        rows = torch.cat([self._read(token, token + 1) for token in first.tolist()])
+        return rows[(slice(None), *rest)]
