@@ -31,7 +31,7 @@ def judge_pictures(
     model = TorchReference.load(dequantized or source, trust_remote_code=job.trust_remote_code)
     if dequantized is None and not model.holds_in(job.dtype):
         model.round_to(job.dtype)
-    pixels = [_prepare(source, case) for case in cases]
+    pixels = [prepared_picture(source, case) for case in cases]
     wanted = [model.picture(pixel) for pixel in pixels]
     found = Found("mlx_vlm", description={"name": "mlx_vlm"})
     try:
@@ -43,7 +43,7 @@ def judge_pictures(
     return model.describe(), found
 
 
-def _prepare(source: Path, case: Case) -> Any:
+def prepared_picture(source: Path, case: Case) -> Any:
     """What the release's processor makes of a picture, as torch [1, channels, rows, columns]."""
     images: Any = import_module("transformers").AutoImageProcessor
     processor = images.from_pretrained(source, backend="pil", local_files_only=True)
