@@ -20,6 +20,7 @@ from arch_maps.registry import ArchMap
 from converter.acceptance import acceptance_report
 from converter.decode import DecodingReader, decoded
 from converter.diagnose import diagnose
+from converter.diagnose.codes import codes_check
 from converter.errors import ConvertError, GateError
 from converter.execute import Job, execute
 from converter.execute.folder import explain
@@ -66,6 +67,8 @@ def prove(
     with ExitStack() as stack:
         # A quantized release is compared by what its weights mean.
         source = stack.enter_context(plain_release(source, beside=out, arch=arch, workers=workers))
+        console.say("  codes beside the release's weights")
+        seen += codes_check(out, source, arch=arch)
         alone = bool(lacks_class(source, trust_remote_code=trust_remote_code))
         dequantized = (
             None
