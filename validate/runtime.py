@@ -147,7 +147,7 @@ class MlxRuntime:
                 f"{folder}: config.json names model code of its own ({config['model_file']}); "
                 "it runs only with --trust-remote-code"
             )
-        with _refusals(runtime, folder), _quiet():
+        with refusals(runtime, folder), _quiet():
             if runtime == "mlx_lm":
                 from mlx_lm.utils import load_model
 
@@ -222,9 +222,9 @@ class MlxRuntime:
         Row 0 of ``steps`` is the prompt's last row; the last token of ``continuation`` is not
         fed, because nothing follows it.
         """
-        with _refusals(self.name, self.folder):
+        with refusals(self.name, self.folder):
             output, step = self._prefill(inputs)
-            words = slice(_words(self.config))
+            words = slice(word_count(self.config))
             prefill = _numpy(output[0])[:, words]
             rows = [prefill[-1]]
             rows += [_numpy(step(self._row([token]))[0, -1])[words] for token in continuation[:-1]]
@@ -271,21 +271,21 @@ class MlxRuntime:
 
         Where the runtime gives no states, the embedding stands for them as [1, size].
         """
-        with _refusals(self.name, self.folder):
+        with refusals(self.name, self.folder):
             output = self.model(self._row(ids))
             states, pooled = output.last_hidden_state, _numpy(output.text_embeds[0])
             return pooled[None] if states is None else _numpy(states[0]), pooled
 
     def states(self, inputs: Mapping[str, Any]) -> Logits:
         """An encoder's last hidden state of prepared inputs, [positions, size]."""
-        with _refusals(self.name, self.folder):
+        with refusals(self.name, self.folder):
             return _numpy(self.model(**inputs).last_hidden_state[0])
 
     def picture(self, pixels: Any) -> Logits:
         """A tower's last hidden state of a picture [1, channels, rows, columns]."""
         import mlx.core as mx
 
-        with _refusals(self.name, self.folder):
+        with refusals(self.name, self.folder):
             output = self.model(mx.array(np.moveaxis(np.asarray(pixels), 1, -1)))
             return _numpy(output["last_hidden_state"][0])
 
@@ -297,14 +297,14 @@ class MlxRuntime:
         """
         from validate.runtime_inputs import media_inputs
 
-        with _refusals(self.name, self.folder), _quiet():
+        with refusals(self.name, self.folder), _quiet():
             inputs = media_inputs(self.folder, self.model.config, case, stock_prompt=stock_prompt)
         inputs["input_ids"] = self._ids(inputs["input_ids"])
         return inputs
 
     def tokenize(self, case: Case) -> list[int]:
         """Token ids of a text or a conversation, as this runtime's own loader makes them."""
-        with _refusals(self.name, self.folder), _quiet():
+        with refusals(self.name, self.folder), _quiet():
             processor = self._processor
             tokenizer = getattr(processor, "tokenizer", processor)
             if self.name == "mlx_lm":
@@ -371,7 +371,7 @@ def _unpacked(module: Any) -> Any:
     return dense
 
 
-def _words(config: Mapping[str, Any]) -> int | None:
+def word_count(config: Mapping[str, Any]) -> int | None:
     """How many logits are of words, where those of places in a picture come after them."""
     if config.get("model_type") != "molmo_point":
         return None
@@ -386,7 +386,8 @@ def _numpy(array: Any) -> Logits:
 
 
 @contextlib.contextmanager
-def _refusals(runtime: str, folder: Path) -> Iterator[None]:
+def refusals(runtime: str, folder: Path) -> Iterator[None]:
+    """Turn whatever a stock runtime raises meanwhile into a RuntimeRefusal."""
     # Whatever a stock runtime raises on a checkpoint is a finding about the pair, to be reported.
     try:
         yield
