@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from validate.where.compare import Where
 
 HERE = Path(__file__).parent
-_ERROR, _NONE = "error", "none"
+_ERROR, _NONE, _UNJUDGED = "error", "none", "not judged"
+_NO_FAULT = (_ERROR, _NONE, _UNJUDGED)
+_EMBEDS = ("feature-extraction", "sentence-similarity")
 _KINDS = ("text", "image", "audio")
 
 
@@ -60,7 +62,10 @@ class Row:
 
 
 def families() -> list[Family]:
-    """Every text part, and every set of towers and projectors, of the shipped types."""
+    """Every text part, and every set of towers and projectors, of the shipped types.
+
+    Types that write text stand before those that embed it.
+    """
     from arch_maps.registry import find, model_types
     from validate.twin import list_examples
 
@@ -68,10 +73,8 @@ def families() -> list[Family]:
     media: dict[tuple[str, ...], list[str]] = {}
     kinds: dict[tuple[str, ...], tuple[str, ...]] = {}
     examples = set(list_examples())
-    for name in model_types():
-        arch = find(name)
-        if arch is None or name not in examples:
-            continue
+    known = [(name, arch) for name in model_types() if (arch := find(name)) and name in examples]
+    for name, arch in sorted(known, key=lambda one: one[1].pipeline_tag in _EMBEDS):
         if "text" in arch.modalities:
             texts.setdefault(arch.parts[0], []).append(name)
         towers = tuple(part for part in arch.parts if not part.startswith("text."))
@@ -111,6 +114,11 @@ def _rows_of(model_type: str, kinds: Sequence[str], seed: int, *, plant: bool) -
             runtime = (*runtimes_for(read_config(source)), "mlx_vlm")[0]
             ground = Ground(source, out, runtime=runtime, kinds=kinds)
             for kind in kinds:
+                if kind in ground.unjudged:
+                    why = ground.unjudged[kind].replace(str(source), model_type)
+                    why = " ".join(why.split())[:160]
+                    rows.append(Row(model_type, kind, seed, _UNJUDGED, "", why, 0.0, False, True))
+                    continue
                 rows.append(_row(model_type, kind, seed, _NONE, "", ground.locate(kind=kind), True))
                 if plant:
                     rows += _planted(ground, model_type, kind, seed, Path(name))
@@ -182,7 +190,7 @@ def run(wanted: Sequence[Task], jobs: int) -> Iterator[list[Row]]:
 
 def table(rows: Sequence[Row]) -> str:
     """The results as Markdown."""
-    planted = [r for r in rows if r.fault not in (_NONE, _ERROR)]
+    planted = [r for r in rows if r.fault not in _NO_FAULT]
     clean = [r for r in rows if r.fault == _NONE]
     lines = ["# Planted faults", "", *(f"- {key}: {value}" for key, value in describe().items())]
     twins = {(r.model_type, r.seed) for r in clean}
@@ -220,6 +228,8 @@ def table(rows: Sequence[Row]) -> str:
     for kind in _KINDS:
         names = sorted({r.model_type for r in planted if r.kind == kind})
         lines += [f"- {kind}: {', '.join(names)}"] if names else []
+    left = {(r.model_type, r.kind): r.found for r in rows if r.fault == _UNJUDGED}
+    lines += [f"- {kind} of {name}, not judged here: {why}" for (name, kind), why in left.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -253,7 +263,7 @@ def main() -> int:
                 print(row, file=sys.stderr, flush=True)
     (given.out / "faults.md").write_text(table(rows), encoding="utf-8")
     print(table(rows))
-    planted = [r for r in rows if r.fault not in (_NONE, _ERROR)]
+    planted = [r for r in rows if r.fault not in _NO_FAULT]
     named = sum(r.named for r in planted) >= 0.95 * len(planted)
     wrong = any(r.caught if r.fault == _NONE else r.fault == _ERROR for r in rows)
     return 0 if all(r.caught for r in planted) and named and not wrong else 1

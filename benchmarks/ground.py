@@ -21,6 +21,7 @@ from validate.looking import borrowed_questions, medium
 from validate.pictures import only_looks, prepared_picture
 from validate.reference import Greedy, Logits, ReferenceError, TorchReference, read_config
 from validate.runtime import MlxRuntime, Steps, is_generative
+from validate.torch_faults import unbuilt
 from validate.where.compare import Where
 from validate.where.row import STEPS, Traced, locate, rules_of
 from validate.where.torch_trace import states_of, trace_reference
@@ -60,7 +61,14 @@ class Ground:
         self.model = self._load(out)
         self.site = Site(self.model, out)
         reference = TorchReference.load(source)
-        self.scenes = {kind: self._scene(kind, reference) for kind in kinds}
+        self.scenes: dict[str, Scene] = {}
+        self.unjudged: dict[str, str] = {}
+        """Kinds of prompts that cannot be made or answered here, and why."""
+        for kind in kinds:
+            try:
+                self.scenes[kind] = self._scene(kind, reference)
+            except ReferenceError as error:
+                self.unjudged[kind] = str(error)
         reference.close()
 
     def faults(self, kind: str = "text") -> list[Planted]:
@@ -125,6 +133,8 @@ class Ground:
 
     def _scene(self, kind: str, reference: TorchReference) -> Scene:
         config = read_config(self.source)
+        if kind == "image" and unbuilt(str(config.get("model_type"))):
+            raise ReferenceError("transformers takes the tower from timm, which is not installed")
         if only_looks(config):
             return self._picture(reference)
         if not is_generative(config):

@@ -12,7 +12,7 @@ nearer to the mirrored codes than to those written, which no method does to a gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -20,14 +20,15 @@ from typing import Any, Final
 import numpy as np
 
 from arch_maps.ops import evaluate
-from arch_maps.registry import ArchMap, find, map_name
+from arch_maps.registry import ArchMap
+from arch_maps.rules import Rule
 from converter.decode import Coded, DecodingReader, decoded
 from converter.decode.mlx import spec_of
 from converter.errors import PlanError
 from converter.execute.units import units_of
 from converter.manifest import read_manifest
 from converter.plan import rotate
-from converter.plan.match import match_release
+from converter.plan.match import find_map, match_release
 from converter.plan.model import Output
 from converter.source import Source, open_folder
 from quant.recipe import QuantSpec
@@ -41,6 +42,8 @@ _FEW: Final = 0.1
 more, a single group proves nothing: methods that make up for errors fill empty groups with them."""
 _MOST: Final = 0.5
 """Share of unlike groups from which on the codes are those of other weights."""
+_BITS: Final = 3
+"""Fewest bits with which single groups are judged: of two, a method may turn a group around."""
 _COUNTS: Final = 1e-3
 """A group counts from this share of the mean group's sum of squares on."""
 _SHOWN: Final = 4
@@ -51,6 +54,8 @@ _KEPT: Final = 1 << 16
 class _Tally:
     """What was seen of one tensor's groups."""
 
+    apart: bool
+    """Whether there are bits enough to judge single groups."""
     groups: int = 0
     unlike: int = 0
     squares: float = 0.0
@@ -74,7 +79,7 @@ class _Tally:
 
     def wrong(self) -> list[tuple[int, int]]:
         """(row, group) of the groups that count and whose codes are mirrored."""
-        if self.unlike > _FEW * self.groups:
+        if not self.apart or self.unlike > _FEW * self.groups:
             return []
         least = _COUNTS * self.squares / self.groups
         return [(row, index) for row, index, size in self.turned if size >= least]
@@ -88,7 +93,7 @@ class _Tally:
 def codes_check(out: Path, source: Path, *, arch: ArchMap | None = None) -> list[Check]:
     """The row on the codes of ``out`` beside the unquantized release in ``source``.
 
-    None where nothing is packed, or where the release cannot be matched with a map. Reads both
+    Empty where nothing is packed, or where the release cannot be matched with a map. Reads both
     once, in bounded pieces.
     """
     checkpoint = open_folder(out, allow_mlx=True)
@@ -97,33 +102,37 @@ def codes_check(out: Path, source: Path, *, arch: ArchMap | None = None) -> list
         return []
     try:
         release = open_folder(source)
-        arch = arch or find(str(map_name(release.config)))
-        match = match_release(release, arch) if arch else None
-    except PlanError:
+        rules = _rules(release, arch, rotated=_rotated(out))
+    except PlanError:  # what is wrong with the release is told elsewhere
         return []
-    if match is None:
-        return []
-    rules = match.rules
-    if (out / "conversion.json").is_file() and read_manifest(out).rotated:
-        rules, _ = rotate.values(rules, match.values)
     outputs, coded = [], []
     for rule in rules:
         found = _coded(view.coded, rule.target)
         if found is not None and found.shape == tuple(map(int, rule.expr.shape)):
             outputs.append(Output(rule, "F32", None, {}))
             coded.append(found)
-    tallies = [_Tally() for _ in coded]
+    tallies = [_Tally(spec_of(one).bits >= _BITS) for one in coded]
     with checkpoint.open() as mine, release.open() as theirs:
         reader = DecodingReader(mine, view)
         for unit in units_of(release, outputs):
             one = coded[unit.output]
             wanted = evaluate(outputs[unit.output].expr, theirs, unit.start, unit.stop)
             values = reader.read_rows(one.name, unit.start, unit.stop)
-            middle = _middle(mine, checkpoint, one, unit.start, unit.stop)
+            middle = _middle(mine, one, unit.start, unit.stop)
             first = unit.start * (values[0].size // values.shape[-1])
             tallies[unit.output].add(first, *_compare(wanted, values, middle))
     named = {one.name: tally for one, tally in zip(coded, tallies, strict=True)}
     return [_row(named, left=len(view.coded) - len(coded))]
+
+
+def _rules(release: Source, arch: ArchMap | None, *, rotated: bool) -> Sequence[Rule]:
+    """What the map makes of the release; PlanError where there is none, or it does not fit."""
+    match = match_release(release, arch or find_map(release.config))
+    return rotate.values(match.rules, match.values)[0] if rotated else match.rules
+
+
+def _rotated(out: Path) -> bool:
+    return (out / "conversion.json").is_file() and read_manifest(out).rotated
 
 
 def _coded(coded: Mapping[str, Coded], target: str) -> Coded | None:
@@ -143,7 +152,7 @@ def _compare(wanted: Any, values: Any, middle: Any) -> tuple[Any, Any, float]:
     return alike, size, error
 
 
-def _middle(reader: Any, checkpoint: Source, one: Coded, start: int, stop: int) -> Any:
+def _middle(reader: Any, one: Coded, start: int, stop: int) -> Any:
     """The value in the middle of each group's codes, (rows, groups) float32."""
     module = one.name.removesuffix(".weight")
     scales = np.asarray(reader.read_rows(f"{module}.scales", start, stop))
