@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, Final
 
 from arch_maps.rules import Kind, Rule
 from validate.loaded import file_names, written_tensors
 from validate.runtime import MlxRuntime
-from validate.where.compare import Where
 
-_SCALES = ("layer_scalar", "layer_scale", "gamma", "ls1", "lambda1", "layer_scale1")
+PARTS: Final = {
+    "text": ("text",),
+    "image": ("vision", "projector"),
+    "audio": ("audio", "projector"),
+}
+"""The parts of a release that a prompt of each kind brings in."""
+_TRIED: Final = 6
+"""Places tried for one sort of fault: a tower may have parts that the model does not use."""
+_SCALES: Final = (
+    *("layer_scalar", "layer_scale", "layer_scale1", "gamma", "ls1", "lambda1", "lambda_1"),
+)
+_QUERIES: Final = (
+    (".q_proj.", ".k_proj."),
+    (".wq.", ".wk."),
+    (".query.", ".key."),
+    (".linear_q.", ".linear_k."),
+)
+_FUSED: Final = ("qkv", "wqkv", "qkv_proj", "query_key_value", "c_attn", "in_proj", "att_proj")
 
 
 @dataclass(frozen=True)
@@ -58,70 +70,92 @@ class Site:
         return self.values[self.paths[target]]
 
 
-def faults(site: Site, rules: Sequence[Rule]) -> Iterator[Planted]:
-    """One fault of each sort that the type has a place for, in the middle of its text part."""
-    text = [r for r in rules if r.part == "text" and r.target in site.paths]
-    yield from _swapped(site, text)
-    yield from _norm(site, text)
-    yield from _flipped(site, text)
-    yield from _expert(site, text)
-    yield from _scale(site, text)
+def faults(site: Site, rules: Sequence[Rule], kind: str = "text") -> Iterator[Planted]:
+    """Faults of each sort that the parts of a ``kind`` of prompt have a place for.
+
+    Of each sort the one in the middle comes first, and then others, for when it has no effect.
+    """
+    own = [r for r in rules if r.part in PARTS[kind] and r.target in site.paths]
+    tower = [r for r in own if r.part != "projector"]
+    for plant in (_swapped, _norm, _flipped, _scale, _positions):
+        yield from plant(site, tower or own)
+    if kind == "text":
+        yield from _expert(site, own)
+    else:
+        yield from _patches(site, tower)
+        yield from _projector(site, [r for r in own if r.part == "projector"])
+    if kind == "audio":
+        yield from _convolution(site, tower)
 
 
-def _middle(found: list[Rule]) -> list[Rule]:
-    return found[len(found) // 2 :][:1]
+def _from_the_middle(found: list[Rule]) -> list[Rule]:
+    middle = len(found) // 2
+    return sorted(found, key=lambda rule: abs(found.index(rule) - middle))[:_TRIED]
+
+
+def _one(site: Site, name: str, rule: Rule, value: Any) -> Planted:
+    return Planted(name, (site.module(rule.target),), {rule.target: value})
 
 
 def _swapped(site: Site, rules: Sequence[Rule]) -> Iterator[Planted]:
     targets = {rule.target for rule in rules}
-    queries = [r for r in rules if r.target.endswith(".q_proj.weight")]
-    queries = [r for r in queries if r.target.replace(".q_proj.", ".k_proj.") in targets]
-    for rule in _middle(queries):
-        import mlx.core as mx
-
-        other = rule.target.replace(".q_proj.", ".k_proj.")
+    keys = {
+        rule.target: other
+        for rule in rules
+        for query, key in _QUERIES
+        if query in rule.target
+        and rule.target.endswith(".weight")
+        and (other := rule.target.replace(query, key)) in targets
+    }
+    for rule in _from_the_middle([r for r in rules if r.target in keys]):
+        other = keys[rule.target]
         q, k = site.get(rule.target), site.get(other)
+        if q.shape[1:] != k.shape[1:]:
+            continue
         rows = min(len(q), len(k))
-
         swapped = {
-            rule.target: mx.concatenate([k[:rows], q[rows:]]),
-            other: mx.concatenate([q[:rows], k[rows:]]),
+            rule.target: _joined([k[:rows], q[rows:]]),
+            other: _joined([q[:rows], k[rows:]]),
         }
         yield Planted("swapped q/k", (site.module(rule.target), site.module(other)), swapped)
+    fused = [r for r in rules if _is_fused(r.target)]
+    for rule in _from_the_middle(fused):
+        # Thirds are q and k where these are as large as v and lie one after another.
+        value = site.get(rule.target)
+        rows = len(value) // 3
+        parts = [value[rows : 2 * rows], value[:rows], value[2 * rows :]]
+        yield _one(site, "swapped thirds of q/k/v", rule, _joined(parts))
+
+
+def _is_fused(target: str) -> bool:
+    module, _, last = target.rpartition(".")
+    return last == "weight" and module.rpartition(".")[2] in _FUSED and "att" in target
 
 
 def _norm(site: Site, rules: Sequence[Rule]) -> Iterator[Planted]:
-    norms = [r for r in rules if r.kind is Kind.NORM and r.target.endswith("layernorm.weight")]
-    norms = norms or [r for r in rules if r.kind is Kind.NORM and r.target.endswith(".weight")]
-    for rule in _middle(norms):
-        value = site.get(rule.target)
-        yield Planted(
-            "norm off by one",
-            (site.module(rule.target),),
-            {rule.target: value + 1},
-        )
+    norms = [r for r in rules if r.kind is Kind.NORM and r.target.endswith(".weight")]
+    layers = [r for r in norms if r.target.endswith("layernorm.weight")]
+    for rule in _from_the_middle(layers) + _from_the_middle(norms):
+        yield _one(site, "norm off by one", rule, site.get(rule.target) + 1)
 
 
-def _flipped(site: Site, rules: Sequence[Rule]) -> Iterator[Planted]:
-    dense = [
+def _dense(rules: Sequence[Rule]) -> list[Rule]:
+    return [
         r
         for r in rules
         if r.kind is Kind.LINEAR and len(r.expr.shape) == 2 and r.target.endswith(".weight")
     ]
-    for rule in _middle(dense):
-        import mlx.core as mx
 
+
+def _flipped(site: Site, rules: Sequence[Rule]) -> Iterator[Planted]:
+    for rule in _from_the_middle(_dense(rules)):
         value = site.get(rule.target)
         size = min(64, value.shape[1])
         group = value[:, :size]
         low, high = group.min(axis=1, keepdims=True), group.max(axis=1, keepdims=True)
         # Codes q of a group become 15 - q: every value is mirrored at the middle of its range.
-        flipped = mx.concatenate([low + high - group, value[:, size:]], axis=1)
-        yield Planted(
-            "flipped 4-bit block",
-            (site.module(rule.target),),
-            {rule.target: flipped},
-        )
+        flipped = _joined([low + high - group, value[:, size:]], axis=1)
+        yield _one(site, "flipped 4-bit block", rule, flipped)
 
 
 def _expert(site: Site, rules: Sequence[Rule]) -> Iterator[Planted]:
@@ -130,136 +164,89 @@ def _expert(site: Site, rules: Sequence[Rule]) -> Iterator[Planted]:
         for r in rules
         if len(r.expr.shape) == 3 and r.kind is Kind.LINEAR and r.target.endswith(".weight")
     ]
-    for rule in _middle(stacked):
-        import mlx.core as mx
-
+    for rule in _from_the_middle(stacked)[:1]:
         value = site.get(rule.target)
         if value.shape[1] == 1 or value.shape[2] == 1:
             return
         for number, expert in enumerate(value):
             wrong = expert.T.reshape(expert.shape)[None]
-            whole = mx.concatenate([value[:number], wrong, value[number + 1 :]])
-            yield Planted("transposed expert", (site.module(rule.target),), {rule.target: whole})
+            whole = _joined([value[:number], wrong, value[number + 1 :]])
+            yield _one(site, "transposed expert", rule, whole)
 
 
 def _scale(site: Site, rules: Sequence[Rule]) -> Iterator[Planted]:
-    scales = [r for r in rules if r.target.rpartition(".")[2] in _SCALES]
-    for rule in _middle(scales):
-        import mlx.core as mx
+    import mlx.core as mx
 
+    scales = [r for r in rules if {*r.target.split(".")[-2:]} & {*_SCALES}]
+    for rule in _from_the_middle(scales):
+        yield _one(site, "missing layer scale", rule, mx.ones_like(site.get(rule.target)))
+
+
+def _positions(site: Site, rules: Sequence[Rule]) -> Iterator[Planted]:
+    """Every position gets what is learned for the one before it."""
+    import mlx.core as mx
+
+    tables = [r for r in rules if r.kind is Kind.POSITION and max(r.expr.shape[:-1], default=1) > 1]
+    for rule in _from_the_middle([r for r in tables if "pos" in r.target] or tables):
         value = site.get(rule.target)
-        yield Planted(
-            "missing layer scale",
-            (site.module(rule.target),),
-            {rule.target: mx.ones_like(value)},
-        )
+        rows = max(range(value.ndim - 1), key=lambda axis: value.shape[axis])
+        yield _one(site, "shifted positions", rule, mx.roll(value, 1, axis=rows))
 
 
-class Ground:
-    """A twin with its conversion and the reference's trace: what faults are planted into."""
-
-    def __init__(self, source: Path, out: Path, *, runtime: str = "mlx_vlm") -> None:
-        from converter.pipeline import Request, convert
-        from converter.ui import Console
-        from validate.reference import TorchReference, read_config
-        from validate.where.row import STEPS, Traced, rules_of
-        from validate.where.torch_trace import trace_reference
-
-        self.source, self.out, self.runtime = source, out, runtime
-        if not out.exists():
-            convert(Request(hf_path=str(source), mlx_path=out), Console(quiet=True))
-        reference = TorchReference.load(source)
-        self.ids = [(11 + 37 * n) % min(200, reference.vocab_size) for n in range(24 + STEPS)]
-        apart = bool(reference.answer_so_far(()))
-        asked, more = self.ids[:24], self.ids[24:]
-        inputs = reference.text_inputs(asked if apart else self.ids)
-        inputs |= reference.answer_so_far(more)
-        traced = trace_reference(reference.model, source, inputs)
-        self.traced = Traced(0, 24, STEPS, traced, 1 if apart else None)
-        self.rules = rules_of(source, read_config(source), None)
-        self.model = self._load(out)
-        self.site = Site(self.model, out)
-
-    def faults(self) -> list[Planted]:
-        """One fault of each sort; of experts, the first that the prompt's tokens go to."""
-        clean, found = self.model.logits(self.ids[:24]), dict[str, Planted]()
-        for fault in faults(self.site, self.rules):
-            if fault.name in found:
-                continue
-            self.site.plant(fault)
-            if not np.array_equal(self.model.logits(self.ids[:24]), clean):
-                found[fault.name] = fault
-            self.site.mend(fault)
-        return list(found.values())
-
-    def locate(self, fault: Planted | None = None) -> Where:
-        """Where the runtime parts from the reference, with a fault planted or without."""
-        if fault is None:
-            return self._locate(self.model, self.out)
-        self.site.plant(fault)
-        try:
-            return self._locate(self.model, self.out)
-        finally:
-            self.site.mend(fault)
-
-    def with_other_base(self, folder: Path) -> Where | None:
-        """The same with a rotary base half as large again; None where the runtime reads none."""
-        config = json.loads((self.out / "config.json").read_text())
-        if not _other_base(config):
-            return None
-        shutil.copytree(self.out, folder)
-        (folder / "config.json").write_text(json.dumps(config))
-        changed, prompt = self._load(folder), self.ids[:24]
-        if np.array_equal(changed.logits(prompt), self.model.logits(prompt)):
-            return None
-        return self._locate(changed, folder)
-
-    def rightly(self, where: Where, modules: Sequence[str]) -> bool:
-        """Whether the planted module is blamed, or the innermost compared one around it.
-
-        Modules of experts and of fused projections have no outputs that both sides shape alike.
-        """
-        if where.first is None:
-            return False
-        compared = {step.mlx for step in where.steps if step.side == "out"}
-        return any(
-            where.first.mlx == next((p for p in _outwards(module) if p in compared), "")
-            for module in modules
-        )
-
-    def _load(self, folder: Path) -> MlxRuntime:
-        model = MlxRuntime.load(folder, runtime=self.runtime)
-        model.to_float32(dense=False)
-        return model
-
-    def _locate(self, model: MlxRuntime, folder: Path) -> Where:
-        from validate.deviations import deviations_for, without
-        from validate.where.row import locate
-
-        kind = str(model.config.get("model_type"))
-        known = deviations_for(self.runtime, model_type=kind, modality="text")
-        prompt, tokens = self.ids[:24], [*self.ids[24:], 0]
-        with without(known, model.model, model.config, source=self.source):
-            return locate(
-                model.model,
-                folder,
-                self.rules,
-                self.traced,
-                lambda: model.continued(prompt, tokens),
-            )
+def _patches(site: Site, rules: Sequence[Rule]) -> Iterator[Planted]:
+    """Rows of a patch taken for columns, or its colours for places where patches lie flat."""
+    for rule in [r for r in rules if "patch" in r.target or r.kind is Kind.CONV][:_TRIED]:
+        value = site.get(rule.target)
+        name = "transposed patches"
+        if value.ndim >= 4 and value.shape[-2] == value.shape[-3] > 1:
+            yield _one(site, name, rule, value.swapaxes(-2, -3))
+        elif rule.kind is Kind.LINEAR and value.ndim == 2 and value.shape[1] % 3 == 0:
+            columns = value.reshape(len(value), -1, 3).swapaxes(1, 2)
+            yield _one(site, name, rule, columns.reshape(value.shape))
 
 
-def _outwards(path: str) -> Iterator[str]:
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
+def _projector(site: Site, rules: Sequence[Rule]) -> Iterator[Planted]:
+    """The two halves of what goes into a projector, as patches merged in another order."""
+    dense = [r for r in rules if r.kind is Kind.LINEAR and len(r.expr.shape) == 2]
+    for rule in dense[:_TRIED]:
+        value = site.get(rule.target)
+        half = value.shape[1] // 2
+        swapped = _joined([value[:, half:], value[:, :half]], axis=1)
+        yield _one(site, "swapped projector", rule, swapped)
 
 
-def _other_base(config: Any) -> bool:
+def _convolution(site: Site, rules: Sequence[Rule]) -> Iterator[Planted]:
+    """A kernel [out, rows, columns, in] transposed, or one [out, steps, in] run backwards."""
+    for rule in [r for r in rules if r.kind is Kind.CONV][:_TRIED]:
+        value = site.get(rule.target)
+        if value.ndim == 4 and value.shape[1] == value.shape[2] > 1:
+            yield _one(site, "transposed convolution", rule, value.swapaxes(1, 2))
+        elif value.ndim == 3 and value.shape[1] > 1:
+            yield _one(site, "transposed convolution", rule, value[:, ::-1])
+
+
+def _joined(parts: Sequence[Any], axis: int = 0) -> Any:
+    import mlx.core as mx
+
+    return mx.concatenate([part for part in parts if part.shape[axis]], axis=axis)
+
+
+def with_other_base(config: Any, kind: str) -> bool:
+    """Make the rotary bases of a config's parts of this ``kind`` half as large again, in place.
+
+    False where it states none.
+    """
+    parts = {"image": ("vision_config",), "audio": ("audio_config",)}
+    if kind == "text":
+        return _enlarged(config, skip=("vision_config", "audio_config"))
+    return any([_enlarged(config.get(name), skip=()) for name in parts[kind]])
+
+
+def _enlarged(config: Any, *, skip: tuple[str, ...]) -> bool:
     changed = False
     if isinstance(config, dict):
         for key, value in config.items():
-            if key in ("vision_config", "audio_config"):
+            if key in skip:
                 continue
             if key in ("rope_theta", "rope_local_base_freq", "rotary_emb_base") and isinstance(
                 value, int | float
@@ -267,5 +254,5 @@ def _other_base(config: Any) -> bool:
                 config[key] = value * 1.5
                 changed = True
             else:
-                changed = _other_base(value) or changed
+                changed = _enlarged(value, skip=skip) or changed
     return changed

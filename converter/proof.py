@@ -11,6 +11,7 @@ from typing import Any
 
 from arch_maps.registry import ArchMap
 from converter.diagnose import diagnose
+from converter.diagnose.codes import codes_check
 from converter.errors import ConvertError, GateError
 from converter.execute.folder import explain
 from converter.manifest import note_comparison, read_manifest
@@ -58,6 +59,8 @@ def prove(
     with ExitStack() as stack:
         # A quantized release is compared by what its weights mean.
         source = stack.enter_context(plain_release(source, beside=out, arch=arch, workers=workers))
+        console.say("  codes beside the release's weights")
+        seen += codes_check(out, source, arch=arch)
         alone = bool(lacks_class(source, trust_remote_code=trust_remote_code))
         streaming = stack.enter_context(
             streaming_for(out, source, plan=plan, arch=arch, limit=memory_limit, alone=alone)

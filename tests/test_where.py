@@ -7,7 +7,9 @@ import pytest
 
 from arch_maps.ops import Affine, Concat, Source
 from arch_maps.rules import Kind, Rule
-from benchmarks.planted import Ground
+from benchmarks.ground import Ground
+from validate.checks import EXACT
+from validate.where.bearing import bearing_of
 from validate.where.compare import compare_traces
 from validate.where.pairs import Pair, pair_modules
 from validate.where.trace import Trace, kept_rows
@@ -21,9 +23,9 @@ def ground(tmp_path_factory, twin_of, runtimes):
     folder = tmp_path_factory.mktemp("grounds")
     made: dict[str, Ground] = {}
 
-    def get(model_type: str) -> Ground:
+    def get(model_type: str, kind: str = "text") -> Ground:
         if model_type not in made:
-            made[model_type] = Ground(twin_of(model_type), folder / model_type)
+            made[model_type] = Ground(twin_of(model_type), folder / model_type, kinds=(kind,))
         return made[model_type]
 
     return get
@@ -45,6 +47,29 @@ def test_every_planted_fault_is_found_at_its_module(ground, model_type, tmp_path
     assert other.first is not None
     assert other.first.mlx.endswith("layers.0.self_attn")
     assert here.locate().first is None, "a fault was left behind"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "planted"),
+    [
+        ("llava", "image", ("swapped q/k", "norm off by one", "swapped projector")),
+        ("dinov2", "image", ("missing layer scale", "swapped thirds of q/k/v")),
+        ("qwen3_omni_moe", "audio", ("swapped q/k", "transposed convolution")),
+    ],
+)
+def test_faults_of_towers_and_projectors_are_found(ground, model_type, kind, planted):
+    here = ground(model_type, kind)
+    clean = here.locate(kind=kind)
+    assert clean.first is None
+    assert clean.outputs < EXACT
+    faults = here.faults(kind)
+    always = {"flipped 4-bit block", "transposed patches"}
+    always |= {"shifted positions"} if kind == "image" else set()
+    assert always | {*planted} <= {fault.name for fault in faults}
+    for fault in faults:
+        where = here.locate(fault, kind)
+        assert where.outputs > EXACT, fault.name
+        assert here.rightly(where, fault.modules), (fault.name, fault.modules, where.first)
 
 
 def test_the_special_faults_have_their_types(ground):
@@ -140,8 +165,74 @@ def test_the_floor_is_the_reference_s_own_noise():
     right, found = traces(("a", "out", [1, 1])), traces(("a", "out", [1, 1.01]))
     noisy = traces(("a", "out", [1, 1.001]))
     assert compare_traces(pairs, right, right, found, prompt=1, steps=0, outputs=1.0).first
-    quiet = compare_traces(pairs, right, noisy, found, prompt=1, steps=0, outputs=1.0)
+    quiet = compare_traces(pairs, right, noisy, found, prompt=1, steps=0, outputs=0.01)
     assert quiet.first is None
+
+
+def test_wrong_outputs_that_no_compared_module_explains_are_the_model_s():
+    pairs, right = [Pair("a", "a")], traces(("a", "out", [1, 1]))
+    where = compare_traces(pairs, right, right, right, prompt=1, steps=0, outputs=0.5)
+    assert where.first is not None
+    assert where.first.text() == (
+        "first parts at the model itself, between a and its end: off by 5.0e-01 where the "
+        "reference's own noise is 2.4e-07"
+    )
+
+
+def test_what_has_no_bearing_on_the_outputs_is_told_by_their_gradient():
+    import torch
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.unread = torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)
+            self.conv = torch.nn.Conv1d(4, 3, 1)
+
+        def forward(self, x):
+            x = self.a(x)
+            self.unread(x)
+            return self.conv(x[None, 1:].mT)[0].mT  # the first row is left out
+
+    net = Net()
+    assert all(value.requires_grad for value in net.parameters())
+    found = bearing_of(
+        net,
+        {"x": torch.randn(3, 4)},
+        first=lambda values: values[0],
+        ordered=lambda module, value: value.mT if module is net.conv else value,
+        call=lambda model, inputs: model(**inputs),
+        most=1 << 20,
+    )
+    assert {key: rows.tolist() for key, rows in found.items()} == {
+        ("a", "out"): [False, True, True],
+        ("unread", "in"): [False, True, True],
+        ("unread", "out"): [False, False, False],
+        ("conv", "in"): [True, True],
+        ("conv", "out"): [True, True],
+    }
+    assert all(value.requires_grad and value.grad is None for value in net.parameters())
+
+
+def test_rows_without_bearing_are_not_compared():
+    pairs, wanted = [Pair("a", "a")], np.array([[1, 1], [1, 1]], np.float32)
+    right, found = Trace(), Trace()
+    right.add("a", "out", wanted)
+    found.add("a", "out", wanted + np.array([[1], [0]]))
+    given = {"prompt": 2, "steps": 0, "outputs": 1.0}
+    assert compare_traces(pairs, right, right, found, **given).steps[0].error == 1
+    rows = {("a", "out"): np.array([False, True])}
+    assert compare_traces(pairs, right, right, found, **given, bearing=rows).steps[0].error == 0
+    nothing = {("a", "out"): np.array([False, False])}
+    assert not compare_traces(pairs, right, right, found, **given, bearing=nothing).steps
+
+
+def test_a_value_that_is_right_in_another_module_is_no_fault():
+    pairs = [Pair("net.a", "a"), Pair("net", "net"), Pair("b", "b")]
+    right = traces(("net.a", "out", [1, 2]), ("net", "out", [1, 2]), ("b", "out", [5, 6]))
+    found = traces(("a", "out", [1, 2]), ("net", "out", [9, 9]), ("b", "out", [5, 7]))
+    where = compare_traces(pairs, right, right, found, prompt=1, steps=0, outputs=1.0)
+    assert where.first is not None
+    assert where.first.mlx == "b"
 
 
 def test_some_rows_of_large_calls_are_enough():

@@ -75,10 +75,15 @@ def text_questions(
     return questions
 
 
-def media_questions(source: Path, modality: str, *, trust_remote_code: bool) -> list[Question]:
-    """The fixed questions about generated pictures or sounds, through the release's processor."""
+def media_questions(
+    source: Path, modality: str, *, trust_remote_code: bool, most: int | None = None
+) -> list[Question]:
+    """The fixed questions about generated pictures or sounds, through the release's processor.
+
+    ``most``: only the first of them.
+    """
     questions = []
-    asked = _ASKED.get((str(read_config(source).get("model_type")), modality))
+    asked = most or _ASKED.get((str(read_config(source).get("model_type")), modality))
     for case in load_cases(MEDIA_FILES[modality])[:asked]:
         inputs = media_inputs(source, case, trust_remote_code=trust_remote_code)
         ids = tuple(int(token) for token in inputs["input_ids"][0])
@@ -127,8 +132,14 @@ def trace_questions(
             inputs = model.text_inputs(asked if apart else [*asked, *more])
         try:
             whole = {**model.cast(inputs), **model.answer_so_far(more)}
-            most = MOST_OF_MEDIA if item.question.inputs else MOST
-            reference = trace_reference(model.model, model.folder, whole, most=most)
+            media = bool(item.question.inputs)
+            reference = trace_reference(
+                model.model,
+                model.folder,
+                whole,
+                most=MOST_OF_MEDIA if media else MOST,
+                bearing=media,
+            )
         except (RuntimeError, TypeError, ValueError) as error:
             progress(f"torch: modules cannot be traced: {error}")
             continue

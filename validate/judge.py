@@ -9,6 +9,7 @@ from typing import Any, Final
 from arch_maps.rules import Rule
 from validate.answers import Answer, Answers, Question
 from validate.arrays import to_mlx
+from validate.batched import batch_check
 from validate.cases import MEDIA_FILES
 from validate.checks import EXACT, CaseResult, Check, Parting, at_most
 from validate.deviations import deviations_for
@@ -118,6 +119,9 @@ def judge_runtime(job: Judgement, answers: Answers, *, runtime: str) -> Found:
                 judged = run() if known else stock
                 found.checks += heard
                 _outputs(job, found, answers, modality, judged)
+                if modality == "text" and job.exact:
+                    job.progress(f"{runtime}: batch")
+                    found.checks += batch_check(model, answers.exact)
                 found.checks += _modules(job, model, answers, modality, fed=prepared)
             _loss(job, found, answers, modality, stock)
         except RuntimeRefusal as error:

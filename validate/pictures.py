@@ -10,7 +10,10 @@ from validate.checks import EXACT, CaseResult, Check, at_most
 from validate.judge import Found, Judgement, load_checked
 from validate.metrics import relative_error
 from validate.reference import Logits, TorchReference
-from validate.runtime import RuntimeRefusal
+from validate.runtime import MlxRuntime, RuntimeRefusal, Steps
+from validate.where.row import Traced, locate, where_check
+from validate.where.torch_trace import states_of, trace_reference
+from validate.where.trace import MOST_OF_MEDIA
 
 
 def only_looks(config: Mapping[str, Any]) -> bool:
@@ -31,23 +34,51 @@ def judge_pictures(
     model = TorchReference.load(dequantized or source, trust_remote_code=job.trust_remote_code)
     if dequantized is None and not model.holds_in(job.dtype):
         model.round_to(job.dtype)
-    pixels = [_prepare(source, case) for case in cases]
+    pixels = [prepared_picture(source, case) for case in cases]
     wanted = [model.picture(pixel) for pixel in pixels]
     found = Found("mlx_vlm", description={"name": "mlx_vlm"})
     try:
         runtime = load_checked(job, found)
         states = [runtime.picture(pixel) for pixel in pixels]
         found.checks.append(_states(cases, wanted, states, found.runtime))
+        if job.rules:
+            found.checks.append(_modules(job, model, runtime, cases[0], pixels[0]))
     except RuntimeRefusal as error:
         found.refused("load", "weights", error)
     return model.describe(), found
 
 
-def _prepare(source: Path, case: Case) -> Any:
+def prepared_picture(source: Path, case: Case) -> Any:
     """What the release's processor makes of a picture, as torch [1, channels, rows, columns]."""
     images: Any = import_module("transformers").AutoImageProcessor
     processor = images.from_pretrained(source, backend="pil", local_files_only=True)
     return processor(images=draw(case), return_tensors="pt")["pixel_values"]
+
+
+def _modules(
+    job: Judgement, reference: TorchReference, runtime: MlxRuntime, case: Case, pixels: Any
+) -> Check:
+    """Where the two towers part on one picture."""
+    job.progress("torch: modules, image")
+    traced = trace_reference(
+        reference.model,
+        reference.folder,
+        reference.cast({"pixel_values": pixels}),
+        most=MOST_OF_MEDIA,
+        call=states_of,
+        bearing=True,
+    )
+
+    def run() -> Steps:
+        states = runtime.picture(pixels)
+        return Steps(prefill=states, steps=states[-1:])
+
+    where = locate(
+        runtime.model, job.mlx_path, job.rules, Traced(0, len(traced.logits), 0, traced), run
+    )
+    return where_check(
+        where, modality="image", runtime=runtime.name, case=case.name, noise=traced.noise
+    )
 
 
 def _states(

@@ -254,7 +254,7 @@ class MlxRuntime:
 
     def steps_of(self, prefill: Logits, following: Sequence[Logits]) -> Steps:
         """Logits [positions, all] of a prompt and [all] of each token after it, of words alone."""
-        words = slice(_words(self.config))
+        words = slice(word_count(self.config))
         first = prefill[:, words]
         return Steps(first, np.stack([first[-1], *(row[words] for row in following)]))
 
@@ -401,7 +401,7 @@ def _unpacked(module: Any, *, evaluate: bool) -> Any:
     return dense
 
 
-def _words(config: Mapping[str, Any]) -> int | None:
+def word_count(config: Mapping[str, Any]) -> int | None:
     """How many logits are of words, where those of places in a picture come after them."""
     if config.get("model_type") != "molmo_point":
         return None

@@ -34,6 +34,12 @@ class _Stored:
         return dequantize_rows(parts, self.spec, dtype)
 
 
+def spec_of(coded: Coded) -> QuantSpec:
+    """The format of a tensor of an MLX checkpoint."""
+    assert isinstance(coded.codec, _Stored)
+    return coded.codec.spec
+
+
 def read(settings: Mapping[str, Any], build: Builder, *, dtype: str | None) -> None:
     """Every module with scales; ``dtype`` computes in another type than that of the scales."""
     for name in [name for name in build.tensors if name.endswith(".scales")]:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from validate.metrics import relative_error
+from validate.where.bearing import Bearing, Rows
 from validate.where.pairs import Pair
 from validate.where.trace import Side, Trace, Values
 
@@ -80,6 +81,8 @@ class Where:
 
     steps: tuple[Step, ...]
     first: Divergence | None
+    outputs: float = 0.0
+    """How far the models' own outputs are apart: max |difference| / max |reference|."""
 
     def to_json(self) -> dict[str, Any]:
         """The growth of the error along the depth as plain data."""
@@ -100,14 +103,16 @@ def compare_traces(
     prompt: int,
     steps: int,
     outputs: float,
+    bearing: Bearing | None = None,
 ) -> Where:
     """Compare what ``runtime`` computed with ``reference``; ``again`` is the reference's noise.
 
     The reference ran ``prompt + steps`` tokens at once, the runtime the prompt and then single
     tokens, which are compared apart. ``outputs`` is how far the models' own outputs are apart:
     where that is no more than noise, nothing diverges, wherever the sides draw their lines.
+    Rows that have no ``bearing`` on the outputs are left out.
     Events that the two sides do not shape alike are passed over: experts see tokens in another
-    order, convolutions keep their channels elsewhere.
+    order.
     """
     partner = {pair.torch: pair.mlx for pair in pairs}
     scaled = {pair.torch for pair in pairs if pair.scaled}
@@ -129,15 +134,26 @@ def compare_traces(
         axis = found[1] if steps else None
         if axis is not None and wanted[0].shape[axis] != prompt + steps:
             continue
-        right, other = wanted[0].values, found[0].values
+        right, other, same = wanted[0].values, found[0].values, own[0].values
+        matter = (bearing or {}).get((path, side))
+        if matter is not None and not matter.all():
+            if not matter.any():
+                continue
+            right, other, same = (_rows(values, matter) for values in (right, other, same))
         errors = _errors(right, other, axis, prompt, folded=folded)
-        floor = max(floor, relative_error(right, own[0].values))
-        content = hashlib.blake2b(right.tobytes(), digest_size=16).digest()
+        floor = max(floor, relative_error(right, same))
+        content = hashlib.blake2b(wanted[0].values.tobytes(), digest_size=16).digest()
         fresh, leaf = content not in seen, path not in outer
         seen.update([content] if side == "in" else [])
         events.append(Step(path, mlx, side, *errors, floor, content, fresh, leaf))
-    same = outputs <= FACTOR * floor
-    return Where(tuple(events), None if same else _first(events, partner))
+    if outputs <= FACTOR * floor or not events:
+        return Where(tuple(events), None, outputs)
+    first = _first(events, partner) or _unseen(events, outputs, floor)
+    return Where(tuple(events), first, outputs)
+
+
+def _rows(values: Values, matter: Rows) -> Values:
+    return values.reshape(-1, values.shape[-1])[matter]
 
 
 def _errors(
@@ -182,6 +198,13 @@ def _first(steps: Sequence[Step], partner: Mapping[str, str]) -> Divergence | No
     return None
 
 
+def _unseen(steps: Sequence[Step], outputs: float, floor: float) -> Divergence:
+    """Wrong outputs of modules that all agree, as far as they could be compared."""
+    good = [step for step in steps if step.good(decode=False)]
+    within = (_last(good[-1].mlx) if good else "its start", "its end")
+    return Divergence("", "", outputs, floor, False, within)
+
+
 def _heals(steps: Sequence[Step], index: int, *, decode: bool) -> str:
     """How what is made of a wrong value is right again; "" where it is not.
 
@@ -193,6 +216,8 @@ def _heals(steps: Sequence[Step], index: int, *, decode: bool) -> str:
     """
     step = steps[index]
     rest = steps[index:]
+    if step.side == "out" and _is_right_elsewhere(steps, index, decode=decode):
+        return "elsewhere"
     taken = [s for s in rest if s.side == "in" and s.content == step.content and s.leaf]
     takers = {s.torch for s in taken}
     made = [s for s in rest if s.side == "out" and s.torch in takers]
@@ -208,6 +233,18 @@ def _heals(steps: Sequence[Step], index: int, *, decode: bool) -> str:
         return "elsewhere" if around is not None and around.good(decode=decode) else ""
     later = next((s for s in steps[index + 1 :] if s.side == "in" and s.fresh), None)
     return "elsewhere" if later is not None and later.good(decode=decode) else ""
+
+
+def _is_right_elsewhere(steps: Sequence[Step], index: int, *, decode: bool) -> bool:
+    """Whether another module gives or takes the same value, and rightly.
+
+    The runtime's module then only returns something else beside what it hands on.
+    """
+    return any(
+        other.content == steps[index].content and other.good(decode=decode)
+        for place, other in enumerate(steps)
+        if place != index
+    )
 
 
 def _was_fed(steps: Sequence[Step], index: int) -> bool:

@@ -83,6 +83,7 @@ def locate(
         prompt=traced.prompt if traced.rows is None else traced.rows,
         steps=traced.steps,
         outputs=apart,
+        bearing=traced.reference.bearing,
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from validate.loaded import Written, written_tensors
+from validate.where.bearing import Bearing, bearing_of
 from validate.where.trace import MOST, Trace, kept_rows
 
 WIDE_BYTES: Final = 2 << 30
@@ -31,35 +32,63 @@ class Reference:
     held: Mapping[str, str]
     """Source tensor -> the torch parameter that holds it."""
     logits: Any
-    """[tokens, vocabulary] of the first run."""
+    """[tokens, vocabulary] of the first run; an encoder's states [tokens, size]."""
+    bearing: Bearing = field(default_factory=dict)
+    """What of the trace the result depends on, where that was asked."""
+
+
+Call = Callable[[Any, Mapping[str, Any]], Any]
+"""What a model makes of its inputs: logits or states of one prompt, as a tensor of two axes."""
+
+
+def logits_of(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """Logits of every token of a prompt, [tokens, vocabulary]."""
+    return model(**inputs, use_cache=False).logits[0]
+
+
+def states_of(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """Last hidden state of a prompt or a picture, [positions, size]."""
+    return model(**inputs).last_hidden_state[0]
 
 
 def trace_reference(
-    model: Any, folder: Path, inputs: Mapping[str, Any], *, most: int = MOST
+    model: Any,
+    folder: Path,
+    inputs: Mapping[str, Any],
+    *,
+    most: int = MOST,
+    call: Call = logits_of,
+    bearing: bool = False,
 ) -> Reference:
     """Run prepared ``inputs`` of batch one through a float32 model loaded from ``folder``.
 
-    At most ``most`` values are kept of each call.
+    At most ``most`` values are kept of each module's call. ``call`` is what is asked of the model.
+    ``bearing`` also finds what the result depends on, of a model of which a copy could be made.
     """
     import torch
 
     held = _held(model, folder)
     modules = {name for name, _ in model.named_modules() if name}
-    trace, logits = _run(model, inputs, modules, most)
     size = 8 * sum(value.numel() for value in model.parameters())
+    matters: Bearing = {}
+    if bearing and size <= WIDE_BYTES:
+        matters = bearing_of(
+            model, inputs, first=_first, ordered=_channels_last, call=call, most=most
+        )
+    trace, logits = _run(model, inputs, modules, most, call)
     # Complex tables of rotations would lose their imaginary parts.
     if size <= WIDE_BYTES and not any(value.is_complex() for value in model.buffers()):
         wide = copy.deepcopy(model).to(torch.float64)
         try:
             with _default_dtype(torch.float64):
-                again, _ = _run(wide, _cast(inputs, torch.float64), modules, most)
-            return Reference(trace, again, "float64", held, logits)
+                again, _ = _run(wide, _cast(inputs, torch.float64), modules, most, call)
+            return Reference(trace, again, "float64", held, logits, matters)
         except (RuntimeError, TypeError):
             pass  # an operation that this class only has in float32
         finally:
             del wide
-    again, _ = _run(model, inputs, modules, most, change=_Disturbance())
-    return Reference(trace, again, "one rounding per module", held, logits)
+    again, _ = _run(model, inputs, modules, most, call, change=_Disturbance())
+    return Reference(trace, again, "one rounding per module", held, logits, matters)
 
 
 class _Disturbance:
@@ -82,6 +111,7 @@ def _run(
     inputs: Mapping[str, Any],
     modules: set[str],
     most: int,
+    call: Call,
     *,
     change: Callable[[Any], Any] | None = None,
 ) -> tuple[Trace, Any]:
@@ -93,7 +123,7 @@ def _run(
         def hook(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             value = _first((*given, *named.values()))
             if value is not None:
-                trace.add(path, "in", *_kept(value, trace.most))
+                trace.add(path, "in", *_kept(_channels_last(module, value), trace.most))
 
         return hook
 
@@ -102,7 +132,7 @@ def _run(
             value = _first(output if isinstance(output, tuple | list) else (output,))
             if value is None:
                 return None
-            trace.add(path, "out", *_kept(value, trace.most))
+            trace.add(path, "out", *_kept(_channels_last(module, value), trace.most))
             if change is not None and isinstance(output, torch.Tensor):
                 return change(output)
             return None
@@ -116,11 +146,11 @@ def _run(
             hooks.append(module.register_forward_hook(after(path)))
     try:
         with torch.inference_mode():
-            output = model(**inputs, use_cache=False)
+            output = call(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return trace, _numpy(output.logits[0])
+    return trace, _numpy(output)
 
 
 def _first(values: Any) -> Any:
@@ -134,6 +164,16 @@ def _first(values: Any) -> Any:
         if isinstance(state, torch.Tensor):
             return state
     return None
+
+
+def _channels_last(module: Any, value: Any) -> Any:
+    """What a convolution takes or gives, with its channels where MLX has them."""
+    import torch
+
+    if not isinstance(module, torch.nn.modules.conv._ConvNd):
+        return value
+    axis = value.ndim - len(module.kernel_size) - 1
+    return value.movedim(axis, -1) if axis in (0, 1) else value
 
 
 def _kept(value: Any, most: int) -> tuple[Any, tuple[int, ...]]:
