@@ -33,6 +33,7 @@ from validate.pictures import judge_pictures, only_looks
 from validate.reference import ReferenceError, TorchReference, lacks_class, read_config
 from validate.runtime import is_generative, prepare_mlx, runtimes_for
 from validate.speculative import drafter_weights
+from validate.templates import template_problem
 from validate.torch_faults import unbuilt
 from validate.where.row import rules_of
 
@@ -53,6 +54,7 @@ def run_parity(
     progress: Callable[[str], None] | None = None,
     trust_remote_code: bool = False,
     arch: ArchMap | None = None,
+    unread: str = "",
 ) -> Report:
     """Judge ``mlx_path`` against the torch checkpoint ``source``.
 
@@ -61,15 +63,18 @@ def run_parity(
     judges pictures where the config has a vision part; sounds are judged where it has an audio
     part. ``arch`` is the map, None for the registry's; it tells which modules to compare. Raises
     ReferenceError or CheckpointError when a folder cannot be judged at all; what a runtime refuses
-    is a failed check instead. Where torch has no class for the release, the runtime is judged alone
-    and nothing is proven.
+    is a failed check instead. Where torch has no class for the release, or its weights are not here
+    (``unread`` says why), the runtime is judged alone and nothing is proven.
     """
     say = progress or (lambda message: None)
+    for folder in dict.fromkeys((source, mlx_path)):
+        if problem := template_problem(folder):
+            return _not_rendered(problem, plan=plan, source=source)
     fast = prepare_mlx()
     config = read_config(mlx_path)
     checks: list[Check] = []
     quantized = bool(config.get("quantization"))
-    missing = lacks_class(source, trust_remote_code=trust_remote_code)
+    missing = unread or lacks_class(source, trust_remote_code=trust_remote_code)
     if missing:
         checks.append(no_reference(missing))
     elif quantized and dequantized is None:
@@ -135,6 +140,18 @@ def run_parity(
     return Report(
         plan=plan, reference=reference, runtime=described, checks=tuple(_settle_metal(checks))
     )
+
+
+def _not_rendered(problem: str, *, plan: str | None, source: Path) -> Report:
+    """The report of a release whose chat template is not run in this process."""
+    row = Check(
+        name="chat template",
+        modality="tokens",
+        verdict="fail",
+        note=f"{problem}. Nothing was run: whoever uses the template would be stopped by it, too",
+    )
+    reference = {"class": "not run", "folder": source.name}
+    return Report(plan=plan, reference=reference, runtime={"runtimes": []}, checks=(row,))
 
 
 def _ask(
