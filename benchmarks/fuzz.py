@@ -60,11 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--site", action="append", default=[], help="More packages to import from.")
     parser.add_argument("--corpus", type=Path, default=ROOT / ".fuzz", help="Kept between runs.")
     parser.add_argument("--seconds", type=float, help="Begin no slice after this long.")
+    parser.add_argument("--longest", type=int, default=MAX_INPUT, help="Bytes of an input.")
     parser.add_argument("--child", nargs=2, metavar=("TARGET", "RUNS"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     sys.path += given.site
     if given.child:
-        return _child(given.child[0], int(given.child[1]), given.corpus)
+        return _child(given.child[0], int(given.child[1]), given.corpus, given.longest)
     deadline = time.monotonic() + given.seconds if given.seconds else None
     findings = 0
     for _ in range(_SLICES):  # all targets advance together, so that an early end is fair
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _slice(name: str, runs: int, given: argparse.Namespace) -> int:
     """Run a slice in a process of its own and record it; 1 for a finding."""
     command = [sys.executable, "-m", "benchmarks.fuzz", "--corpus", str(given.corpus)]
+    command += ["--longest", str(given.longest)]
     for site in given.site:
         command += ["--site", site]
     began = time.monotonic()
@@ -126,7 +128,7 @@ def _record(name: str, *, executions: int, edges: int, seconds: float, findings:
     RESULTS.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
-def _child(name: str, runs: int, corpus: Path) -> int:
+def _child(name: str, runs: int, corpus: Path, longest: int) -> int:
     import atheris
 
     own = ("converter", "arch_maps", "model_cards", "quant.recipe", "json", "yaml", "tomllib")
@@ -150,7 +152,7 @@ def _child(name: str, runs: int, corpus: Path) -> int:
         except Escaped as error:
             raise AssertionError(f"escaped: {error.args}") from error
 
-    options = [f"-runs={runs}", f"-timeout={TIMEOUT_S}", f"-max_len={MAX_INPUT}"]
+    options = [f"-runs={runs}", f"-timeout={TIMEOUT_S}", f"-max_len={longest}"]
     options += [f"-dict={words}", f"-artifact_prefix={corpus}/{name}-", "-print_final_stats=1"]
     options += [f"-seed={os.environ.get('FUZZ_SEED', '1')}", "-rss_limit_mb=4096"]
     atheris.Setup([sys.argv[0], *options, str(folder)], once)
