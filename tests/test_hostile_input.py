@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, constants
@@ -9,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from release_helpers import LLAMA, llama_tensors, status, write_release
 
+from arch_maps.rules import Kind, Mount, Tensors
 from benchmarks import fuzz, fuzz_targets
 from converter.batch.watchlist import read_watchlist
 from converter.decode.patterns import pattern_problem
 from converter.errors import MAX_PROBLEM, PlanError, UsageError
 from converter.execute.journal import Journal
+from converter.plan.match import disagreements
 from converter.release import open_release
-from converter.source import build_source, parse_header, parse_index
+from converter.source import TensorInfo, build_source, parse_header, parse_index
 from converter.source.strict_json import parse_object
 from converter.staging import running_hub
 
@@ -88,6 +91,21 @@ def test_tagged_floats_are_only_those_that_transformers_writes():
     read = {"a": {"__float__": "Infinity"}, "b": {"__float__": []}, "c": [{"__float__": "1e"}]}
     assert start(read) == read | {"a": float("inf")}
     assert start({"__float__": "NaN"}) == {"__float__": "NaN"}
+
+
+@pytest.mark.parametrize(("count", "hinted"), [(5, True), (150, False)])
+def test_near_names_are_looked_for_among_few(count, hinted):
+    """Thousands that are missing, compared with hundreds that are surplus, take minutes."""
+    tensors = Tensors()
+    for number in range(count):
+        Mount(tensors).tensor(f"layers.{number}.weight", 2, kind=Kind.NORM)
+    have = {
+        name: TensorInfo(name, "F32", (2,), "x", 0, 8)
+        for name in (f"layer.{number}.weight" for number in range(count))
+    }
+    problems = disagreements(have, tensors)
+    assert len(problems) == 2 * count
+    assert all(("did you mean" in problem) == hinted for problem in problems)
 
 
 @pytest.mark.parametrize("text", ["(a|aa)+$", "(a+)+$", "(.*a){9}", r"(\w+)\1", ".*" * 5 + "x"])
@@ -196,3 +214,11 @@ def test_every_reader_refuses_or_reads_any_bytes(name, data):
 @given(data=st.binary(min_size=4, max_size=24))
 def test_every_plan_is_made_or_refused(data):
     fuzz_targets.plan(data)
+
+
+def test_the_record_of_fuzzing_is_of_these_targets():
+    """``benchmarks/fuzz.json`` says what was run; ten million executions, nothing left unmended."""
+    record = json.loads((Path(fuzz.__file__).parent / "fuzz.json").read_text())
+    assert record["targets"].keys() == fuzz_targets.TARGETS.keys() == fuzz.SHARES.keys()
+    assert record["executions"] == sum(t["executions"] for t in record["targets"].values())
+    assert record["executions"] >= 10_000_000
