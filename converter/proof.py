@@ -130,7 +130,7 @@ def prove_drafter(out: Path, *, target: Path, console: Console) -> dict[str, Any
     report = judge_drafter(
         out, target=target, plan=plan, progress=lambda text: console.say(f"  {text}")
     )
-    return _publish(report, out, None if manifest is None else manifest.checkpoint)
+    return publish_report(report, out, None if manifest is None else manifest.checkpoint)
 
 
 def require_proof(out: Path, *, allow_unproven: bool = False) -> dict[str, Any]:
