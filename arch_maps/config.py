@@ -15,12 +15,12 @@ from arch_maps.facts import Facts
 
 NATIVE_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
 """Position scalings that both runtimes compute as the reference does."""
+_TAGGED: Final = ("Infinity", "-Infinity", "NaN")
 
 
 def start(config: Mapping[str, Any]) -> dict[str, Any]:
     """A deep copy without quantization settings, with tagged floats as plain numbers."""
-    out = _plain(copy.deepcopy(dict(config)))
-    assert isinstance(out, dict)
+    out = {key: _plain(value) for key, value in copy.deepcopy(dict(config)).items()}
     for stale in ("quantization", "quantization_config"):
         out.pop(stale, None)
     return out
@@ -28,7 +28,7 @@ def start(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        if set(value) == {"__float__"}:
+        if set(value) == {"__float__"} and value["__float__"] in _TAGGED:
             return float(value["__float__"])
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value

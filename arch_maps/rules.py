@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Literal
+from typing import Final, Literal
 
 from arch_maps.ops import Affine, Expr, Permute, Shape, Source
 
 Part = Literal["text", "vision", "audio", "projector"]
+MAX_TENSORS: Final = 400_000
+"""Source tensors of one release; the largest of today have a third."""
 
 
 class Kind(StrEnum):
@@ -120,6 +122,16 @@ class Tensors:
     rules: list[Rule] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
     values: list[ValuePath] = field(default_factory=list)
+    named: int = 0
+
+    def name_one(self) -> None:
+        """Count a source tensor; ValueError beyond what any release has.
+
+        So a config with a hostile number of experts or blocks cannot exhaust memory.
+        """
+        self.named += 1
+        if self.named > MAX_TENSORS:
+            raise ValueError(f"it would make a release of more than {MAX_TENSORS:,} tensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +164,7 @@ class Mount:
 
     def input(self, name: str, *shape: int) -> Source:
         """The source tensor ``name`` below this mount."""
+        self.out.name_one()
         return Source(self._source_name(name), shape)
 
     def rule(self, name: str, expr: Expr, kind: Kind) -> None:
@@ -209,6 +222,7 @@ class Mount:
         required: bool = False,
     ) -> None:
         """Leave out the source tensor ``name`` below this mount; it may be absent."""
+        self.out.name_one()
         self.out.drops.append(
             Drop(self._source_name(name), reason, shape or None, same_as, required)
         )

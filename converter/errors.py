@@ -1,6 +1,18 @@
 """What this program raises: one class per exit status, each message one readable paragraph."""
 
 from collections.abc import Iterable
+from typing import Final
+
+MAX_PROBLEM: Final = 2000
+"""Characters of one problem; a message is no place for a hostile file's content."""
+
+
+def _line(text: str) -> str:
+    if len(text) > MAX_PROBLEM:
+        text = f"{text[: MAX_PROBLEM // 2]} ... {text[-MAX_PROBLEM // 4 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class ConvertError(Exception):
@@ -16,14 +28,16 @@ class UsageError(ConvertError):
 
 
 class PlanError(ConvertError):
-    """An unsupported or faulty source; holds every problem found, not just the first."""
+    """An unsupported or faulty source; holds every problem found, not just the first.
+
+    Each is one line of bounded length whatever it quotes, and cannot forge lines or colours.
+    """
 
     exit_code = 3
 
     def __init__(self, problems: Iterable[str]) -> None:
-        self.problems: tuple[str, ...] = (
-            (problems,) if isinstance(problems, str) else tuple(problems)
-        )
+        told = (problems,) if isinstance(problems, str) else problems
+        self.problems: tuple[str, ...] = tuple(map(_line, told))
         super().__init__(*self.problems)
 
     def __str__(self) -> str:

@@ -79,6 +79,8 @@ class Request:
     """Where files from the hub go; None for the client's own cache."""
     part: Part | None = None
     """The shards to make, where other processes make the others in the same folder."""
+    stream: bool = False
+    """Whether weights are read from the hub while converting, instead of downloaded before."""
 
     @property
     def thread_count(self) -> int:
@@ -138,6 +140,8 @@ def plan_request(request: Request, console: Console | None = None) -> Planned:
         cache=request.cache,
         gguf=request.gguf,
     )
+    if request.stream:
+        _require_streamable(request, release)
     if release.source.mlx is None and back:
         _require_quantized(release, torch=torch)
         back = False
@@ -256,7 +260,12 @@ def convert(
     for line in planned.kv:
         console.say(line)
     with console.progress("download", unit="bytes") as tick:
-        release = fetch(planned.release, weights=_files_read(request, planned), progress=tick)
+        release = fetch(
+            planned.release,
+            weights=_files_read(request, planned),
+            stream=request.stream,
+            progress=tick,
+        )
     source = _relocated(planned, release)
     todo = [
         (plan, out)
@@ -297,6 +306,27 @@ def _files_read(request: Request, planned: Planned) -> set[str] | None:
         for out in outputs_of(plan, request.part.shards(plan))
         for leaf in sources(out.expr)
     }
+
+
+def _require_streamable(request: Request, release: Release) -> None:
+    """UsageError where the weights must lie on this machine all the same."""
+    if release.snapshot is None:
+        raise UsageError(f"--stream: {request.hf_path} is a folder, and nothing is fetched")
+    if release.root is not None or release.source.kind != "safetensors":
+        raise UsageError(
+            "--stream: pickles and GGUF files are read from whole files; leave --stream out"
+        )
+    if request.part is not None:
+        raise UsageError("--stream: --shard downloads what its shards read; leave one of them out")
+    calibrated = any(recipe.calibration is not None for recipe in request.recipes)
+    needs = [
+        ("--q-target-bpw and --q-target-size", any(r.targeted for r in request.recipes)),
+        ("--q-method imatrix and gptq", calibrated),
+        ("--adapter-path", request.adapter_path is not None),
+    ]
+    for flag, asked in needs:
+        if asked:
+            raise UsageError(f"--stream: {flag} read the weights more than once; leave it out")
 
 
 def _require_space(todo: Sequence[tuple[Plan, Path]]) -> None:
@@ -345,6 +375,8 @@ def _execute_all(
         ]
     part, stamp = request.part, release.stamp()
     with ExitStack() as stack:
+        from converter.hub import StreamReader
+
         jobs, known = [], []
         for (plan, out), calibrated in zip(todo, statistics, strict=True):
             work = work_folder(out, plan.hash)
@@ -369,6 +401,7 @@ def _execute_all(
                     stamp=stamp,
                     workers=request.thread_count,
                     progress=tick,
+                    checked=reader if isinstance(reader, StreamReader) else None,
                 )
         except PlanError:
             for job in jobs:  # a damaged source: nothing of it is worth resuming

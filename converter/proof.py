@@ -55,7 +55,7 @@ def prove(
     release = source.name
     if any(check.verdict == "fail" for check in seen):
         # What a runtime would make of such files says less than what is wrong with them.
-        return _publish(_unrun(seen, plan_hash, source), out, checkpoint)
+        return publish_report(_unrun(seen, plan_hash, source), out, checkpoint)
     with ExitStack() as stack:
         # A quantized release is compared by what its weights mean.
         source = stack.enter_context(plain_release(source, beside=out, arch=arch, workers=workers))
@@ -87,7 +87,7 @@ def prove(
     # Not the folders that only this run had: a report is the same bytes wherever it is made.
     reference = {**report.reference, "folder": release}
     report = replace(report, reference=reference, checks=(*seen, *report.checks))
-    return _publish(report, out, checkpoint)
+    return publish_report(report, out, checkpoint)
 
 
 def _unrun(seen: Sequence[Check], plan: str | None, source: Path) -> Report:
@@ -96,7 +96,7 @@ def _unrun(seen: Sequence[Check], plan: str | None, source: Path) -> Report:
     return Report(plan=plan, reference=reference, runtime={"runtimes": []}, checks=tuple(seen))
 
 
-def _publish(report: Report, out: Path, checkpoint: str | None) -> dict[str, Any]:
+def publish_report(report: Report, out: Path, checkpoint: str | None) -> dict[str, Any]:
     """Write a report beside the output it is of; the content of parity.json."""
     from validate.report import write_json
 
@@ -128,7 +128,7 @@ def prove_drafter(out: Path, *, target: Path, console: Console) -> dict[str, Any
     report = judge_drafter(
         out, target=target, plan=plan, progress=lambda text: console.say(f"  {text}")
     )
-    return _publish(report, out, None if manifest is None else manifest.checkpoint)
+    return publish_report(report, out, None if manifest is None else manifest.checkpoint)
 
 
 def require_proof(out: Path, *, allow_unproven: bool = False) -> dict[str, Any]:

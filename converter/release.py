@@ -25,7 +25,7 @@ from converter.source import (
 )
 from converter.source.gguf_files import FLAG, SUFFIX, choose_gguf
 from converter.source.model import QUANT_CONFIG, with_quant_config
-from converter.source.strict_json import parse_object
+from converter.source.strict_json import MAX_JSON_BYTES, parse_object
 
 if TYPE_CHECKING:
     from converter.hub import HubSnapshot, Progress
@@ -55,6 +55,11 @@ class Release:
             return {}
         known: dict[str, Any] = {"repo": self.snapshot.repo_id, "commit": self.snapshot.commit}
         return {**known, "gated": True} if self.snapshot.gated else known
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the weights are read from the hub while converting, and never lie here."""
+        return self.source.remote is not None
 
     def stamp(self) -> dict[str, Any]:
         """What must not change between a run and its resumption: the content of the weights."""
@@ -124,22 +129,29 @@ def open_release(
 
 
 def fetch(
-    release: Release, *, weights: Collection[str] | None = None, progress: Progress | None = None
+    release: Release,
+    *,
+    weights: Collection[str] | None = None,
+    stream: bool = False,
+    progress: Progress | None = None,
 ) -> Release:
     """The release with its files on this machine, hashes checked; raises HubError.
 
-    ``weights`` names the weight files that will be read, None for all.
+    ``weights`` names the weight files that will be read, None for all. With ``stream`` the source
+    reads them from the hub instead.
     """
     if release.snapshot is None or release.root is not None:
         return release
-    from converter.hub import download
+    from converter.hub import download, open_stream
 
     snapshot = release.snapshot
     files = release.source.weight_files if weights is None else sorted(weights)
-    wanted = [*files, *release.sidecars]
+    wanted = [*([] if stream else files), *release.sidecars]
     wanted += [n for n in ("config.json", QUANT_CONFIG, _CARD) if n in snapshot.by_path]
     root = download(snapshot, wanted, progress=progress, cache_dir=release.cache)
     source = release.source.located(root)
+    if stream:
+        source = replace(release.source, root=root, remote=partial(open_stream, snapshot))
     if source.kind == "gguf":
         root /= source.weight_files[0]
     return replace(release, source=source, root=root)
@@ -175,6 +187,11 @@ def _open_hub(
         return Release(name=name, source=source, sidecars=sidecars, root=root, snapshot=snapshot)
     beside = [QUANT_CONFIG] if QUANT_CONFIG in top else []
     small = ["config.json", *beside] + ([selection.index] if selection.index else [])
+    if huge := [n for n in small if snapshot.by_path[n].size > MAX_JSON_BYTES]:
+        raise PlanError(
+            f"{name}: has {snapshot.by_path[name].size} bytes, too large for what it is"
+            for name in huge
+        )
     folder = download(snapshot, small, cache_dir=cache)
     config = parse_object((folder / "config.json").read_bytes(), "config.json")
     if beside:

@@ -35,6 +35,7 @@ from validate.runtime import is_generative, prepare_mlx, runtimes_for
 from validate.speculative import drafter_weights
 from validate.streamed.asking import ask_streamed, streamed_row
 from validate.streamed.tensors import Streaming
+from validate.templates import template_problem
 from validate.torch_faults import unbuilt
 from validate.where.row import rules_of
 
@@ -56,6 +57,7 @@ def run_parity(
     trust_remote_code: bool = False,
     arch: ArchMap | None = None,
     streaming: Streaming | None = None,
+    unread: str = "",
 ) -> Report:
     """Judge ``mlx_path`` against the torch checkpoint ``source``.
 
@@ -65,17 +67,20 @@ def run_parity(
     part. ``arch`` is the map, None for the registry's; it tells which modules to compare.
     ``streaming`` runs text block by block, with weights from there and not from ``dequantized``.
     Raises ReferenceError or CheckpointError when a folder cannot be judged at all; what a runtime
-    refuses is a failed check instead. Where torch has no class for the release, the runtime is
-    judged alone and nothing is proven.
+    refuses is a failed check instead. Where torch has no class for the release, or its weights are
+    not here (``unread`` says why), the runtime is judged alone and nothing is proven.
     """
     say = progress or (lambda message: None)
+    for folder in dict.fromkeys((source, mlx_path)):
+        if problem := template_problem(folder):
+            return _not_rendered(problem, plan=plan, source=source)
     fast = prepare_mlx()
     config = read_config(mlx_path)
     checks: list[Check] = []
     quantized = bool(config.get("quantization"))
     held = dequantized is not None or (streaming is not None and streaming.exact is not None)
     exact = held or not quantized
-    missing = lacks_class(source, trust_remote_code=trust_remote_code)
+    missing = unread or lacks_class(source, trust_remote_code=trust_remote_code)
     if missing:
         checks.append(no_reference(missing))
     elif quantized and not exact:
@@ -163,6 +168,18 @@ def _require_blocks(config: Mapping[str, Any]) -> None:
             "it cannot be judged block by block: only models that write text can. "
             "Give --memory-limit a size that it needs whole, or judge it on a larger machine"
         )
+
+
+def _not_rendered(problem: str, *, plan: str | None, source: Path) -> Report:
+    """The report of a release whose chat template is not run in this process."""
+    row = Check(
+        name="chat template",
+        modality="tokens",
+        verdict="fail",
+        note=f"{problem}. Nothing was run: whoever uses the template would be stopped by it, too",
+    )
+    reference = {"class": "not run", "folder": source.name}
+    return Report(plan=plan, reference=reference, runtime={"runtimes": []}, checks=(row,))
 
 
 def _ask(

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from converter.adapter.model import Factor, Update
 from converter.adapter.read import Adapter
+from converter.decode.patterns import pattern_problem
 from converter.source import TensorInfo
 
 _PREFIX: Final = "base_model.model."
@@ -121,9 +122,14 @@ def _update(
 
 
 def _setting(path: str, patterns: Any, default: Any) -> Any:
+    if patterns is not None and not isinstance(patterns, dict):
+        return f"of patterns {patterns!r}"
     for pattern, value in (patterns or {}).items():
+        text = rf"(.*\.)?({pattern})$"
         try:
-            matched = re.match(rf"(.*\.)?({pattern})$", path)
+            if problem := pattern_problem(text):
+                return f"of pattern {pattern!r}, which {problem},"
+            matched = re.match(text, path)
         except re.error:
             return f"of pattern {pattern!r}"
         if matched:

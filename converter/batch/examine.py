@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from converter.batch.believed import believed
@@ -12,12 +10,13 @@ from converter.batch.failures import classify
 from converter.batch.orders import Answer, Order, Part
 from converter.batch.published import find_published
 from converter.batch.recipes import digest
-from converter.errors import ConvertError, GateError, PlanError, UsageError
+from converter.errors import GateError, PlanError, UsageError
 from converter.execute.parts import most_parts
 from converter.hub import HubSnapshot, download, resolve_revision
 from converter.pipeline import Planned, Request, plan_request
 from converter.plan import Plan
-from converter.ui import Console, memory_estimate
+from converter.twin_proof import judge_twin
+from converter.ui import memory_estimate
 
 PROOF_BYTES_PER_PARAMETER = 8
 """The reference and the runtime hold the model in float32 each."""
@@ -101,40 +100,6 @@ def _judge_twin(config: dict[str, Any], order: Order, answer: Answer) -> None:
     verdict, text = known
     if verdict == "fail":
         raise GateError(f"a twin of {order.repo} does not compute what torch computes: {text}")
-
-
-def judge_twin(config: dict[str, Any], folder: Path, *, workers: int) -> tuple[str, str]:
-    """Verdict (pass, fail, unproven, unmade) and reason for a twin, made and removed here."""
-    from converter.pipeline import convert
-    from converter.proof import prove
-    from validate.twin import TwinError, make_twin
-
-    console = Console(quiet=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    source = folder / "source"
-    try:
-        source.parent.mkdir(parents=True)
-        try:
-            make_twin(config, source)
-        except TwinError as error:
-            return "unmade", str(error)
-        request = Request(hf_path=str(source), mlx_path=folder / "mlx", workers=workers)
-        made = convert(request, console)[0]
-        try:
-            report = prove(
-                made.folder,
-                source=source,
-                console=console,
-                plan=made.plan,
-                arch=made.arch,
-                workers=workers,
-            )
-        except ConvertError as error:  # the twin, not the release, has no reference
-            return "unmade", str(error)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    failed = [str(check["name"]) for check in report["checks"] if check["verdict"] == "fail"]
-    return str(report["verdict"]), ", ".join(failed)
 
 
 def _plans(order: Order, answer: Answer) -> list[tuple[Part, Plan]]:

@@ -286,16 +286,22 @@ def _parsed(path: Path, text: str) -> Any:
     if path.suffix == ".toml":
         try:
             return tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"{path}: is not TOML: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path}: is not TOML: {_brief(error)}") from error
     if path.suffix in (".yaml", ".yml"):
         import yaml
 
         try:
             return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"{path}: is not YAML: {error}") from error
+        except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+            # Beside its own errors it lets those of a date or number that is none pass.
+            raise UsageError(f"{path}: is not YAML: {_brief(error)}") from error
     raise UsageError(f"{path}: a watch list ends in .toml, .yaml or .yml")
+
+
+def _brief(error: Exception) -> str:
+    deep = isinstance(error, RecursionError)
+    return "nested too deeply" if deep else str(error)[:500]
 
 
 def _lines(path: Path, errors: list[Any]) -> Iterator[str]:

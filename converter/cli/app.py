@@ -19,6 +19,7 @@ from converter.cli.errors import run
 @opt.recipe
 @opt.mapping
 @opt.output
+@opt.stream
 @opt.kv_cache
 @opt.publishing
 @opt.proof

@@ -183,6 +183,7 @@ def request_from(given: dict[str, Any]) -> Request:
         mtp=given["mtp"],
         kv=_kv_asked(given),
         part=None if given.get("shard") is None else _part(given),
+        stream=bool(given.get("stream")),
         command=command_text(sys.argv[1:]),
     )
 
@@ -247,6 +248,7 @@ def _prove_and_publish(
     from converter.naming import repo_name
     from converter.proof import prove, prove_drafter, require_proof
     from converter.publish import upload_output, write_card
+    from converter.streamed import prove_streamed
 
     failed: list[GateError] = []
     requested = given["upload_repo"]
@@ -261,6 +263,15 @@ def _prove_and_publish(
         target = output.target or given["draft_for"]
         if target is not None:
             report = prove_drafter(out, target=target, console=console)
+        elif output.release.streamed:
+            report = prove_streamed(
+                out,
+                output.release,
+                console=console,
+                arch=output.arch,
+                workers=workers,
+                trust_remote_code=given["trust_remote_code"],
+            )
         else:
             with output.reference(workers=workers) as reference:
                 report = prove(

@@ -141,6 +141,12 @@ output = _all(
     click.option("--quiet", is_flag=True, help="No progress, errors and results only."),
 )
 
+stream = click.option(
+    "--stream",
+    is_flag=True,
+    help="Read the weights from the hub while converting, so that they never lie on this disk.",
+)
+
 card_template = click.option(
     "--card-template",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),

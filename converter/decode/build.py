@@ -5,19 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from arch_maps.ops import Shape
 from arch_maps.rules import Drop
 from converter.decode.model import Coded
+from converter.decode.patterns import pattern_problem
 from converter.source import Stored, TensorInfo
 from converter.source.header import quote
 
 Shapes = Callable[[], Mapping[str, tuple[Shape, ...]]]
 """The shapes that a release's map allows for each tensor, worked out when first needed."""
-
-_NESTED: Final = re.compile(r"\([^()]*[+*}][^()]*\)[+*{?]")
-_LONGEST = 500
 
 
 @dataclass(slots=True)
@@ -143,10 +141,10 @@ def name_matcher(entries: Any, build: Builder, *, where: str) -> Callable[[str],
 
 def compiled(text: str, build: Builder, *, where: str) -> re.Pattern[str] | None:
     """A regular expression of the config; None, and a problem, where it cannot be trusted."""
-    if len(text) > _LONGEST or _NESTED.search(text):
-        build.problem(f"config.json: {where}: {quote(text)} repeats repetitions; it is not run")
-        return None
     try:
+        if problem := pattern_problem(text):
+            build.problem(f"config.json: {where}: {quote(text)} {problem}; it is not run")
+            return None
         return re.compile(text)
     except re.error as error:
         build.problem(f"config.json: {where}: {quote(text)} is no regular expression: {error}")

@@ -12,6 +12,7 @@ from arch_maps.dtypes import TORCH_NAMES
 from arch_maps.facts import Facts
 from arch_maps.ops import Shape, sources
 from arch_maps.registry import ArchMap
+from converter.config_errors import config_errors
 from converter.decode import (
     awq,
     bitnet,
@@ -91,7 +92,8 @@ def decoded(source: Source, *, arch: ArchMap | None = None, dtype: str | None = 
                     f"(only {known} are); convert the unquantized release"
                 ]
             )
-        scheme(settings, build)
+        with config_errors(f"the reader of {method}"):
+            scheme(settings, build)
         # a GGUF file may be plain throughout
         if not build.coded and not build.problems and not source.gguf:
             build.problem(f"config.json: says {method}, but no tensor is quantized so")
@@ -123,7 +125,8 @@ def _shapes(source: Source, arch: ArchMap | None) -> Shapes:
         chosen = arch or find_map(source.config)
         found: dict[str, tuple[Shape, ...]] = {}
         for layout in chosen.layouts:
-            tensors = chosen.expand(Facts(source.config), layout)
+            with config_errors("the map of the release"):
+                tensors = chosen.expand(Facts(source.config), layout)
             for rule in tensors.rules:
                 for leaf in sources(rule.expr):
                     shape = tuple(map(int, leaf.shape))

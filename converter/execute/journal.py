@@ -69,9 +69,19 @@ class Journal:
             return 0
         valid = len(header)
         for line in data[valid:].split(b"\n")[:-1]:
-            try:
-                self.done.update(int(unit) for unit in json.loads(line))
-            except (ValueError, TypeError):
+            units = _units(line)
+            if units is None:
                 break
+            self.done.update(units)
             valid += len(line) + 1
         return valid
+
+
+def _units(line: bytes) -> list[int] | None:
+    """The units of one line as ``record`` writes them, None for anything else."""
+    try:
+        units = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(units, list) and all(type(unit) is int for unit in units)
+    return units if whole else None

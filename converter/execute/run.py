@@ -6,11 +6,14 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -31,6 +34,22 @@ FLUSH_BYTES = 64 << 20
 _BAD_SHOWN = 20
 
 Progress = Callable[[int, int], None]
+
+
+class CheckedReader(RowReader, Protocol):
+    """A reader of files whose hashes are known only once they have been read to their ends."""
+
+    verified: set[str]
+    """Files that are complete and what they should be."""
+
+    def noting(self) -> AbstractContextManager[set[str]]:
+        """The files that this thread reads from while the context lasts."""
+
+    def complete(self, name: str) -> None:
+        """Read the rest of a file and check it; raises where it is not what it should be."""
+
+    def read_in_part(self) -> list[str]:
+        """Files that were read from and are not complete."""
 
 
 @dataclass(slots=True)
@@ -100,16 +119,19 @@ class Job:
                 stop = tensor.start + unit.stop * row_bytes
                 self.digests.written(tensor.file, start, stop)
 
-    def flush(self, lock: threading.Lock) -> None:
+    def flush(self, lock: threading.Lock, vouched: Callable[[int], bool]) -> None:
         """Make finished units durable and record them; after a failure nothing more is recorded.
 
-        A system reports lost writes once only: the next flush would succeed without them.
+        A system reports lost writes once only: the next flush would succeed without them. A unit
+        that is not ``vouched`` for, because what it was made of is not, waits for a later flush.
         """
         if not self._durable:
             return
         self._durable = False
         with lock:  # workers go on meanwhile; what they finish now waits for the next flush
-            finished, self.pending, self.written = self.pending, [], 0
+            finished = [unit for unit in self.pending if vouched(unit)]
+            self.pending = sorted(set(self.pending) - set(finished))
+            self.written = 0
         for descriptor in self.files.values():
             _datasync(descriptor)
         self.journal.record(finished)
@@ -131,12 +153,15 @@ def execute(
     stamp: dict[str, Any],
     workers: int,
     progress: Progress | None = None,
+    checked: CheckedReader | None = None,
 ) -> list[dict[str, str]]:
     """Write the weight files of every job's plan; all plans share their rules.
 
-    Returns the sha256 of each job's files. Raises PlanError naming every tensor with a value that
-    cannot be stored (the caller removes the work folder), ConvertError when the disk fails (the
-    work folder stays and can resume).
+    ``checked`` is what ``reader`` reads from in the end, where its files are not known to be whole:
+    then a unit is recorded as done once all files that it came from are. Returns the sha256 of each
+    job's files. Raises PlanError naming every tensor with a value that cannot be stored (the caller
+    removes the work folder), ConvertError when the disk fails (the work folder stays and can
+    resume), and what ``checked`` raises of a file that is not what it should be.
     """
     outputs = jobs[0].plan.outputs
     for job in jobs:
@@ -148,20 +173,64 @@ def execute(
         with contextlib.ExitStack() as hashing:
             for job in jobs:
                 hashing.enter_context(job.digests)
+            trust = _Trust(checked)
             try:
-                _run(jobs, source, reader, workers, progress)
+                _run(jobs, source, reader, workers, progress, trust)
             except BaseException:
                 for job in jobs:  # what is done is not done again by the run that resumes
                     with contextlib.suppress(OSError):
-                        job.flush(threading.Lock())
+                        job.flush(threading.Lock(), trust.vouched)
                 raise
             if not any(job.part for job in jobs):  # the run that makes the output whole checks
                 _check_aliases(jobs[0].plan, source, reader)
+            trust.complete_all()
             with explain(jobs[0].work):
                 return [job.digests.finish() for job in jobs]
     finally:
         for job in jobs:
             job.close()
+
+
+class _Trust:
+    """Which files each unit came from, and whether those are known to be whole."""
+
+    def __init__(self, reader: CheckedReader | None) -> None:
+        self._reader = reader
+        self._files: dict[int, set[str]] = {}
+        self._left: Counter[str] = Counter()
+
+    def expect(self, files: Sequence[str]) -> None:
+        """One entry for each unit that is to come: where most of it lies."""
+        self._left = Counter(files)
+
+    def noting(self, unit: int) -> AbstractContextManager[object]:
+        """While the context lasts this thread makes ``unit``."""
+        if self._reader is None:
+            return contextlib.nullcontext()
+        return self._noting(self._reader, unit)
+
+    @contextlib.contextmanager
+    def _noting(self, reader: CheckedReader, unit: int) -> Iterator[None]:
+        with reader.noting() as files:
+            yield
+        self._files[unit] = files
+
+    def read_out(self, file: str) -> Callable[[], None] | None:
+        """A unit of ``file`` is done: how to complete the file, where no other is to come."""
+        self._left[file] -= 1
+        if self._reader is None or self._left[file]:
+            return None
+        return partial(self._reader.complete, file)
+
+    def vouched(self, unit: int) -> bool:
+        """Whether every byte that a unit was made of is known to be right."""
+        return self._reader is None or self._files[unit] <= self._reader.verified
+
+    def complete_all(self) -> None:
+        """Complete whatever else was read from."""
+        if self._reader is not None:
+            for file in self._reader.read_in_part():
+                self._reader.complete(file)
 
 
 def _run(
@@ -170,6 +239,7 @@ def _run(
     reader: RowReader,
     workers: int,
     progress: Progress | None,
+    trust: _Trust,
 ) -> None:
     outputs = jobs[0].plan.outputs
     ordered = units.reading_order(source, outputs, units.units_of(source, outputs))
@@ -177,10 +247,22 @@ def _run(
     for job in jobs:
         job.already([unit for unit in ordered if unit.number in job.journal.done])
     total, finished = len(ordered), len(ordered) - len(todo)
+    places = {unit.number: units.place(source, outputs, unit)[0] for unit in todo}
+    trust.expect(list(places.values()))
     bad: dict[int, tuple[int, str]] = {}
     lock = threading.Lock()
 
-    def convert(unit: units.Unit) -> None:
+    def convert(unit: units.Unit) -> int:
+        with trust.noting(unit.number):
+            made = make(unit)
+        with lock:
+            for job, size in made:
+                job.pending.append(unit.number)
+                job.written += size
+        return unit.number
+
+    def make(unit: units.Unit) -> list[tuple[Job, int]]:
+        made: list[tuple[Job, int]] = []
         expr = outputs[unit.output].expr
         rows: np.ndarray | None = None
         checked = False
@@ -205,22 +287,22 @@ def _run(
                 with lock:  # the first place in each tensor, whichever thread comes first
                     found = (unit.start, str(error))
                     bad[unit.output] = min(found, bad.get(unit.output, found))
-                return
+                return made
             checked = rows is not None
-            with lock:
-                job.pending.append(unit.number)
-                job.written += size
+            made.append((job, size))
+        return made
 
     def flush() -> None:
         for job in jobs:
-            job.flush(lock)
+            job.flush(lock, trust.vouched)
 
     with (
         explain(jobs[0].work),
         ThreadPoolExecutor(1) as flusher,
         ThreadPoolExecutor(workers) as pool,
     ):
-        running: set[Future[None]] = set()
+        running: set[Future[int]] = set()
+        checking: set[Future[None]] = set()
         flushing: Future[None] | None = None
         queue = iter(todo)
         if progress:
@@ -233,7 +315,12 @@ def _run(
                     break
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    future.result()
+                    rest = trust.read_out(places[future.result()])
+                    if rest is not None:
+                        checking.add(pool.submit(rest))
+                for check in [one for one in checking if one.done()]:
+                    checking.remove(check)
+                    check.result()
                 finished += len(done)
                 if progress:
                     progress(finished, total)
@@ -242,8 +329,12 @@ def _run(
                     flushing = None
                 if flushing is None and sum(job.written for job in jobs) >= FLUSH_BYTES:
                     flushing = flusher.submit(flush)
+            for check in checking:
+                check.result()
+            trust.complete_all()
         except BaseException:
-            for future in running:
+            begun: list[Future[Any]] = [*running, *checking]
+            for future in begun:
                 future.cancel()
             raise
         if bad:

@@ -7,7 +7,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from arch_maps.dtypes import itemsize
-from arch_maps.ops import row_count, sources, streamable
+from arch_maps.ops import (
+    Concat,
+    Expr,
+    Permute,
+    Reshape,
+    Slice,
+    Stack,
+    children,
+    row_count,
+    sources,
+    streamable,
+)
+from arch_maps.ops import Source as Leaf
 from converter.plan.model import Output
 from converter.source import Source
 
@@ -35,15 +47,39 @@ def units_of(source: Source, outputs: Sequence[Output]) -> list[Unit]:
 
 def reading_order(source: Source, outputs: Sequence[Output], units: Sequence[Unit]) -> list[Unit]:
     """The units sorted by where their source lies, so that files are read front to back."""
+    return sorted(units, key=lambda unit: (*place(source, outputs, unit), unit.number))
 
-    def position(unit: Unit) -> tuple[str, int, int]:
-        leaf = next(iter(sources(outputs[unit.output].expr)), None)
-        if leaf is None:
-            return ("", 0, unit.start)
-        info = source.tensors[leaf.name]
-        return (info.file, info.start, unit.start)
 
-    return sorted(units, key=position)
+def place(source: Source, outputs: Sequence[Output], unit: Unit) -> tuple[str, int]:
+    """File and byte at which a unit's first row lies; of a file without a name, where none does."""
+    found = _first(outputs[unit.output].expr, unit.start)
+    if found is None:
+        return ("", 0)
+    leaf, row = found
+    info = source.tensors[leaf.name]
+    return (info.file, info.start + info.nbytes * row // row_count(info.shape))
+
+
+def _first(expr: Expr, row: int) -> tuple[Leaf, int] | None:
+    """The source tensor, and its row, that row ``row`` of ``expr`` begins with."""
+    match expr:
+        case Leaf():
+            return expr, row
+        case Stack(axis=0):  # one expert after another, wherever each of them lies
+            return _first(expr.parts[row], 0)
+        case Concat(axis=0):
+            part, low, _ = next(span for span in expr.spans() if span[1] <= row < span[2])
+            return _first(part, row - low)
+        case Slice(axis=0):
+            return _first(expr.x, row + expr.start)
+        case Reshape():
+            wide, narrow = math.prod(expr.shape[1:]), math.prod(expr.x.shape[1:])
+            return _first(expr.x, row * wide // narrow if narrow else 0)
+        case Permute() if not expr.row_local:
+            return _first(expr.x, 0)
+        case _:
+            below = children(expr)
+            return _first(below[0], row) if below else None
 
 
 def _ranges(source: Source, outputs: Sequence[Output]) -> Iterator[tuple[int, int, int]]:

@@ -5,17 +5,20 @@ from converter.hub.errors import hub_errors, redact
 from converter.hub.fetch import download, git_blob_id_of, sha256_of
 from converter.hub.publish import STALE_PATTERNS, upload
 from converter.hub.snapshot import HubFile, HubSnapshot, fetch_range, resolve_revision
+from converter.hub.stream import StreamReader, open_stream
 
 __all__ = [
     "STALE_PATTERNS",
     "HubFile",
     "HubSnapshot",
     "Progress",
+    "StreamReader",
     "client",
     "download",
     "fetch_range",
     "git_blob_id_of",
     "hub_errors",
+    "open_stream",
     "redact",
     "resolve_revision",
     "sha256_of",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from converter.hub.errors import hub_errors, may_have_been_done, status_of
+from converter.hub.errors import asked_wait, hub_errors, may_have_been_done, status_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -17,6 +17,8 @@ LIBRARY = "mlx-dayzero"
 TIMEOUT_S = 30.0
 ATTEMPTS = 4
 FIRST_WAIT_S = 1.0
+LONGEST_WAIT_S = 300.0
+"""Rate limits of the hub are counted over five minutes."""
 
 Result = TypeVar("Result")
 
@@ -40,15 +42,26 @@ def pause(failures: int) -> None:
     time.sleep(FIRST_WAIT_S * 2**failures)
 
 
-def patiently(call: Callable[[], Result]) -> Result:
-    """The result of a call without side effects, tried again while the hub or network fails."""
-    for attempt in range(ATTEMPTS):
+def patiently(
+    call: Callable[[], Result],
+    *,
+    attempts: int = ATTEMPTS,
+    also: tuple[type[Exception], ...] = (),
+) -> Result:
+    """The result of a call without side effects, tried again while the hub or network fails.
+
+    Errors of the types in ``also`` are taken for failures that pass, too. Where a long series of
+    attempts is allowed, a hub that says how long to wait is believed.
+    """
+    for attempt in range(attempts):
         try:
             return call()
         except Exception as error:
             busy = may_have_been_done(error) or status_of(error) == 429
-            if not busy or attempt == ATTEMPTS - 1:
+            if not (busy or isinstance(error, also)) or attempt == attempts - 1:
                 raise
+            if attempts > ATTEMPTS:
+                time.sleep(min(LONGEST_WAIT_S, asked_wait(error)))
             pause(attempt)
     raise AssertionError("unreachable")
 

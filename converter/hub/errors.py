@@ -76,6 +76,17 @@ def status_of(error: BaseException) -> int | None:
     return None
 
 
+def asked_wait(error: BaseException) -> float:
+    """Seconds that a busy hub asked to be left alone for; 0 where it said nothing."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for cause in causes(error):
+        if isinstance(cause, HfHubHTTPError):
+            said = cause.response.headers.get("retry-after", "")
+            return float(said) if said.isascii() and said.isdigit() else 0.0
+    return 0.0
+
+
 def may_have_been_done(error: BaseException) -> bool:
     """Whether a request that failed so may have succeeded at the hub, its answer lost."""
     import httpx2

@@ -5,19 +5,21 @@ a server that does not honour a range is caught before its answer is believed.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import PurePosixPath
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 from converter.errors import HubError
 from converter.hub.api import LIBRARY, TIMEOUT_S, client, patiently
 from converter.hub.errors import hub_errors
 
+WINDOW_ATTEMPTS: Final = 8
+"""The waits between them add up to two minutes, and to what a busy hub asks for."""
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
@@ -124,17 +126,40 @@ def fetch_range(
 ) -> bytes:
     """Bytes [start, stop) of a remote file; `HubError` if the server sends anything else."""
     file = snapshot.file(path)
-    assert 0 <= start <= stop, f"{path}: [{start}, {stop}) is not a range"
+    return _range(snapshot, file, start, stop, token, patiently)
+
+
+def fetch_window(
+    snapshot: HubSnapshot, path: str, start: int, stop: int, *, token: str | None = None
+) -> bytes:
+    """The same during a long conversion: a wrong answer is asked for again, too, and for longer."""
+    again = partial(patiently, attempts=WINDOW_ATTEMPTS, also=(RangeError,))
+    return _range(snapshot, snapshot.file(path), start, stop, token, again)
+
+
+class RangeError(HubError):
+    """A server, or a proxy before it, answered a range request with something else."""
+
+
+def _range(
+    snapshot: HubSnapshot,
+    file: HubFile,
+    start: int,
+    stop: int,
+    token: str | None,
+    tried: Callable[[Callable[[], bytes]], bytes],
+) -> bytes:
+    assert 0 <= start <= stop, f"{file.path}: [{start}, {stop}) is not a range"
     if stop > file.size:
         raise HubError(
-            f"{snapshot.repo_id}: bytes {start} to {stop} of {path} were asked for, but it has "
-            f"only {file.size}: the file is truncated or its header is wrong."
+            f"{snapshot.repo_id}: bytes {start} to {stop} of {file.path} were asked for, but it "
+            f"has only {file.size}: the file is truncated or its header is wrong."
         )
     if start == stop:
         return b""
-    doing = f"Reading a part of {path} from {snapshot.repo_id}"
+    doing = f"Reading a part of {file.path} from {snapshot.repo_id}"
     with hub_errors(doing, repo_id=snapshot.repo_id, endpoint=snapshot.endpoint):
-        return patiently(lambda: _fetch_range(snapshot, file, start, stop, token))
+        return tried(lambda: _fetch_range(snapshot, file, start, stop, token))
 
 
 def _fetch_range(
@@ -158,17 +183,19 @@ def _fetch_range(
         said = response.headers.get("content-range", "")
         found = _CONTENT_RANGE.fullmatch(said)
         if response.status_code != 206 or found is None:
-            raise HubError(
-                f"{url} ignored a Range request (HTTP {response.status_code}), so headers cannot "
+            raise RangeError(
+                f"{url} ignored a Range request (HTTP {response.status_code}), so parts cannot "
                 "be read without fetching whole files. Use another HF_ENDPOINT, or download the "
                 "release first and give its folder."
             )
         if tuple(map(int, found.groups())) != (start, stop - 1, file.size):
-            raise HubError(f"{url} answered a request for bytes {start}-{stop - 1} with {said!r}.")
+            raise RangeError(
+                f"{url} answered a request for bytes {start}-{stop - 1} with {said!r}."
+            )
         for chunk in response.iter_bytes():
             body += chunk
             if len(body) > stop - start:
                 break
     if len(body) != stop - start:
-        raise HubError(f"{url} sent {len(body)} bytes where {stop - start} were asked for.")
+        raise RangeError(f"{url} sent {len(body)} bytes where {stop - start} were asked for.")
     return bytes(body)

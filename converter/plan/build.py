@@ -16,6 +16,7 @@ from arch_maps.facts import Facts
 from arch_maps.ops import Affine, Expr, children, describe, sources
 from arch_maps.ops import Source as Leaf
 from arch_maps.rules import Kind, Rule
+from converter.config_errors import config_errors
 from converter.decode import View, quantization_settings
 from converter.errors import PlanError, UsageError
 from converter.plan import rotate
@@ -50,7 +51,8 @@ def build_plan(
     ``view`` is the decoded release that ``source`` is, where it had a quantization of its own.
     """
     facts = Facts(source.config)
-    config = match.arch.config(dict(source.config), facts)
+    with config_errors(f"the map for {match.arch.model_type}"):
+        config = match.arch.config(dict(source.config), facts)
     problems = list(facts.problems) + prequantized(source)
     dtype = options.dtype or stored_dtype(source.config)
     if dtype is not None and dtype not in TORCH_NAMES:

@@ -1,6 +1,6 @@
 """A source: what a release holds, checked across its files, before any tensor is read."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,13 @@ class Source:
     """Its tensors that nothing needs, and why."""
     scratch: object = None
     """Keeps unpacked copies of pickled tensors alive as long as the source."""
+    remote: Callable[[Mapping[str, TensorInfo]], Reader] | None = None
+    """Opens a reader of weight files that stay where they are; None where they must be local."""
 
     def open(self) -> Reader:
-        """A reader of the tensors' bytes; every weight file must be local."""
+        """A reader of the tensors' bytes; every weight file must be local or streamed."""
+        if self.remote is not None:
+            return self.remote(self.tensors)
         remote = [name for name, file in self.files.items() if file.path is None]
         assert not remote, f"not downloaded: {remote}"
         files = {name: (f.path, f.size) for name, f in self.files.items() if f.path is not None}

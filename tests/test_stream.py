@@ -1,0 +1,395 @@
+"""--stream: weights read by range from the hub, through the real client and the hub's faults."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from huggingface_hub import HfApi, constants
+from release_helpers import FOUR_BIT, LLAMA, hashes, llama_tensors, make, status
+from safetensors.numpy import save_file
+
+from arch_maps.facts import Facts
+from arch_maps.ops import sources
+from converter import hub
+from converter.errors import GateError, HubError
+from converter.execute import units
+from converter.execute.journal import NAME
+from converter.hub import api as hub_api
+from converter.hub import snapshot as hub_snapshot
+from converter.hub import stream
+from converter.hub.stream import StreamReader
+from converter.plan import Options
+from converter.plan.match import find_map
+from converter.proof import require_proof
+from converter.staging import Fault, Faults, running_hub
+
+CONFIG = LLAMA | {"vocab_size": 256}
+MIXTRAL = CONFIG | {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+REPO = "acme/model"
+WINDOW = 1 << 13
+SHARDS = 3
+WEIGHTS = r"resolve/.*/model-0000\d"
+
+
+@pytest.fixture(autouse=True)
+def _small_and_impatient(monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW", WINDOW)
+    monkeypatch.setattr(units, "UNIT_BYTES", WINDOW)
+    monkeypatch.setattr(hub_api, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(hub_api, "LONGEST_WAIT_S", 0.01)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_staging")
+
+
+@pytest.fixture
+def faults():
+    return Faults()
+
+
+@pytest.fixture
+def endpoint(tmp_path, faults, monkeypatch):
+    with running_hub(tmp_path / "hub", faults=faults) as url:
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield url
+
+
+def mixtral_tensors():
+    arch = find_map(MIXTRAL)
+    rng = np.random.default_rng(0)
+    leaves = {
+        leaf.name: tuple(map(int, leaf.shape))
+        for rule in arch.expand(Facts(MIXTRAL), arch.layouts[0]).rules
+        for leaf in sources(rule.expr)
+    }
+    return {
+        name: rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+        for name, shape in leaves.items()
+    }
+
+
+def write_shards(root: Path, config, tensors) -> Path:
+    """Tensors dealt out in turn, so that neighbours of the plan lie in different files."""
+    root.mkdir(parents=True)
+    (root / "config.json").write_text(json.dumps(config))
+    (root / "tokenizer.json").write_text("{ }\n")
+    where = {}
+    for number in range(SHARDS):
+        file = f"model-{number + 1:05}-of-{SHARDS:05}.safetensors"
+        part = dict(list(tensors.items())[number::SHARDS])
+        save_file(part, root / file)
+        where |= dict.fromkeys(part, file)
+    (root / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return root
+
+
+@pytest.fixture
+def arm(faults, monkeypatch):
+    """Adds faults once everything is planned, so that they strike what is read of the weights."""
+
+    def when_opened(*wanted: Fault) -> None:
+        def armed(snapshot, tensors):
+            for fault in wanted:
+                faults.add(fault)
+            monkeypatch.setattr(hub, "open_stream", stream.open_stream)
+            return stream.open_stream(snapshot, tensors)
+
+        monkeypatch.setattr(hub, "open_stream", armed)
+
+    return when_opened
+
+
+@pytest.fixture
+def release(tmp_path, endpoint):
+    folder = write_shards(tmp_path / "in" / "model", CONFIG, llama_tensors(CONFIG))
+    publish(folder)
+    return folder
+
+
+def publish(folder: Path) -> None:
+    api = HfApi(token="hf_staging")
+    api.create_repo(REPO, exist_ok=True)
+    api.upload_folder(repo_id=REPO, folder_path=folder)
+
+
+def converted(source, out: Path, *recipes, **settings) -> dict[str, str]:
+    """Hashes of everything but the manifest, which names the source."""
+    (folder,) = make(source, out, *recipes, **settings)
+    found = hashes(folder)
+    assert found.pop("conversion.json")
+    return found
+
+
+def streamed(tmp_path: Path, name: str, *recipes) -> dict[str, str]:
+    return converted(REPO, tmp_path / name, *recipes, stream=True, cache=tmp_path / "cache")
+
+
+def ranges(faults: Faults) -> Counter[str]:
+    """How many requests each weight file had."""
+    files = (path.rsplit("/", 1)[1] for method, path in faults.requests if method == "GET")
+    return Counter(name for name in files if name.endswith(".safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("config", "recipe"), [(CONFIG, Options()), (MIXTRAL, FOUR_BIT)], ids=["llama", "experts-4bit"]
+)
+def test_same_bytes_as_from_a_folder(tmp_path, endpoint, faults, config, recipe):
+    tensors = llama_tensors(config) if config is CONFIG else mixtral_tensors()
+    folder = write_shards(tmp_path / "in" / "model", config, tensors)
+    publish(folder)
+    expected = converted(folder, tmp_path / "local", recipe)
+    before = len(faults.requests)
+    assert streamed(tmp_path, "out", recipe) == expected
+    del faults.requests[:before]
+    sizes = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
+    # Headers for the plan, then every window of every file once.
+    assert ranges(faults) == {name: -(-size // WINDOW) + 1 for name, size in sizes.items()}
+
+
+def test_the_disk_holds_no_weights(tmp_path, release, monkeypatch):
+    """Beside the output there are only the small files, at every moment of the conversion."""
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    whole = sum(file.stat().st_size for file in release.glob("*.safetensors"))
+    most = 0
+    original = StreamReader._load
+
+    def measured(self, state, number):
+        nonlocal most
+        for root in (cache, tmp_path / "home"):
+            files = [p for p in root.rglob("*") if p.is_file() and not p.is_symlink()]
+            most = max(most, sum(file.stat().st_size for file in files))
+        return original(self, state, number)
+
+    monkeypatch.setattr(StreamReader, "_load", measured)
+    assert streamed(tmp_path, "out", FOUR_BIT)
+    assert 0 < most < 10_000 < whole
+    assert sorted(path.name for path in out.parent.glob("out*")) == ["out"]
+    assert not list(out.parent.glob(".out*"))
+
+
+def test_little_memory_gives_the_same_bytes(tmp_path, release, monkeypatch):
+    monkeypatch.setattr(stream, "KEPT", 1)
+    expected = converted(release, tmp_path / "local", FOUR_BIT)
+    assert streamed(tmp_path, "out", FOUR_BIT) == expected
+
+
+def test_damage_of_the_same_size_leaves_no_output(tmp_path, release, faults, arm):
+    expected = converted(release, tmp_path / "local")
+    arm(Fault("corrupt", "GET", r"resolve/.*/model-00002"))
+    with pytest.raises(HubError, match=r"model-00002.* of acme/model arrived damaged") as told:
+        make(REPO, tmp_path / "out", stream=True, cache=tmp_path / "cache", workers=1)
+    assert told.value.exit_code == 5
+    assert not (tmp_path / "out").exists()
+    (work,) = tmp_path.glob(".out.*.partial")
+    assert not (work / "conversion.json").exists()
+    faults.requests.clear()
+    assert streamed(tmp_path, "out") == expected
+    again = ranges(faults)
+    assert again["model-00001-of-00003.safetensors"] == 1, "a whole file was read again"
+    assert again["model-00002-of-00003.safetensors"] > 2
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("refuse", "GET", WEIGHTS, status=429, times=9, headers=(("retry-after", "3"),)),
+        Fault("refuse", "GET", WEIGHTS, status=503, times=9),
+        Fault("truncate", "GET", WEIGHTS, times=9),
+    ],
+    ids=lambda fault: f"{fault.kind}-{fault.status}",
+)
+def test_what_passes_is_waited_for(tmp_path, release, faults, arm, fault):
+    expected = converted(release, tmp_path / "local")
+    arm(fault)
+    assert streamed(tmp_path, "out") == expected
+    assert sum(faults.struck.values()) == 9
+
+
+def test_an_ignored_range_is_asked_for_again(tmp_path, release, faults):
+    snapshot = hub.resolve_revision(REPO)
+    name = "model-00001-of-00003.safetensors"
+    faults.add(Fault("ignore_range", "GET", WEIGHTS, times=3))
+    found = hub_snapshot.fetch_window(snapshot, name, 8, 99)
+    assert found == (release / name).read_bytes()[8:99]
+    faults.add(Fault("ignore_range", "GET", WEIGHTS, times=99))
+    with pytest.raises(HubError, match="ignored a Range request"):
+        hub_snapshot.fetch_window(snapshot, name, 8, 99)
+
+
+def test_redirects_are_followed(tmp_path, release, faults, endpoint, arm):
+    """As the hub sends large files to where they are stored."""
+    expected = converted(release, tmp_path / "local")
+    snapshot = hub.resolve_revision(REPO)
+    moved = []
+    for number in range(1, SHARDS + 1):
+        path = f"/{REPO}/resolve/{snapshot.commit}/model-0000{number}-of-00003.safetensors"
+        there = (("location", f"{endpoint}{path}?signature=x"),)
+        moved.append(Fault("refuse", "GET", f"model-0000{number}", status=302, headers=there))
+    arm(*moved)
+    assert streamed(tmp_path, "out") == expected
+    assert faults.struck["302"] == SHARDS
+
+
+def test_a_branch_that_moves_changes_nothing(tmp_path, release, arm):
+    expected = converted(release, tmp_path / "local")
+    arm(Fault("move_branch", "GET", WEIGHTS))
+    assert streamed(tmp_path, "out") == expected
+    commit = json.loads((tmp_path / "out" / "conversion.json").read_text())["source"]["commit"]
+    assert commit != hub.resolve_revision(REPO).commit
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from converter.execute import run, units
+from converter.hub import stream
+from converter.pipeline import Request, convert
+from converter.ui import Console
+window, after, out, cache = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+stream.WINDOW = units.UNIT_BYTES = window
+run.FLUSH_BYTES = window
+original = stream.StreamReader._load
+count = 0
+def load(self, state, number):
+    global count
+    count += 1
+    if count == after:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, state, number)
+stream.StreamReader._load = load
+request = Request(
+    hf_path="acme/model", mlx_path=Path(out), stream=True, cache=Path(cache), workers=1
+)
+convert(request, Console(quiet=True))
+"""
+
+
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path, release, faults):
+    expected = converted(release, tmp_path / "local")
+    windows = -(-(release / "model-00001-of-00003.safetensors").stat().st_size // WINDOW)
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    for number, after in enumerate((windows, windows + 12, 99999)):
+        faults.requests.clear()
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(WINDOW), str(after), str(out), str(cache)],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if after == 99999:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        (work,) = tmp_path.glob(".out.*.partial")
+        kept = (work / NAME).read_bytes().count(b"\n") - 1
+        assert (kept > 0) == (number > 0), "a unit counts once its file is known to be whole"
+    assert done.returncode == 0, done.stderr
+    found = hashes(out)
+    del found["conversion.json"]
+    assert found == expected
+    assert ranges(faults)["model-00001-of-00003.safetensors"] == 1, "read for its header only"
+
+
+def test_bytes_that_differ_when_read_again_are_damage(release):
+    """What was handed out is what was hashed, even where it had to be read twice."""
+    snapshot = hub.resolve_revision(REPO)
+    name = "model-00001-of-00003.safetensors"
+    data = (release / name).read_bytes()
+    header = hub_source(release).tensors
+    info = next(t for t in header.values() if t.file == name and t.start > 2 * WINDOW)
+    first = True
+
+    def fetch(path: str, start: int, stop: int) -> bytes:
+        nonlocal first
+        part = data[start:stop]
+        if first:
+            first = False
+            return bytes([part[0] ^ 1]) + part[1:]
+        return part
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "KEPT", 1)
+        patch.setattr(stream, "AHEAD", 1)
+        with StreamReader(header, snapshot, fetch=fetch) as reader:
+
+            def go() -> None:
+                reader.read(info.name)  # out of order: nothing before it was read
+                reader.complete(name)
+
+            with pytest.raises(HubError, match=r"arrived damaged: bytes from .* differ when read"):
+                go()
+            assert not reader.verified
+
+
+def hub_source(folder: Path):
+    from converter.source import open_folder
+
+    return open_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-q", "--q-method", "gptq"], "--q-method imatrix and gptq read the weights more than"),
+        (["--q-target-bpw", "4.5"], "--q-target-bpw and --q-target-size read the weights"),
+        (["--adapter-path", "."], "--adapter-path read the weights more than once"),
+    ],
+)
+def test_what_needs_the_weights_here_is_refused_at_once(
+    tmp_path, release, faults, capsys, flags, message
+):
+    out = tmp_path / "out"
+    assert status("--hf-path", REPO, "--mlx-path", out, "--stream", "--quiet", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+    assert max(ranges(faults).values()) == 1
+
+
+def test_a_folder_is_not_streamed(tmp_path, release, capsys):
+    assert status("--hf-path", release, "--mlx-path", tmp_path / "out", "--stream") == 2
+    assert "is a folder, and nothing is fetched" in capsys.readouterr().err
+
+
+def test_what_was_streamed_says_that_nothing_was_compared(tmp_path, endpoint, twin_of, capsys):
+    """A twin is compared with torch, the output with itself, and the verdict says so."""
+    publish(twin_of("llama"))
+    judged = []
+    out = tmp_path / "out"
+    command = ["--hf-path", REPO, "--mlx-path", out, "--stream", "--quiet"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        # How twins are judged is tested with the batches, which judge one before every download.
+        patch.setattr(
+            "converter.streamed.judge_twin",
+            lambda config, folder, workers: judged.append(config["model_type"]) or ("pass", ""),
+        )
+        assert status(*command) == 0
+    assert judged == ["llama"]
+    report = json.loads((out / "parity.json").read_text())
+    assert report["verdict"] == "unproven"
+    rows = {check["name"]: check for check in report["checks"]}
+    assert "the weights were streamed (--stream)" in rows["reference"]["note"]
+    assert rows["twin"]["verdict"] == "pass"
+    assert rows["source files"]["verdict"] == "pass"
+    assert rows["prefill = decode"]["verdict"] == "pass"
+    assert not [check for check in report["checks"] if check["verdict"] == "fail"]
+    left = [path.name for path in tmp_path.iterdir() if path.name not in ("hub", "cache")]
+    assert left == ["out"]
+    assert not [path for path in (tmp_path / "cache").rglob("*.safetensors")]
+    with pytest.raises(GateError, match="the weights were streamed"):
+        require_proof(out)
+    capsys.readouterr()
