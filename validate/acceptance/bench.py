@@ -20,8 +20,6 @@ QUESTION: Final = "What is in the picture, and what can be heard?"
 """Asked in every row that does not need several."""
 TOKENS: Final = 16
 """Length of an answer."""
-_RESUMED_AFTER: Final = 64
-"""Tokens at most of the prompt of which an answer is asked for again token by token."""
 Json = dict[str, Any]
 T = TypeVar("T")
 
@@ -141,8 +139,6 @@ class Bench:
         }
         if adapter is None:
             asked |= self._torch_jobs()
-        if adapter is None and self.facts.drafter and runtime == "mlx_vlm":
-            asked["resumed"] = {"limit": _RESUMED_AFTER, "resumed": True}
         return self.ask(
             {
                 "runtime": runtime,

@@ -53,14 +53,14 @@ class Vlm:
     def answer(self, job: Json) -> Json:
         """Streamed, or ``whole`` in one call, or twice through a feature cache (``cached``).
 
-        With a ``limit`` the prompt is plain text, cut to so many tokens, without a template;
-        ``resumed`` then asks for each token again, after a prompt that ends before it.
+        With a ``limit`` the prompt is plain text, cut to so many tokens, without a template.
         """
         media, extra = self._media(job)
         options = {"max_tokens": job["max_tokens"], "temperature": 0.0, **media}
         if job.get("limit"):
-            ids = list(self.tokenizer.encode(job["prompt"])[: job["limit"]])
-            return self._resumed(ids, options) if job.get("resumed") else self._after(ids, options)
+            ids = self.tokenizer.encode(job["prompt"])[: job["limit"]]
+            array: Any = import_module("mlx.core").array
+            return self._stream("", {**options, "input_ids": array([ids])})
         prompt = self.prompts.apply_chat_template(
             self.processor,
             self.model.config,
@@ -90,24 +90,6 @@ class Vlm:
     def _stream(self, prompt: str, options: Json) -> Json:
         chunks = self.stock.stream_generate(self.model, self.processor, prompt, **options)
         return _collected(chunks, self.tokenizer)
-
-    def _after(self, ids: list[int], options: Json) -> Json:
-        array: Any = import_module("mlx.core").array
-        return self._stream("", {**options, "input_ids": array([ids])})
-
-    def _resumed(self, ids: list[int], options: Json) -> Json:
-        """Log-probabilities of tokens written one by one, and after all before them at once.
-
-        Of those tokens that come first both times.
-        """
-        steps = self._after(ids, options)["steps"]
-        said = [step[0] for step in steps]
-        pairs = []
-        for count, (token, logprob, _) in enumerate(steps):
-            again = self._after([*ids, *said[:count]], {**options, "max_tokens": 1})["steps"]
-            if again and again[0][0] == token:
-                pairs.append((logprob, again[0][1]))
-        return {"resumed": pairs}
 
     def _twice(self, prompt: str, options: Json) -> Json:
         cache = import_module("mlx_vlm.vision_cache").VisionFeatureCache()

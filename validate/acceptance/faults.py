@@ -20,8 +20,8 @@ class Fault:
 _MINICPM: Final = (
     "a fault of mlx-vlm 0.7.10: its minicpmv4_6 keeps token positions on the model instead of "
     "returning them with the embeddings as its qwen3_5 does, so in a batch of unequal prompts the "
-    "shorter, padded ones get wrong positions, and prompts that join a running batch end it with "
-    "[broadcast_shapes]; neither happens once positions are handed over with each prompt"
+    "shorter, padded ones get wrong positions, and prompts that join a running batch can end it "
+    "with [broadcast_shapes]; neither happens once positions are handed over with each prompt"
 )
 _GEMMA4: Final = (
     "a fault of mlx-vlm 0.7.10: its gemma4 makes the relative position embedding of the audio part "
