@@ -1,26 +1,24 @@
-"""GB of bf16 weights quantized in a second, by mode, width and method, and by mx.quantize.
+"""GB of bf16 weights quantized in a second of a core, by mode, width and method.
 
-Run as a process of its own: ``python -m benchmarks.kernels`` prints JSON. Best of some runs each,
-so that what else the machine does counts little.
+Run as a process of its own: ``python -m benchmarks.kernels`` prints JSON. Seconds are of processor
+time and the best of some runs, so that what else the machine does counts little.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 COLUMNS: Final = 2048
-_ROUNDS: Final = 3
+_ROUNDS: Final = 5
 _ROWS: Final = {"mlx": 2048, "rtn": 2048, "search": 256, "imatrix": 128}
 _STOCK_ROWS: Final = {"affine": 512, "mxfp8": 512, "mxfp4": 128, "nvfp4": 128}
 
 
-def measured(threads: int) -> Iterator[dict[str, Any]]:
-    """One dict of rates for each mode and width: ``stock``, and the methods on ``threads``."""
+def measured() -> Iterator[dict[str, Any]]:
+    """One dict of rates for each mode and width: of ``stock``, mx.quantize, and each method."""
     import ml_dtypes
     import numpy as np
 
@@ -40,30 +38,30 @@ def measured(threads: int) -> Iterator[dict[str, Any]]:
             moments = _moments(rng, spec.group_size) if method == "imatrix" else None
             part = weights[:rows]
 
-            def quantize(
-                part: Any = part, spec: QuantSpec = spec, moments: Any = moments
-            ) -> object:
-                return quantize_rows(part, spec, moments=moments)
+            out = quantize_rows(part, spec, moments=moments)
 
-            found[method] = _rate(quantize, part.nbytes, threads)
+            def quantize(
+                part: Any = part, spec: QuantSpec = spec, moments: Any = moments, out: Any = out
+            ) -> object:
+                return quantize_rows(part, spec, moments=moments, out=out)
+
+            found[method] = _rate(quantize, part.nbytes)
         yield found
 
 
-def _rate(work: Callable[[], object], size: int, threads: int = 1) -> float:
-    """GB/s of ``threads`` that each do the ``work`` on ``size`` bytes some times."""
+def _rate(work: Callable[[], object], size: int) -> float:
+    """GB/s of ``work`` on ``size`` bytes, by the processor time of all its threads."""
     work()
-    best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(_ROUNDS):
-            start = time.perf_counter()
-            for future in [pool.submit(work) for _ in range(2 * threads)]:
-                future.result()
-            best = max(best, 2 * threads * size / (time.perf_counter() - start) / 1e9)
-    return best
+    seconds = []
+    for _ in range(_ROUNDS):
+        start = time.process_time()
+        work()
+        seconds.append(time.process_time() - start)
+    return size / min(seconds) / 1e9
 
 
 def _stock(weights: Any, mode: str, bits: int) -> float:
-    """mx.quantize on the CPU, which has one thread for it."""
+    """mx.quantize on the CPU."""
     import mlx.core as mx
     import numpy as np
 
@@ -90,4 +88,4 @@ def _moments(rng: Any, size: int) -> Any:
 
 
 if __name__ == "__main__":
-    print(json.dumps(list(measured(int(sys.argv[1])))))
+    print(json.dumps(list(measured())))

@@ -23,6 +23,8 @@ def _slides(bits: int) -> tuple[tuple[int, int, int], ...]:
 @cache
 def pack(bits: int) -> Kernel:
     """``(codes, out)``: (rows, cols) uint8 to (rows, cols * bits / 32) uint32, cols in 32s."""
+    if bits in (2, 4):
+        return _pack_evenly(bits)
     width = 8 * bits
     (m1, w1, g1), (m2, w2, g2), (m3, w3, g3) = _slides(bits)
 
@@ -50,6 +52,28 @@ def pack(bits: int) -> Kernel:
                     row[block * bits + j] = np.uint32(x & np.uint64(0xFFFFFFFF))
 
     return run
+
+
+def _pack_evenly(bits: int) -> Kernel:
+    """``pack`` where whole codes fill a byte: each made of codes that lie in one narrow word."""
+    word = np.uint16 if bits == 4 else np.uint32
+
+    @jit
+    def kernel(codes: Array, out: Array) -> None:
+        rows, columns = codes.shape
+        for r in range(rows):
+            words = codes[r].view(word)
+            row = out[r].view(np.uint8)
+            for i in range(columns * bits // 8):
+                x = np.uint32(words[i])
+                if bits == 2:
+                    x |= np.uint32(x >> np.uint32(12))
+                    x |= np.uint32(x >> np.uint32(6))
+                else:
+                    x |= np.uint32(x >> np.uint32(4))
+                row[i] = np.uint8(x & np.uint32(0xFF))
+
+    return kernel
 
 
 @cache
