@@ -238,8 +238,9 @@ def test_without_a_window_every_trim_is_exact(model, prompt, count):
     """But for one that cuts into the tokens that the keys' mean is of."""
     layers = len(model.layers)
     straight, cut = (caches(model, spec_of(layers, window=0)) for _ in "ab")
-    run(model, straight, prompt[: 200 - count], chunk=400)
-    run(model, cut, prompt[:200], chunk=400)
+    for cache in (straight, cut):
+        run(model, cache, prompt[: 200 - count], chunk=400)
+    run(model, cut, prompt[5 : 5 + count], chunk=400)
     assert cut[0].exact_trim == 200 - 4 - 64
     assert [cache.trim(count) for cache in cut] == [count] * layers
     np.testing.assert_array_equal(
