@@ -84,7 +84,9 @@ def trained(kind: int, group: int) -> Kernel:
 
 @cache
 def lattice(kind: int, group: int) -> Kernel:
-    """``(w, edges, middle, codes, scales, biases)`` over (rows, cols) bits; replaces the last 3.
+    """``(w, edges, middle, codes, scales, biases, tried, new)`` over (rows, cols) bits.
+
+    Replaces codes, scales and biases; ``tried`` (4,) and ``new`` (group,) are scratch.
 
     ``edges`` (rows, groups) are the values of largest magnitude, perhaps ``biases`` themselves;
     ``middle`` is the code of zero, 2**(bits-1).
@@ -126,12 +128,17 @@ def lattice(kind: int, group: int) -> Kernel:
 
     @jit
     def kernel(
-        w: Array, edges: Array, middle: np.float32, codes: Array, scales: Array, biases: Array
+        w: Array,
+        edges: Array,
+        middle: np.float32,
+        codes: Array,
+        scales: Array,
+        biases: Array,
+        tried: Array,
+        new: Array,
     ) -> None:
         rows, columns = w.shape
         groups = columns // group
-        tried = np.empty(4, np.float32)
-        new = np.empty(group, np.uint8)
         for r in range(rows):
             row = w[r]
             if not row_is(row, edges[r], middle):  # so that rows do not depend on each other

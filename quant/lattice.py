@@ -63,7 +63,8 @@ def keep_codes(
     from quant import kernels_lattice
 
     kernel = kernels_lattice.lattice(kind, spec.group_size)
-    kernel(w, edges, _middle(spec), codes, scales, biases)
+    tried, new = np.empty(4, np.float32), np.empty(spec.group_size, np.uint8)
+    kernel(w, edges, _middle(spec), codes, scales, biases, tried, new)
 
 
 def _middle(spec: QuantSpec) -> np.float32:
