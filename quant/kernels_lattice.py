@@ -1,8 +1,4 @@
-"""The compiled loop of ``quant.lattice``; import lazily, numba comes with it.
-
-Helpers come from ``quant.kernels``: numba's cache does not watch that file, so touch this one
-after changing them.
-"""
+"""The compiled loop of ``quant.lattice``."""
 
 from functools import cache
 from typing import Any, Final
