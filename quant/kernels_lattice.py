@@ -1,8 +1,4 @@
-"""The compiled loop of ``quant.lattice``; import lazily, numba comes with it.
-
-Helpers come from ``quant.kernels``: numba's cache does not watch that file, so touch this one
-after changing them.
-"""
+"""The compiled loops of ``quant.lattice``."""
 
 from functools import cache
 from typing import Any, Final
@@ -124,14 +120,25 @@ def lattice(kind: int, group: int) -> Kernel:
             exact &= e == _ZERO or _store(x - e, BF16) == _store(x, BF16)
         return np.float32(-1) if exact else total
 
+    def run(
+        w: Array, edges: Array, middle: np.float32, codes: Array, scales: Array, biases: Array
+    ) -> None:
+        tried, new = np.empty(4, np.float32), np.empty(group, np.uint8)
+        kernel(w, edges, middle, codes, scales, biases, tried, new)
+
     @jit
     def kernel(
-        w: Array, edges: Array, middle: np.float32, codes: Array, scales: Array, biases: Array
+        w: Array,
+        edges: Array,
+        middle: np.float32,
+        codes: Array,
+        scales: Array,
+        biases: Array,
+        tried: Array,
+        new: Array,
     ) -> None:
         rows, columns = w.shape
         groups = columns // group
-        tried = np.empty(4, np.float32)
-        new = np.empty(group, np.uint8)
         for r in range(rows):
             row = w[r]
             if not row_is(row, edges[r], middle):  # so that rows do not depend on each other
@@ -169,4 +176,4 @@ def lattice(kind: int, group: int) -> Kernel:
                             scales[r, g] = bits
                             biases[r, g] = bias
 
-    return kernel
+    return run
