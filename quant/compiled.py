@@ -154,7 +154,13 @@ def _compile(kernel: Compiled, types: Sequence[str]) -> tuple[str, str, str]:
     )
     kernel.dispatcher.compile(signature)
     found = kernel.dispatcher.overloads[signature]
-    returns = {nb.none: "", nb.int64: "i8", nb.float32: "f4", nb.float64: "f8", nb.boolean: "b1"}
+    returns = {
+        nb.none: "",
+        nb.boolean: "b1",
+        nb.int64: "i8",
+        nb.float32: "f4",
+        nb.float64: "f8",
+    }
     returned = returns[found.signature.return_type]
     return found.library.get_llvm_str(), found.fndesc.llvm_func_name, returned
 

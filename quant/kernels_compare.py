@@ -1,4 +1,4 @@
-"""Compiled comparison of weights with what their codes stand for; import lazily."""
+"""Compiled comparison of weights with what their codes stand for."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The compiled loop of ``quant.lattice``."""
+"""The compiled loops of ``quant.lattice``."""
 
 from functools import cache
 from typing import Any, Final
@@ -80,9 +80,7 @@ def trained(kind: int, group: int) -> Kernel:
 
 @cache
 def lattice(kind: int, group: int) -> Kernel:
-    """``(w, edges, middle, codes, scales, biases, tried, new)`` over (rows, cols) bits.
-
-    Replaces codes, scales and biases; ``tried`` (4,) and ``new`` (group,) are scratch.
+    """``(w, edges, middle, codes, scales, biases)`` over (rows, cols) bits; replaces the last 3.
 
     ``edges`` (rows, groups) are the values of largest magnitude, perhaps ``biases`` themselves;
     ``middle`` is the code of zero, 2**(bits-1).
@@ -121,6 +119,12 @@ def lattice(kind: int, group: int) -> Kernel:
             total += e * e
             exact &= e == _ZERO or _store(x - e, BF16) == _store(x, BF16)
         return np.float32(-1) if exact else total
+
+    def run(
+        w: Array, edges: Array, middle: np.float32, codes: Array, scales: Array, biases: Array
+    ) -> None:
+        tried, new = np.empty(4, np.float32), np.empty(group, np.uint8)
+        kernel(w, edges, middle, codes, scales, biases, tried, new)
 
     @jit
     def kernel(
@@ -172,4 +176,4 @@ def lattice(kind: int, group: int) -> Kernel:
                             scales[r, g] = bits
                             biases[r, g] = bias
 
-    return kernel
+    return run

@@ -80,10 +80,15 @@ def test_numbers_go_in_and_out_as_they_are(folder):
         return values[0] / 2 if yes else -0.1
 
     @jit
+    def positive(values: np.ndarray) -> bool:
+        return values[0] > 0
+
+    @jit
     def nothing(values: np.ndarray) -> None:
         values[0] = 1
 
     assert [half(np.array([3.0]), yes) for yes in (True, False)] == [1.5, -0.1]
+    assert [positive(np.array([x])) for x in (2.0, -2.0)] == [True, False]
     assert nothing(np.array([3.0])) is None
 
 
