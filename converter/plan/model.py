@@ -15,7 +15,7 @@ from converter.plan.options import Options
 from converter.source.header import paused_gc
 from quant.recipe import QuantSpec
 
-FORMAT = 1
+FORMAT = 2
 """Version of the plan's JSON and of everything that decides output bytes."""
 
 
