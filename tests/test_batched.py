@@ -39,7 +39,7 @@ def judged(twin_of, runtimes, tmp_path_factory):
 
 @pytest.mark.parametrize("runtime", ["mlx_vlm", "mlx_lm"])
 def test_rows_of_a_batch_are_as_alone(judged, runtime):
-    model, answers = judged("gemma3_text", runtime)  # layers with and without a window
+    model, answers = judged("cohere2", runtime)  # layers with and without a window
     (row,) = batch_check(model, answers)
     assert (row.verdict, row.threshold) == ("pass", EXACT)
     assert len({case.metrics["tokens"] for case in row.cases}) == 3
@@ -67,7 +67,7 @@ def test_what_a_runtime_refuses_is_said_in_its_words(judged):
 def test_a_cut_prompt_has_the_reference_s_logits_of_its_place(judged):
     from validate.batched import _Row
 
-    model, answers = judged("gemma3_text", "mlx_lm")
+    model, answers = judged("qwen3", "mlx_lm")
     row = _Row.cut(answers[0], 10)
     assert row.ids == answers[0].question.ids[:10]
     assert row.tokens == answers[0].question.ids[10:16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -43,6 +43,8 @@ class Step:
     """Whether no input before it had the same values: it is no sibling's input again."""
     leaf: bool
     """Whether no compared module is inside it."""
+    scaled: bool = False
+    """Whether the values differ by one factor alone."""
 
     def good(self, *, decode: bool) -> bool:
         """Whether the distance is one that right computations have."""
@@ -121,7 +123,8 @@ def compare_traces(
     events: list[Step] = []
     seen: set[bytes] = set()
     floor = _LEAST
-    for path, side in reference:
+    # What runs once for tokens and again for what a picture became ends after its tower.
+    for path, side in reference if steps else reference.ended():
         mlx = partner.get(path)
         if mlx is None or (side == "out" and path in scaled):
             continue
@@ -145,7 +148,11 @@ def compare_traces(
         content = hashlib.blake2b(wanted[0].values.tobytes(), digest_size=16).digest()
         fresh, leaf = content not in seen, path not in outer
         seen.update([content] if side == "in" else [])
-        events.append(Step(path, mlx, side, *errors, floor, content, fresh, leaf))
+        step = Step(path, mlx, side, *errors, floor, content, fresh, leaf)
+        if side == "out" and leaf and not step.good(decode=False):
+            taken_out = _errors(right, other, axis, prompt, folded=True)
+            step = replace(step, scaled=max(e or 0.0 for e in taken_out) <= FACTOR * floor)
+        events.append(step)
     if outputs <= FACTOR * floor or not events:
         return Where(tuple(events), None, outputs)
     first = _first(events, partner) or _unseen(events, outputs, floor)
@@ -231,6 +238,8 @@ def _heals(steps: Sequence[Step], index: int, *, decode: bool) -> str:
     if _was_fed(steps, index):  # right where a scale or an order is made good further out
         around = next((s for s in rest if s.side == "out" and _inside(step.torch, s.torch)), None)
         return "elsewhere" if around is not None and around.good(decode=decode) else ""
+    if step.leaf and step.scaled:
+        return "elsewhere"  # a table whose multiplier is inside here and behind it there
     later = next((s for s in steps[index + 1 :] if s.side == "in" and s.fresh), None)
     return "elsewhere" if later is not None and later.good(decode=decode) else ""
 

@@ -51,6 +51,8 @@ class Trace:
     most: int = MOST
     """Values kept of each call."""
     events: dict[tuple[str, Side], list[Call]] = field(default_factory=dict)
+    _ended: dict[tuple[str, Side], None] = field(default_factory=dict)
+    """The events by their last calls."""
 
     def add(self, path: str, side: Side, values: Any, shape: Sequence[int] | None = None) -> None:
         """Note what went into or came out of a call of ``path``.
@@ -60,6 +62,12 @@ class Trace:
         array = np.asarray(values, np.float32)
         call = Call(array, tuple(array.shape if shape is None else shape))
         self.events.setdefault((path, side), []).append(call)
+        self._ended.pop((path, side), None)
+        self._ended[path, side] = None
+
+    def ended(self) -> Iterator[tuple[str, Side]]:
+        """The events in the order of their last calls."""
+        return iter(self._ended)
 
     def __iter__(self) -> Iterator[tuple[str, Side]]:
         """The events in order."""
