@@ -18,7 +18,7 @@ import numpy as np
 from validate.answers import Answer
 from validate.batch_faults import batch_fault
 from validate.cases import MEDIA_FILES
-from validate.checks import EXACT, CaseResult, Check, at_most
+from validate.checks import EXACT, CaseResult, Check, Verdict, at_most
 from validate.metrics import compare_logits
 from validate.runtime import Logits, MlxRuntime, RuntimeRefusal, refusals, word_count
 
@@ -27,6 +27,10 @@ CHUNK: Final = 48
 _TOKENS: Final = 6
 """Tokens of each answer: the first behind the prompts, the others from the batch's cache."""
 NAME: Final = "batch"
+_BATCHES: Final = (
+    "The same texts cut to one length part in a batch as well: see the rows of single prompts for "
+    "whether the checkpoint is to blame, or the runtime's batches"
+)
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,9 @@ def batch_check(model: MlxRuntime, answers: Sequence[Answer]) -> list[Check]:
     """The row on the shortest, the middle and the longest text in one batch.
 
     None of a decoder beside an encoder, and none where all texts have one length. Where rows part
-    from the reference, the same prompts are run cut to one length: if that is right, the runtime
-    is at fault with padding, which no checkpoint has a part in, and the row is not gated. Nor is it
-    where the runtime refuses.
+    from the reference, the same prompts are run cut to one length, which tells padding from batches
+    as such. The row never fails: every prompt of it is gated alone, by the logits and decode rows,
+    and what a batch adds is the runtime's doing, in which no checkpoint has a part.
     """
     texts = [item for item in answers if item.question.case.modality not in MEDIA_FILES]
     ordered = sorted(texts, key=lambda item: len(item.question.ids))
@@ -75,11 +79,11 @@ def batch_check(model: MlxRuntime, answers: Sequence[Answer]) -> list[Check]:
     try:
         cases = _compare(model, rows)
         value = max(case.value for case in cases)
-        verdict = at_most(value, EXACT)
+        verdict: Verdict = at_most(value, EXACT)
         if verdict == "fail":
             cut = [_Row.cut(item, len(ordered[0].question.ids)) for item in chosen]
-            if max(case.value for case in _compare(model, cut)) <= EXACT:
-                verdict, note = "info", f"{note}. {_padding(model)}"
+            alike = max(case.value for case in _compare(model, cut)) <= EXACT
+            verdict, note = "info", f"{note}. {_padding(model) if alike else _BATCHES}"
     except RuntimeRefusal as error:
         return [Check(NAME, "text", "info", runtime=model.name, note=f"{note}: {error}")]
     return [
