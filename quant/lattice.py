@@ -63,8 +63,7 @@ def keep_codes(
     from quant import kernels_lattice
 
     kernel = kernels_lattice.lattice(kind, spec.group_size)
-    tried, new = np.empty(4, np.float32), np.empty(spec.group_size, np.uint8)
-    kernel(w, edges, _middle(spec), codes, scales, biases, tried, new)
+    kernel(w, edges, _middle(spec), codes, scales, biases)
 
 
 def _middle(spec: QuantSpec) -> np.float32:
