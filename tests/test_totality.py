@@ -3,7 +3,6 @@
 import json
 import re
 from collections import Counter
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -134,7 +133,7 @@ def test_each_wrong_shape_is_named(fixture):
     """A needed tensor always; a dropped one where the drop states a shape."""
     have, tensors, needed = fixture.source().tensors, wanted_by(fixture), mapped(fixture)
     stated = {d.name for d in match_of(fixture).drops if d.shape is not None}
-    wrong = {name: replace(have[name], shape=(*have[name].shape, 3)) for name in needed | stated}
+    wrong = {name: have[name]._replace(shape=(*have[name].shape, 3)) for name in needed | stated}
     found = disagreements({**have, **wrong}, tensors)
     assert {problem.split()[2] for problem in found} == set(wrong)
     assert all(problem.startswith("wrong shape: ") for problem in found)
@@ -191,7 +190,7 @@ def test_a_wrong_shape_is_told_in_the_words_of_the_config(fixture):
     by_name = {leaf.name: leaf for r in match_of(fixture).rules for leaf in sources(r.expr)}
     have, tensors = fixture.source().tensors, wanted_by(fixture)
     patterns = {_NUMBER.sub(".N.", name): name for name in by_name}
-    wrong = {name: replace(have[name], shape=(*have[name].shape, 3)) for name in patterns.values()}
+    wrong = {name: have[name]._replace(shape=(*have[name].shape, 3)) for name in patterns.values()}
     for problem in disagreements({**have, **wrong}, tensors):
         name = problem.split()[2]
         shape = have[name].shape
