@@ -279,7 +279,8 @@ def test_work_whose_lease_has_passed_is_dropped(place, monkeypatch):
     assert (entry.release.owner, entry.job.crashes) == (other.owner, 0)
 
 
-def test_a_killed_run_takes_its_children_along_and_loses_nothing(tmp_path):
+def test_a_killed_run_takes_its_children_along_and_loses_nothing(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("k")  # short: a run keeps sockets in its own folder then
     state = tmp_path / "state"
     url = f"sqlite:///{state / 'ledger.db'}"
     state.mkdir()
