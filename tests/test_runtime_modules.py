@@ -1,5 +1,6 @@
 """What stock modules do whatever the checkpoint is: those that none runs in, those that speak."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from validate.answers import Question
 from validate.cases import Case
 from validate.judge import Found, compare_tokens
-from validate.runtime import runtimes_for
+from validate.runtime import MlxRuntime, runtimes_for
 
 pytestmark = pytest.mark.usefixtures("runtimes")
 
@@ -65,3 +66,19 @@ def test_conversations_of_other_types_count():
     compare_tokens(found, _model("qwen3"), _questions())
     (tokens,) = found.checks
     assert (tokens.verdict, tokens.value) == ("fail", 2.0)
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4", "affine"])
+def test_packed_embeddings_look_up_in_float32(mode):
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    table = nn.Embedding(8, 64)
+    sizes = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}[mode]
+    model = nn.Sequential(nn.QuantizedEmbedding.from_embedding(table, *sizes, mode=mode))
+    runtime = MlxRuntime("mlx_lm", model, {}, Path())
+    runtime.to_float32(dense=False)
+    packed = model(mx.arange(8))
+    assert packed.dtype == mx.float32
+    runtime.to_float32(dense=True)
+    assert mx.array_equal(packed, model(mx.arange(8)))

@@ -209,6 +209,8 @@ class MlxRuntime:
             ]
             if modules:
                 self.model.update_modules(tree_unflatten(modules))
+        for module in self.model.modules():
+            _look_up_in_float32(module)
         if evaluate:
             mx.eval(self.model.parameters())
 
@@ -373,6 +375,24 @@ class MlxRuntime:
 
 def _is_quantized(module: Any) -> bool:
     return hasattr(module, "bits") and "scales" in module and "weight" in module
+
+
+def _look_up_in_float32(module: Any) -> None:
+    """Let a microscaled embedding give float32: MLX unpacks those to bfloat16 unless told so.
+
+    Every value of the formats is exact in bfloat16, but what follows would be computed in it.
+    """
+    import mlx.core as mx
+
+    nn: Any = import_module("mlx.nn")
+    kind: Any = type(module)
+    if not issubclass(kind, nn.QuantizedEmbedding) or module.mode == "affine":
+        return
+
+    def look_up(self: Any, ids: Any) -> Any:
+        return kind.__call__(self, ids).astype(mx.float32)
+
+    module.__class__ = type(kind.__name__, (kind,), {"__call__": look_up})
 
 
 def _unpacked(module: Any, *, evaluate: bool) -> Any:
