@@ -1,40 +1,18 @@
 """Runs in a child process of its own: does a chat template end, and in how much text?
 
-Started by its path and isolated, so only the standard library and jinja2 are imported. The request
-comes as JSON on stdin, the answer as JSON on stdout. The environment is set up as transformers sets
-up its own: sandboxed, with loop controls and the same names. What a template refuses to render is
-no matter here; only what it uses up is.
+Run by its path through ``validate.child``, so only the standard library and jinja2 are imported.
+The environment is set up as transformers sets up its own: sandboxed, with loop controls and the
+same names. What a template refuses to render is no matter here; only what it uses up is.
 """
 
 import json
-import sys
 from datetime import datetime
 from typing import Any
 
 
-def main() -> None:
-    """Answer the request on stdin."""
-    request = json.load(sys.stdin)
-    limit(request["memory"], request["seconds"])
-    json.dump({"problem": problem(request)}, sys.stdout)
-
-
-def limit(memory: int, seconds: int) -> None:
-    """Bound address space, processor time, files and core dumps where the platform can."""
-    try:
-        import resource
-    except ImportError:
-        return
-    for what, value in (
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_FSIZE, 1 << 20),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        try:
-            resource.setrlimit(what, (value, value))
-        except (ValueError, OSError):
-            continue  # macOS refuses some of them; the parent's time limit still holds
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """What is wrong with the templates, if anything."""
+    return {"problem": problem(request)}
 
 
 def problem(request: dict[str, Any]) -> str | None:
@@ -93,7 +71,3 @@ def environment() -> Any:
     made.globals["raise_exception"] = refuse
     made.globals["strftime_now"] = lambda shape: datetime.now().strftime(shape)
     return made
-
-
-if __name__ == "__main__":
-    main()

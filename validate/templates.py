@@ -6,15 +6,13 @@ same conversations in a child within limits does so here, too.
 """
 
 import json
-import os
-import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 from validate import template_child
 from validate.cases import MEDIA_FILES, TEXT_FILES, load_cases, media_question
+from validate.child import ChildError, ask
 
 SECONDS: Final = 20
 """Of processor time for all conversations; real templates take milliseconds."""
@@ -25,8 +23,6 @@ MAX_BYTES: Final = 16 << 20
 _HOLDERS: Final = ("tokenizer_config.json", "processor_config.json", "chat_template.json")
 _PATIENCE_S: Final = 60
 """On a busy machine a second of processor time takes long, and on some nothing limits that time."""
-# The child gets what Python needs to start, and no tokens.
-_ENVIRONMENT: Final = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "SYSTEMROOT")
 
 
 def template_problem(folder: Path, *, seconds: int = SECONDS) -> str | None:
@@ -37,7 +33,6 @@ def template_problem(folder: Path, *, seconds: int = SECONDS) -> str | None:
     request = {
         "templates": found,
         "conversations": _conversations(),
-        "seconds": seconds,
         "memory": MEMORY,
         "characters": CHARACTERS,
     }
@@ -48,22 +43,20 @@ def template_problem(folder: Path, *, seconds: int = SECONDS) -> str | None:
 def _tried(request: str, names: str, seconds: int) -> str | None:
     """What the child says; the same templates are not tried twice, as both folders have them."""
     try:
-        child = subprocess.run(
-            [sys.executable, "-I", "-B", str(Path(template_child.__file__).resolve())],
-            input=request.encode(),
-            capture_output=True,
-            timeout=seconds + _PATIENCE_S,
-            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"{names}: does not end within {seconds + _PATIENCE_S} seconds"
-    if child.returncode < 0:
-        return f"{names}: does not end within {seconds} seconds of processor time"
-    if child.returncode > 0:
-        lines = child.stderr.decode(errors="replace").strip().splitlines()
-        return f"{names}: cannot be tried: {ascii(lines[-1] if lines else '')[:300]}"
-    problem = json.loads(child.stdout)["problem"]
+        problem = ask(
+            template_child.__file__,
+            json.loads(request),
+            memory=MEMORY,
+            seconds=seconds,
+            patience=_PATIENCE_S,
+            file_bytes=1 << 20,
+        )["problem"]
+    except ChildError as error:
+        if error.kind == "time":
+            return f"{names}: does not end within {seconds + _PATIENCE_S} seconds"
+        if error.kind == "signal":
+            return f"{names}: does not end within {seconds} seconds of processor time"
+        return f"{names}: cannot be tried: {ascii(str(error))[:300]}"
     return None if problem is None else str(problem)
 
 

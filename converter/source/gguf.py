@@ -8,11 +8,7 @@ what they mean.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -34,7 +30,9 @@ from converter.errors import PlanError
 from converter.source import gguf_child
 from converter.source.header import MAX_BYTES, Header, TensorInfo, quote
 from converter.source.model import Source, Stored, build_source
+from converter.source.pickles import unread
 from quant.decode.ggml import TYPES, GgmlType
+from validate.child import ChildError, ask
 
 METHOD: Final = "gguf"
 """What ``quant_method`` says of such a release."""
@@ -42,7 +40,6 @@ MAX_HEAD_BYTES: Final = 256 << 20
 TIMEOUT_SECONDS: Final = 60
 _FIRST_READ: Final = 4 << 20
 _MEMORY: Final = 4 << 30
-_ENVIRONMENT: Final = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "SYSTEMROOT")
 _EXPERT: Final = "{}"
 
 
@@ -336,34 +333,11 @@ def _grown(
 
 def _ask(path: Path, count: int, size: int, name: str, *, whole: bool) -> dict[str, Any]:
     """What the child says of the first ``count`` bytes of a file of ``size``."""
-    environment = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
-    command = [sys.executable, "-I", "-S", "-B", str(Path(gguf_child.__file__).resolve())]
-    with tempfile.TemporaryDirectory(prefix="gguf-") as scratch:
-        request = {
-            "path": str(path.resolve()),
-            "bytes": count,
-            "size": size,
-            "whole": whole,
-            "scratch": scratch,
-            "memory": _MEMORY,
-            "seconds": TIMEOUT_SECONDS,
-        }
-        try:
-            child = subprocess.run(
-                command,
-                input=json.dumps(request).encode(),
-                capture_output=True,
-                timeout=TIMEOUT_SECONDS,
-                env=environment,
-                cwd=scratch,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise PlanError([f"{name}: not read within {TIMEOUT_SECONDS} seconds"]) from None
-        answer = Path(scratch) / "answer.json"
-        if child.returncode or not answer.is_file():
-            lines = child.stderr.decode(errors="replace").strip().splitlines()
-            why = quote(lines[-1] if lines else f"stopped by {child.returncode}")
-            raise PlanError([f"{name}: cannot be read: {why}"])
-        loaded: dict[str, Any] = json.loads(answer.read_bytes())
-    return loaded
+    request = {"path": str(path.resolve()), "bytes": count, "size": size, "whole": whole}
+    try:
+        found: dict[str, Any] = ask(
+            gguf_child.__file__, request, memory=_MEMORY, seconds=TIMEOUT_SECONDS, packages=False
+        )
+    except ChildError as error:
+        raise PlanError([f"{name}: {unread(error, TIMEOUT_SECONDS)}"]) from None
+    return found

@@ -1,18 +1,15 @@
 """Runs in a child process of its own: what does the head of a GGUF file say?
 
-Only the standard library is imported here, because the parent starts this file by its path,
-isolated from the caller's environment. The request comes as JSON on stdin; the answer is written
-to ``<scratch>/answer.json``. Counts and lengths are never trusted: each is held against the bytes
-that are left before anything is read by it.
+Only the standard library is imported here, because ``validate.child`` runs this file by its path,
+isolated from the caller's environment. Counts and lengths are never trusted: each is held against
+the bytes that are left before anything is read by it.
 
 Layout (docs/gguf.md of ggml): magic, version, number of tensors, number of entries; entries of key,
 type and value; tensors of name, sizes (fastest first), type and offset; data from the next
 multiple of the alignment on. Numbers are little-endian.
 """
 
-import json
 import struct
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,43 +111,18 @@ class Cursor:
         return [bool(one) for one in found] if inner == BOOL else list(found)
 
 
-def main() -> None:
-    """Answer the request on stdin."""
-    request = json.load(sys.stdin)
-    limit(request["memory"], request["seconds"])
-    scratch = Path(request["scratch"])
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """What the first bytes of a file say, or why they are not read."""
     try:
         with Path(request["path"]).open("rb") as file:
             data = file.read(request["bytes"])
-        answer = inspect(Cursor(data, request["size"]), whole=request["whole"])
+        return inspect(Cursor(data, request["size"]), whole=request["whole"])
     except Refused as error:
-        answer = {"problem": str(error)}
+        return {"problem": str(error)}
     except Short:
-        answer = {"short": True}
+        return {"short": True}
     except MemoryError:
-        answer = {"problem": "needs more memory than it may use to be read"}
-    partial = scratch / "answer.part"
-    partial.write_text(json.dumps(answer))
-    partial.rename(scratch / "answer.json")
-
-
-def limit(memory: int, seconds: int) -> None:
-    """Bound address space, processor time and core dumps where the platform can."""
-    try:
-        import resource
-    except ImportError:
-        return
-    for what, value in (
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        try:
-            hard = resource.getrlimit(what)[1]
-            bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            resource.setrlimit(what, (bound, hard))
-        except (ValueError, OSError):
-            continue  # macOS refuses some of them; the parent's time limit still holds
+        return {"problem": "needs more memory than it may use to be read"}
 
 
 def inspect(cursor: Cursor, *, whole: bool) -> dict[str, Any]:
@@ -192,7 +164,3 @@ def inspect(cursor: Cursor, *, whole: bool) -> dict[str, Any]:
         kind, offset = cursor.number("<I", name), cursor.number("<Q", name)
         placed.append({"name": name, "shape": shape[::-1], "type": kind, "offset": offset})
     return {"metadata": metadata, "tensors": placed, "end": cursor.at}
-
-
-if __name__ == "__main__":
-    main()

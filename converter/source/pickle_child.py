@@ -1,8 +1,8 @@
 """Runs in a child process of its own: what tensors do PyTorch checkpoints hold, and where?
 
-Only the standard library and torch are imported here, because the parent starts this file by its
-path, isolated from the caller's environment. The request comes as JSON on stdin; the answer is
-written to ``<scratch>/answer.json``. Checkpoints are loaded with ``weights_only`` and nothing else.
+Only the standard library and torch are imported here, because ``validate.child`` runs this file by
+its path, isolated from the caller's environment. Checkpoints are loaded with ``weights_only`` and
+nothing else.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import json
 import os
 import re
 import struct
-import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -45,43 +44,20 @@ class Refused(Exception):
     """A checkpoint that is not read; the message says why."""
 
 
-def main() -> None:
-    """Answer the request on stdin."""
-    request = json.load(sys.stdin)
-    limit(request["memory"], request["seconds"])
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """What is in each file, or why it is not read."""
     scratch = Path(request["scratch"])
-    answer: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for number, (name, path) in enumerate(request["files"].items()):
         try:
-            answer[name] = inspect(Path(path), scratch / f"{number}.safetensors")
+            found[name] = inspect(Path(path), scratch / f"{number}.safetensors")
         except Refused as error:
-            answer[name] = {"problem": str(error)}
+            found[name] = {"problem": str(error)}
         except MemoryError:
-            answer[name] = {"problem": "needs more memory than it may use to be read"}
+            found[name] = {"problem": "needs more memory than it may use to be read"}
         except Exception as error:  # whatever a hostile file provokes is that file's problem
-            answer[name] = {"problem": explain(error)}
-    partial = scratch / "answer.part"
-    partial.write_text(json.dumps(answer))
-    partial.rename(scratch / "answer.json")
-
-
-def limit(memory: int, seconds: int) -> None:
-    """Bound address space, processor time and core dumps where the platform can."""
-    try:
-        import resource
-    except ImportError:
-        return
-    for what, value in (
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        try:
-            hard = resource.getrlimit(what)[1]
-            bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            resource.setrlimit(what, (bound, hard))
-        except (ValueError, OSError):
-            continue  # macOS refuses some of them; the parent's time limit still holds
+            found[name] = {"problem": explain(error)}
+    return found
 
 
 def explain(error: Exception) -> str:
@@ -251,7 +227,3 @@ def write(path: Path, tensors: dict[str, "torch.Tensor"]) -> None:
             if tensor.numel():
                 plain = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
                 file.write(plain.numpy().data)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,7 @@
 """PyTorch pickle checkpoints: tensors located by a child process, read straight from the file."""
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import weakref
 from collections.abc import Iterable, Mapping
@@ -18,12 +15,10 @@ from converter.source import pickle_child
 from converter.source.header import Header, TensorInfo, quote, read_header, shape_problem
 from converter.source.index import WeightIndex
 from converter.source.model import Source, SourceFile, build_source
+from validate.child import ChildError, ask
 
 BASE_MEMORY: Final = 8 << 30
 TIMEOUT_SECONDS: Final = 900
-MAX_ANSWER_BYTES: Final = 1 << 30
-# The child gets what Python and torch need to start, and no tokens.
-_ENVIRONMENT: Final = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "SYSTEMROOT")
 
 
 def open_pickles(
@@ -37,7 +32,7 @@ def open_pickles(
     problems: Iterable[str] = (),
     broken: Iterable[str] = (),
     scratch: Path | None = None,
-    timeout: int = TIMEOUT_SECONDS,
+    timeout: float = TIMEOUT_SECONDS,
 ) -> Source:
     """The source whose weights are the checkpoints ``files``; raises PlanError.
 
@@ -110,39 +105,34 @@ def _foreign(path: Path) -> str | None:
     return "not a PyTorch checkpoint"
 
 
-def _ask(files: Mapping[str, Path], scratch: Path, timeout: int) -> dict[str, Any]:
+def _ask(files: Mapping[str, Path], scratch: Path, timeout: float) -> dict[str, Any]:
     """What the child says about each file; its word is checked by ``_header``."""
     largest = max(path.stat().st_size for path in files.values())
     request = {
         "files": {name: str(path.resolve()) for name, path in files.items()},
         "scratch": str(scratch),
-        "memory": BASE_MEMORY + 4 * largest,
-        "seconds": timeout,
     }
-    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    command = [sys.executable, "-I", "-B", str(Path(pickle_child.__file__).resolve())]
     shown = ", ".join(files)
     try:
-        child = subprocess.run(
-            command,
-            input=json.dumps(request).encode(),
-            capture_output=True,
-            timeout=timeout,
-            env=environment,
-            cwd=scratch,
-            check=False,
+        found: dict[str, Any] = ask(
+            pickle_child.__file__,
+            request,
+            memory=BASE_MEMORY + 4 * largest,
+            seconds=timeout,
+            folder=scratch,
         )
-    except subprocess.TimeoutExpired:
-        raise PlanError([f"{shown}: not read within {timeout} seconds"]) from None
-    if child.returncode < 0:
-        raise PlanError([f"{shown}: reading was stopped by signal {-child.returncode}"])
-    answer = scratch / "answer.json"
-    if child.returncode > 0 or not answer.is_file() or answer.stat().st_size > MAX_ANSWER_BYTES:
-        lines = child.stderr.decode(errors="replace").strip().splitlines()
-        raise PlanError([f"{shown}: cannot be read: {quote(lines[-1] if lines else 'no answer')}"])
-    loaded = json.loads(answer.read_bytes())
-    answer.unlink()
-    return dict(loaded)
+    except ChildError as error:
+        raise PlanError([f"{shown}: {unread(error, timeout)}"]) from None
+    return found
+
+
+def unread(error: ChildError, seconds: float) -> str:
+    """Why a child that had so many seconds did not read a file, for after its name."""
+    if error.kind == "time":
+        return f"not read within {seconds} seconds"
+    if error.kind == "signal":
+        return f"reading was stopped by signal {error}"
+    return f"cannot be read: {quote(str(error))}"
 
 
 def _header(
