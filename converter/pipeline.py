@@ -17,9 +17,9 @@ from converter.adapter import Fusion, fuse, read_adapter
 from converter.adapter.torch_folder import fused_folder
 from converter.allocating import allocated
 from converter.calibrated import statistics_of
-from converter.decode import DecodingReader, View, decoded, quantization_settings
+from converter.decode import DecodingReader, View, decoded
 from converter.errors import ConvertError, PlanError, UsageError
-from converter.execute import Job, execute
+from converter.execute import CheckedReader, Job, execute
 from converter.execute.folder import (
     MANIFEST,
     check_output,
@@ -41,6 +41,13 @@ from converter.plan import Options, Plan, build_plan
 from converter.plan.back import build_back_plan
 from converter.plan.match import match_release
 from converter.plan.rotate import FLAG as ROTATE
+from converter.refusals import (
+    require_plain,
+    require_quantized,
+    require_separable,
+    require_streamable,
+    require_written_map,
+)
 from converter.release import Release, fetch, open_release
 from converter.runtime_map import check_reload
 from converter.sidecars import copy_sidecars, write_json
@@ -141,9 +148,9 @@ def plan_request(request: Request, console: Console | None = None) -> Planned:
         gguf=request.gguf,
     )
     if request.stream:
-        _require_streamable(request, release)
+        require_streamable(request, release)
     if release.source.mlx is None and back:
-        _require_quantized(release, torch=torch)
+        require_quantized(release, torch=torch)
         back = False
     view = decoded(release.source, arch=_stated_map(release.source, request.maps))
     source = view.source
@@ -153,7 +160,7 @@ def plan_request(request: Request, console: Console | None = None) -> Planned:
     if back and request.adapter_path is not None:
         raise UsageError("--adapter-path is fused into a torch release: leave -d and --to out")
     if back:
-        _require_written_map(release, request.maps)
+        require_written_map(release, request.maps)
         if any(options.rotate_values for options in request.recipes):
             raise UsageError(f"{ROTATE}: starts from a torch release, not from an MLX checkpoint")
         kept = _kept_facts(release)
@@ -165,7 +172,7 @@ def plan_request(request: Request, console: Console | None = None) -> Planned:
     else:
         match = match_release(source, arch)
         origin = release.origin
-        _require_plain(request, view)
+        require_plain(request, view)
         if request.adapter_path is not None:
             adapter = read_adapter(request.adapter_path)
             fusion = fuse(source, match, adapter, origin=origin, name=release.name)
@@ -244,7 +251,7 @@ def convert(
     same request without ``part`` makes what is left and the outputs of it.
     """
     if request.part is not None:
-        _require_separable(request)
+        require_separable(request)
     planned = planned or plan_request(request, console)
     targets = output_folders(request, planned)
     drafters = [drafter_folder(out) for out in targets] if planned.drafters else []
@@ -308,27 +315,6 @@ def _files_read(request: Request, planned: Planned) -> set[str] | None:
     }
 
 
-def _require_streamable(request: Request, release: Release) -> None:
-    """UsageError where the weights must lie on this machine all the same."""
-    if release.snapshot is None:
-        raise UsageError(f"--stream: {request.hf_path} is a folder, and nothing is fetched")
-    if release.root is not None or release.source.kind != "safetensors":
-        raise UsageError(
-            "--stream: pickles and GGUF files are read from whole files; leave --stream out"
-        )
-    if request.part is not None:
-        raise UsageError("--stream: --shard downloads what its shards read; leave one of them out")
-    calibrated = any(recipe.calibration is not None for recipe in request.recipes)
-    needs = [
-        ("--q-target-bpw and --q-target-size", any(r.targeted for r in request.recipes)),
-        ("--q-method imatrix and gptq", calibrated),
-        ("--adapter-path", request.adapter_path is not None),
-    ]
-    for flag, asked in needs:
-        if asked:
-            raise UsageError(f"--stream: {flag} read the weights more than once; leave it out")
-
-
 def _require_space(todo: Sequence[tuple[Plan, Path]]) -> None:
     """Refuse before writing what the disk has no room for, counting what is there already."""
     needed: dict[Path, int] = {}
@@ -375,8 +361,6 @@ def _execute_all(
         ]
     part, stamp = request.part, release.stamp()
     with ExitStack() as stack:
-        from converter.hub import StreamReader
-
         jobs, known = [], []
         for (plan, out), calibrated in zip(todo, statistics, strict=True):
             work = work_folder(out, plan.hash)
@@ -401,7 +385,7 @@ def _execute_all(
                     stamp=stamp,
                     workers=request.thread_count,
                     progress=tick,
-                    checked=reader if isinstance(reader, StreamReader) else None,
+                    checked=reader if isinstance(reader, CheckedReader) else None,
                 )
         except PlanError:
             for job in jobs:  # a damaged source: nothing of it is worth resuming
@@ -415,21 +399,6 @@ def _execute_all(
                     continue
                 _finish(job.work, plan, release, request, {**before, **made})
                 publish(job.work, out)
-
-
-def _require_separable(request: Request) -> None:
-    """Refuse to make in parts what needs the whole: UsageError."""
-    needs = [
-        flag
-        for flag, asked in (
-            ("--q-method imatrix or gptq", any(r.calibration for r in request.recipes)),
-            ("--q-target-bpw", any(r.targeted for r in request.recipes)),
-            ("--mtp", request.mtp),
-        )
-        if asked
-    ]
-    if needs:
-        raise UsageError(f"--shard: {needs[0]} looks at the whole release; leave one of them out")
 
 
 def _finish(
@@ -487,46 +456,9 @@ def _relocated(planned: Planned, release: Release) -> Source:
     return replace(planned.source, root=release.source.root, files=release.source.files)
 
 
-def _require_plain(request: Request, view: View) -> None:
-    """Refuse what reads the weights of a torch release beside the conversion."""
-    asked = ["--adapter-path"] if request.adapter_path is not None else []
-    asked += (
-        ["--q-target-bpw or --q-target-size"] if any(r.targeted for r in request.recipes) else []
-    )
-    if view.settings is not None and asked:
-        raise UsageError(
-            f"{asked[0]}: the release is quantized ({view.method}); this needs the unquantized one"
-        )
-
-
-def _require_quantized(release: Release, *, torch: bool) -> None:
-    """Refuse -d and --to torch for a torch release that they would do nothing to."""
-    if torch or quantization_settings(release.source.config) is None:
-        raise PlanError(
-            [
-                f"{release.name}: is a torch release already; --to torch starts from an MLX "
-                "checkpoint, -d from one or from a quantized release"
-            ]
-        )
-
-
 def _stated_map(source: Source, maps: MapChoice) -> ArchMap | None:
     """The user's own map, for schemes that need one to know shapes; None for the registry's."""
     return load_map(maps.file, source.config) if maps.file is not None else None
-
-
-def _require_written_map(release: Release, maps: MapChoice) -> None:
-    """The way back needs the map of the way there, which a runtime's loader cannot say again."""
-    told: dict[str, Any] = {}
-    if release.root is not None and (release.root / MANIFEST).is_file():
-        told = read_manifest(release.root).data.get("map") or {}
-    if told.get("by") == "runtime" or maps.runtime:
-        raise PlanError(
-            [
-                f"{release.name}: was made by a runtime's loader (--map runtime), which has no way "
-                "back; convert from the torch release instead"
-            ]
-        )
 
 
 def _kept_facts(release: Release) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """Executing plans: streaming, resumable, and the same bytes on any machine."""
 
-from converter.execute.run import Job, execute
+from converter.execute.run import CheckedReader, Job, execute
 
-__all__ = ["Job", "execute"]
+__all__ = ["CheckedReader", "Job", "execute"]

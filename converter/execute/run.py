@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -36,6 +36,7 @@ _BAD_SHOWN = 20
 Progress = Callable[[int, int], None]
 
 
+@runtime_checkable
 class CheckedReader(RowReader, Protocol):
     """A reader of files whose hashes are known only once they have been read to their ends."""
 
