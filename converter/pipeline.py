@@ -31,7 +31,14 @@ from converter.execute.folder import (
     work_folder,
 )
 from converter.execute.journal import NAME as JOURNAL
-from converter.execute.parts import Part, forget_parts, outputs_of, record, recorded
+from converter.execute.parts import (
+    Part,
+    forget,
+    forget_parts,
+    outputs_of,
+    record,
+    recorded,
+)
 from converter.kv import KvAsked, check_planned
 from converter.manifest import Manifest, read_manifest, write_manifest
 from converter.maps import WRITTEN, MapChoice, choose_map, load_map
@@ -368,6 +375,7 @@ def _execute_all(
             known.append(recorded(work, plan, stamp))
             shards = plan.shards if part is None else part.shards(plan)
             left = tuple(shard for shard in shards if shard.file not in known[-1])
+            forget(work, {shard.file for shard in left})
             name = "" if part is None else part.name
             jobs.append(Job(plan, work, calibrated, shards=left, part=name))
         reader = stack.enter_context(release.source.open())
@@ -395,7 +403,9 @@ def _execute_all(
         for job, (plan, out), made, before in zip(jobs, todo, digests, known, strict=True):
             with explain(job.work):
                 if part is not None:
-                    record(job.work, part, plan, stamp, made)
+                    whole = {**before, **made}
+                    mine = {shard.file: whole[shard.file] for shard in part.shards(plan)}
+                    record(job.work, part, plan, stamp, mine)
                     continue
                 _finish(job.work, plan, release, request, {**before, **made})
                 publish(job.work, out)

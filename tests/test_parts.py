@@ -118,6 +118,42 @@ def test_a_record_of_other_weights_is_not_believed(source, tmp_path):
     assert hashes(out) == hashes(tmp_path / "fresh")
 
 
+def test_a_record_goes_when_its_file_is_written_anew(source, tmp_path, monkeypatch):
+    out, file = tmp_path / "out", source / "model.safetensors"
+    make(source, out, FOUR_BIT, part=Part(1, 2))
+    first = file.read_bytes()
+    data = bytearray(first)
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start : start + 2] = b"\xc8\x42"
+    file.write_bytes(data)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("converter.pipeline._finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make(source, out, FOUR_BIT)
+    file.write_bytes(first)
+    make(source, out, FOUR_BIT)
+    make(source, tmp_path / "fresh", FOUR_BIT)
+    assert hashes(out) == hashes(tmp_path / "fresh")
+
+
+def test_a_part_made_again_keeps_its_record_and_a_torn_one_vouches_for_nothing(source, tmp_path):
+    out = tmp_path / "out"
+    for _ in range(2):
+        make(source, out, FOUR_BIT, part=Part(1, 2))
+    (record,) = tmp_path.rglob(".done.*.json")
+    plan = plan_request(Request(hf_path=str(source), recipes=(FOUR_BIT,))).plans[0]
+    files = {shard.file for shard in Part(1, 2).shards(plan)}
+    assert json.loads(record.read_text())["files"].keys() == files
+    record.write_text("")
+    make(source, out, FOUR_BIT)
+    make(source, tmp_path / "fresh", FOUR_BIT)
+    assert hashes(out) == hashes(tmp_path / "fresh")
+
+
 def test_a_damaged_part_leaves_the_others_alone(source, tmp_path):
     out = tmp_path / "out"
     path = source / "model.safetensors"

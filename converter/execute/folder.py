@@ -83,20 +83,9 @@ def _held(path: Path, work: Path, *, shared: bool = False) -> Iterator[None]:
             work.mkdir(exist_ok=True)
         yield
     finally:
-        if not shared or _alone(descriptor):
+        if not shared:  # the run that makes the output whole has this file alone, and removes it
             path.unlink(missing_ok=True)
         os.close(descriptor)
-
-
-def _alone(descriptor: int) -> bool:
-    """Make a shared lock an exclusive one, if nobody else has it."""
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _lock(path: Path, *, shared: bool) -> int | None:

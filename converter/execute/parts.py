@@ -8,8 +8,9 @@ recorded as done, makes the rest itself, and removes the records.
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -70,9 +71,22 @@ def record(
     data = {"plan": plan.hash, "source": stamp, "files": digests}
     path = work / f"{_RECORD}.{part.name}.json"
     draft = path.with_suffix(".partial")
-    draft.write_text(json.dumps(data) + "\n", encoding="utf-8")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(data) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     draft.replace(path)
     sync_folder(work)
+
+
+def forget(work: Path, files: Collection[str]) -> None:
+    """Remove the records of files that are about to be written anew.
+
+    They would outlive what they vouch for: a later run of the same weights would believe them.
+    """
+    for path in work.glob(f"{_RECORD}.*.json"):
+        if set(files) & _read(path).get("files", {}).keys():
+            path.unlink(missing_ok=True)
 
 
 def recorded(work: Path, plan: Plan, stamp: Mapping[str, Any]) -> dict[str, str]:
@@ -81,14 +95,24 @@ def recorded(work: Path, plan: Plan, stamp: Mapping[str, Any]) -> dict[str, str]
     asked = json.loads(json.dumps({"plan": plan.hash, "source": stamp}))
     found: dict[str, str] = {}
     for path in sorted(work.glob(f"{_RECORD}.*.json")):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if {key: data[key] for key in asked} == asked:
+        data = _read(path)
+        if data and {key: data.get(key) for key in asked} == asked:
             found |= {
                 file: digest
                 for file, digest in data["files"].items()
-                if (work / file).is_file() and (work / file).stat().st_size == sizes[file]
+                if (work / file).is_file() and (work / file).stat().st_size == sizes.get(file)
             }
     return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A record; empty for one that a power cut tore, which vouches for nothing."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    whole = isinstance(data, dict) and isinstance(data.get("files"), dict)
+    return data if whole else {}
 
 
 def forget_parts(work: Path) -> None:
