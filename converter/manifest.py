@@ -119,6 +119,11 @@ def refresh(folder: Path, digests: Mapping[str, str]) -> None:
     draft.replace(folder / MANIFEST)
 
 
+def is_rotated(out: Path) -> bool:
+    """Whether an output's manifest says that the values of its weights are rotated."""
+    return (out / MANIFEST).is_file() and read_manifest(out).rotated
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished output; raises UsageError when there is none."""
     path = folder / MANIFEST

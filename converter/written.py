@@ -20,7 +20,7 @@ from converter.decode import DecodingReader, View, decoded
 from converter.execute import Job, execute
 from converter.execute.encode import encode
 from converter.execute.folder import explain
-from converter.manifest import read_manifest
+from converter.manifest import is_rotated
 from converter.plan import Options, Plan
 from converter.plan.back import build_back_plan
 from converter.plan.match import find_map, match_release
@@ -65,7 +65,7 @@ def backwards(out: Path, source: Path, *, arch: ArchMap | None = None) -> Backwa
         Options(target="torch", dtype="float32"),
         torch_config=start(release.config),
         carried=carried,
-        rotated=_rotated(out),  # so that the gate judges the fold, too
+        rotated=is_rotated(out),  # so that the gate judges the fold, too
     )
     return Backwards(
         plan=plan,
@@ -146,7 +146,7 @@ def as_released(out: Path, plan: Plan | None, arch: ArchMap | None) -> bool:
         return all(made.quant is None and exact(made.expr) for made in plan.outputs)
     view = decoded(open_folder(out, allow_mlx=True), dtype="F32")
     arch = arch or find_map(view.source.config)
-    return not view.coded and not _rotated(out) and not _arithmetic(arch, view.source.config)
+    return not view.coded and not is_rotated(out) and not _arithmetic(arch, view.source.config)
 
 
 @contextmanager
@@ -162,10 +162,6 @@ def _hidden(out: Path, parent: Path) -> Iterator[Path]:
 def _beside_weights(back: Backwards, source: Path, folder: Path) -> None:
     write_json(folder / "config.json", back.plan.config)
     copy_sidecars(source, list_sidecars(source), folder)
-
-
-def _rotated(out: Path) -> bool:
-    return (out / "conversion.json").is_file() and read_manifest(out).rotated
 
 
 def _arithmetic(arch: ArchMap, config: dict[str, Any]) -> bool:

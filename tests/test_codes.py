@@ -74,6 +74,28 @@ def test_one_flipped_block_is_found_and_sound_codes_are_not_blamed(
     assert row.note == f"{DOWN}.weight: the codes of row 17, group 2 are not those of its weights"
 
 
+def test_codes_and_scales_of_nothing_are_found(outputs, tinylm, tmp_path):
+    copy = shutil.copytree(outputs["affine", 4, 32, "rtn"], tmp_path / "bad")
+    tensors = load_file(copy / WEIGHTS)
+    for role in ("scales", "biases"):
+        tensors[f"{DOWN}.{role}"][17, 2] = 0
+    save_file(tensors, copy / WEIGHTS, metadata={"format": "mlx"})
+    (row,) = codes_check(copy, tinylm)
+    assert (row.verdict, row.value) == ("fail", 1.0)
+    assert "row 17, group 2" in row.note
+
+
+def test_a_third_of_a_tensor_s_groups_mirrored_is_found(outputs, tinylm, tmp_path):
+    copy = shutil.copytree(outputs["affine", 4, 32, "rtn"], tmp_path / "bad")
+    tensors = load_file(copy / WEIGHTS)
+    codes = tensors[f"{DOWN}.weight"]
+    codes[: len(codes) // 3] ^= np.uint32(0xFFFFFFFF)
+    save_file(tensors, copy / WEIGHTS, metadata={"format": "mlx"})
+    (row,) = codes_check(copy, tinylm)
+    assert row.verdict == "fail"
+    assert row.value > 100
+
+
 def test_codes_of_another_tensor_are_told(outputs, tinylm, tmp_path):
     copy = shutil.copytree(outputs["affine", 4, 32, "rtn"], tmp_path / "bad")
     tensors = load_file(copy / WEIGHTS)

@@ -26,7 +26,7 @@ from converter.decode import Coded, DecodingReader, decoded
 from converter.decode.mlx import spec_of
 from converter.errors import PlanError
 from converter.execute.units import units_of
-from converter.manifest import read_manifest
+from converter.manifest import is_rotated
 from converter.plan import rotate
 from converter.plan.match import find_map, match_release
 from converter.plan.model import Output
@@ -40,6 +40,8 @@ _UNLIKE: Final = 0.5
 _FEW: Final = 0.1
 """Share of unlike groups up to which a tensor's codes are by and large those of its weights; with
 more, a single group proves nothing: methods that make up for errors fill empty groups with them."""
+_MIRRORED: Final = -0.9
+"""A cosine that no method and no chance gives: then a group is judged in any company."""
 _MOST: Final = 0.5
 """Share of unlike groups from which on the codes are those of other weights."""
 _BITS: Final = 3
@@ -60,8 +62,8 @@ class _Tally:
     unlike: int = 0
     squares: float = 0.0
     error: float = 0.0
-    turned: list[tuple[int, int, float]] = field(default_factory=list)
-    """(row, group, sum of squares) of groups with a negative cosine."""
+    turned: list[tuple[int, int, float, float]] = field(default_factory=list)
+    """(row, group, sum of squares, cosine) of groups with a negative cosine."""
 
     def add(self, first_row: int, alike: Any, size: Any, error: float) -> None:
         """Count the groups of some rows, (rows, groups) each."""
@@ -70,7 +72,8 @@ class _Tally:
         self.squares += float(size.sum(dtype=np.float64))
         self.error += error
         for row, index in np.argwhere(alike < 0)[: _KEPT - len(self.turned)]:
-            self.turned.append((first_row + int(row), int(index), float(size[row, index])))
+            place = first_row + int(row), int(index)
+            self.turned.append((*place, float(size[row, index]), float(alike[row, index])))
 
     @property
     def loss(self) -> float:
@@ -79,10 +82,11 @@ class _Tally:
 
     def wrong(self) -> list[tuple[int, int]]:
         """(row, group) of the groups that count and whose codes are mirrored."""
-        if not self.apart or self.unlike > _FEW * self.groups:
+        if not self.apart:
             return []
         least = _COUNTS * self.squares / self.groups
-        return [(row, index) for row, index, size in self.turned if size >= least]
+        most = _MIRRORED if self.unlike > _FEW * self.groups else 0.0
+        return [(r, i) for r, i, size, cosine in self.turned if size >= least and cosine <= most]
 
     @property
     def other(self) -> bool:
@@ -102,7 +106,7 @@ def codes_check(out: Path, source: Path, *, arch: ArchMap | None = None) -> list
         return []
     try:
         release = open_folder(source)
-        rules = _rules(release, arch, rotated=_rotated(out))
+        rules = _rules(release, arch, rotated=is_rotated(out))
     except PlanError:  # what is wrong with the release is told elsewhere
         return []
     outputs, coded = [], []
@@ -129,10 +133,6 @@ def _rules(release: Source, arch: ArchMap | None, *, rotated: bool) -> Sequence[
     """What the map makes of the release; PlanError where there is none, or it does not fit."""
     match = match_release(release, arch or find_map(release.config))
     return rotate.values(match.rules, match.values)[0] if rotated else match.rules
-
-
-def _rotated(out: Path) -> bool:
-    return (out / "conversion.json").is_file() and read_manifest(out).rotated
 
 
 def _coded(coded: Mapping[str, Coded], target: str) -> Coded | None:
