@@ -26,8 +26,8 @@ def size_of(text: str, flag: str) -> int:
 def available_memory() -> int:
     """Bytes that this process can take without anything being paged out, as the system tells it.
 
-    Linux: MemAvailable, and what control groups (v2) leave. macOS: pages that are free, inactive,
-    speculative or purgeable. Elsewhere half of all memory.
+    Linux: MemAvailable, and what control groups (v2) leave. macOS: pages that are free, purgeable,
+    or have a file behind them. Elsewhere half of all memory.
     """
     if sys.platform.startswith("linux"):
         return min(_linux())
@@ -65,6 +65,7 @@ def group_room(root: Path, membership: str) -> Iterator[int]:
 
 def _vm_stat(text: str) -> int:
     size = re.search(r"page size of (\d+) bytes", text)
-    kinds = ("free", "inactive", "speculative", "purgeable")
-    counts = (re.search(rf"^Pages {kind}:\s+(\d+)\.", text, re.MULTILINE) for kind in kinds)
+    # Inactive pages would have to be compressed or swapped where no file is behind them.
+    kinds = ("Pages free", "Pages purgeable", "File-backed pages")
+    counts = (re.search(rf"^{kind}:\s+(\d+)\.", text, re.MULTILINE) for kind in kinds)
     return int(size[1]) * sum(int(found[1]) for found in counts if found) if size else 0

@@ -177,8 +177,3 @@ def _written_weights(
     if as_released(out, plan, arch):
         return nullcontext()
     return written_weights(out, source, arch=arch, workers=workers)
-
-
-def _rewrite(path: Path, data: dict[str, Any]) -> None:
-    text = json.dumps(data, indent=1, ensure_ascii=False, sort_keys=False) + "\n"
-    path.write_text(text, encoding="utf-8")

@@ -186,6 +186,8 @@ def test_a_fault_in_one_block_fails_the_report(small):
         ("greedy", "code"),
         ("loss", "text"),
     } <= names
+    assert ("batch", "text") not in names, "a batch takes the whole model"
+    assert "texts in one batch" in row["note"]
     reader = PlannedReader.read_rows
 
     def planted(self, name, start, stop):
@@ -279,6 +281,7 @@ def test_memory_is_what_the_system_and_its_groups_leave(tmp_path):
         "Pages inactive:                           20.\n"
         "Pages speculative:                         3.\n"
         "Pages purgeable:                           4.\n"
+        "File-backed pages:                        23.\n"
     )
     assert _vm_stat(text) == 37 * 16384
     assert size_of("6GiB", "--memory-limit") == 6 << 30

@@ -22,6 +22,10 @@ HOSTILE = {
     "1 GB string": ("{% set x = messages[0].role * 10**9 %}{{ x }}", "1024 MiB of memory"),
     "constant of 100 GB": ("{{ 'x' * 10**11 }}", "1024 MiB of memory"),
     "long text": ("{{ 'x' * 2000000 }}", "makes more than 1,000,000 characters"),
+    "after JSON": (
+        "{{ messages|tojson(false) }}{{ sep_token + 'a' }}" + LOOP + "{% endfor %}{% endfor %}",
+        "makes more than 1,000,000 characters",
+    ),
     "many pieces": (LOOP + "{% endfor %}{% endfor %}", "makes more than 1,000,000 characters"),
 }
 

@@ -19,7 +19,7 @@ from validate.answers import Answer
 from validate.batch_faults import batch_fault
 from validate.cases import MEDIA_FILES
 from validate.checks import EXACT, CaseResult, Check, Verdict, at_most
-from validate.metrics import compare_logits
+from validate.gates import compared_logits
 from validate.runtime import Logits, MlxRuntime, RuntimeRefusal, refusals, word_count
 
 CHUNK: Final = 48
@@ -112,7 +112,7 @@ def _padding(model: MlxRuntime) -> str:
 def _compare(model: MlxRuntime, rows: Sequence[_Row]) -> tuple[CaseResult, ...]:
     found = batched(model, [row.ids for row in rows], [row.tokens for row in rows])
     return tuple(
-        CaseResult(row.name, compare_logits(row.wanted, logits).relative, {"tokens": len(row.ids)})
+        CaseResult(row.name, compared_logits(row.wanted, logits).relative, {"tokens": len(row.ids)})
         for row, logits in zip(rows, found, strict=True)
     )
 
@@ -161,7 +161,7 @@ def _by_mlx_lm(model: Any, prompts: list[list[int]], dictated: Sequence[_Dictate
         max_tokens=[len(one.tokens) for one in dictated],
         logits_processors=[[one] for one in dictated],
     )
-    _finish(generator, len(prompts))
+    _finish(generator, prompts, dictated)
 
 
 def _by_mlx_vlm(model: Any, prompts: list[list[int]], dictated: Sequence[_Dictated]) -> None:
@@ -181,7 +181,7 @@ def _by_mlx_vlm(model: Any, prompts: list[list[int]], dictated: Sequence[_Dictat
         prompt_kwargs=[_embedded(model, ids) for ids in prompts],
         logits_processors=[[one] for one in dictated],
     )
-    _finish(generator, len(prompts))
+    _finish(generator, prompts, dictated)
 
 
 def _embedded(model: Any, ids: Sequence[int]) -> Mapping[str, Any]:
@@ -202,11 +202,15 @@ class _Endless:
         return False
 
 
-def _finish(generator: Any, rows: int) -> None:
+def _finish(generator: Any, prompts: Sequence[Any], dictated: Sequence[_Dictated]) -> None:
+    left = len(prompts)
+    steps = left + sum(map(len, prompts)) + sum(len(one.tokens) for one in dictated)
     try:
-        left = rows
-        while left:
+        for _ in range(steps):  # one a token would be more than it takes
             _, responses = generator.next()
             left -= sum(response.finish_reason is not None for response in responses)
+            if not left:
+                return
+        raise RuntimeError("its batch generator does not end")
     finally:
         generator.close()

@@ -25,7 +25,7 @@ Pairs = Sequence[tuple[str, Logits, Logits]]
 
 def logits_check(name: str, *, modality: str, runtime: str, pairs: Pairs) -> Check:
     """max |d| / max |logit| over all prompts, gated at the float32 threshold."""
-    compared = [(prompt, _compare(a, b)) for prompt, a, b in pairs]
+    compared = [(prompt, compared_logits(a, b)) for prompt, a, b in pairs]
     summary = summarize([c for _, c in compared])
     return Check(
         name=name,
@@ -52,7 +52,7 @@ def loss_check(
 
     ``statistics`` are further figures of the same positions.
     """
-    compared = [(prompt, _compare(a, b)) for prompt, a, b in pairs]
+    compared = [(prompt, compared_logits(a, b)) for prompt, a, b in pairs]
     summary = summarize([c for _, c in compared])
     return Check(
         name="loss",
@@ -78,8 +78,8 @@ def noise_check(
 
     ``rows`` are (prompt, float32, torch in dtype, runtime in dtype).
     """
-    torch_side = [_compare(exact, noisy) for _, exact, noisy, _ in rows]
-    mlx_side = [_compare(exact, other) for _, exact, _, other in rows]
+    torch_side = [compared_logits(exact, noisy) for _, exact, noisy, _ in rows]
+    mlx_side = [compared_logits(exact, other) for _, exact, _, other in rows]
     noise, error = summarize(torch_side), summarize(mlx_side)
     value = relative(error.rms, noise.rms)
     cases = tuple(
@@ -195,7 +195,7 @@ def _relative(a: Logits, b: Logits) -> float:
     return relative_error(a, b) if a.shape == b.shape else float("inf")
 
 
-def _compare(a: Logits, b: Logits) -> LogitComparison:
+def compared_logits(a: Logits, b: Logits) -> LogitComparison:
     """Compare; logits of another shape count as infinitely far away."""
     if a.shape == b.shape:
         return compare_logits(a, b)

@@ -119,7 +119,8 @@ def judge_runtime(job: Judgement, answers: Answers, *, runtime: str) -> Found:
                 judged = run() if known else stock
                 found.checks += heard
                 _outputs(job, found, answers, modality, judged)
-                if modality == "text" and job.exact:
+                # A batch runs the model whole, which a streamed proof has no room for.
+                if modality == "text" and job.exact and not job.streamed:
                     job.progress(f"{runtime}: batch")
                     found.checks += batch_check(model, answers.exact)
                 found.checks += _modules(job, model, answers, modality, fed=prepared)

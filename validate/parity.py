@@ -122,7 +122,8 @@ def run_parity(
     elif missing:
         reference = {"class": "none", "folder": source.name}
         for runtime in runtimes:
-            found = judge_alone(judgement, source=source, runtime=runtime, media=media)
+            shown = () if streaming is not None else media
+            found = judge_alone(judgement, source=source, runtime=runtime, media=shown)
             checks += found.checks
             described["runtimes"].append(found.description)
     elif assists(config):

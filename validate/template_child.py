@@ -17,11 +17,14 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def problem(request: dict[str, Any]) -> str | None:
     """What a template uses too much of, None where every conversation can be rendered."""
+    made = environment()
     for name, text in request["templates"].items():
         for messages in request["conversations"]:
             for start in (True, False):
                 try:
-                    length = rendered(text, messages, start=start, longest=request["characters"])
+                    length = rendered(
+                        made, text, messages, start=start, longest=request["characters"]
+                    )
                 except MemoryError:
                     return f"{name}: takes more than {request['memory'] >> 20} MiB of memory"
                 except Exception:  # a template may refuse a conversation; that is another matter
@@ -31,11 +34,12 @@ def problem(request: dict[str, Any]) -> str | None:
     return None
 
 
-def rendered(text: str, messages: list[Any], *, start: bool, longest: int) -> int:
+def rendered(made: Any, text: str, messages: list[Any], *, start: bool, longest: int) -> int:
     """Characters that a template makes of a conversation, counted no further than ``longest``."""
-    template = environment().from_string(text)
+    template = made.from_string(text)
     length = 0
-    tokens = {f"{kind}_token": f"<{kind}>" for kind in ("bos", "eos", "pad", "unk")}
+    kinds = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+    tokens = {f"{kind}_token": f"<{kind}>" for kind in kinds}
     for piece in template.generate(
         messages=messages, add_generation_prompt=start, tools=None, documents=None, **tokens
     ):
@@ -43,6 +47,23 @@ def rendered(text: str, messages: list[Any], *, start: bool, longest: int) -> in
         if length > longest:
             break
     return length
+
+
+def written(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as transformers' filter writes it."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def environment() -> Any:
@@ -67,7 +88,7 @@ def environment() -> Any:
     made = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    made.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False)
+    made.filters["tojson"] = written
     made.globals["raise_exception"] = refuse
     made.globals["strftime_now"] = lambda shape: datetime.now().strftime(shape)
     return made

@@ -36,7 +36,7 @@ def template_problem(folder: Path, *, seconds: int = SECONDS) -> str | None:
         "memory": MEMORY,
         "characters": CHARACTERS,
     }
-    return _tried(json.dumps(request), ", ".join(found), seconds)
+    return _tried(json.dumps(request), ascii(", ".join(found))[1:-1][:80], seconds)
 
 
 @lru_cache(maxsize=64)

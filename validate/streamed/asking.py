@@ -53,7 +53,7 @@ def streamed_row(streaming: Streaming, judgement: Judgement, media: Sequence[str
     left = [f"{kind}s" for kind in media]
     if not judgement.quantized and judgement.dtype != "float32":
         left.append(f"the noise of computing in {judgement.dtype}")
-    left.append("single modules")
+    left += ["texts in one batch", "single modules"]
     return Check(
         name=NAME,
         modality="text",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from quant.calibrate.stream import StreamedModel
+from quant.calibrate.stream import BlockError, StreamedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,5 +133,10 @@ class _Rows:
         if isinstance(first, int):
             rows = self._read(first, first + 1)[0]
             return rows[tuple(rest)] if rest else rows
+        if isinstance(first, slice):
+            start, stop, step = first.indices(self.shape[0])
+            return self._read(start, max(start, stop))[(slice(None, None, step), *rest)]
+        if first.ndim != 1 or first.dtype == torch.bool or not len(first):
+            raise BlockError("it takes rows of an embedding in a way that cannot be read apart")
         rows = torch.cat([self._read(token, token + 1) for token in first.tolist()])
         return rows[(slice(None), *rest)]

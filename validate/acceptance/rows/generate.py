@@ -1,5 +1,6 @@
 """``generate`` on the command line, and the Python calls behind it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -110,8 +111,8 @@ def judge_continuations(
         shared[name] = at
         before = zip(wanted.logprobs, told[name][:at], strict=False)
         differences += [abs(logprob - step[1]) for logprob, step in before]
-    noise = max(differences)
-    if noise > ROUNDING[computing]:
+    noise = max(differences, key=lambda one: math.inf if math.isnan(one) else one)
+    if not noise <= ROUNDING[computing]:  # NaN is no rounding either
         raise RowFailure(
             f"log-probabilities of the same tokens differ from torch's by {noise:.2g} nats, which "
             f"computing in {computing} does not explain"
@@ -125,7 +126,7 @@ def judge_continuations(
         if at == min(len(wanted.tokens), len(steps)):
             continue
         token, _, lead = steps[at]
-        if lead > bound:
+        if not lead <= bound:
             raise RowFailure(
                 f"{name}: token {at} is {token} where torch has {wanted.tokens[at]}, and the "
                 f"runtime's led by {lead:.3g} nats, where at most {bound:.2g} is rounding"
