@@ -56,6 +56,10 @@ _PLAIN: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _FACTORS: Final = "factors of the rotary frequencies, which follow from rope_scaling in config.json"
 
 
+class Filler(int):
+    """Stands for a setting that the file does not have, or has as something else."""
+
+
 class Keys:
     """Typed look-ups in a file's settings; what is wrong is collected in ``problems``."""
 
@@ -70,6 +74,8 @@ class Keys:
         """A positive whole number; an array that repeats one counts as that."""
         name = f"{self.prefix}.{key}"
         value = self.metadata.get(name, default)
+        if isinstance(value, Filler):  # the default is itself missing, which has been told
+            return value
         if isinstance(value, list) and value and value == [value[0]] * len(value):
             value = value[0]
         if type(value) is not int or not 0 < value < 1 << 31:
@@ -78,18 +84,22 @@ class Keys:
                 if value is None
                 else f"{name} must be one positive whole number, not {_short(value)}"
             )
-            return 1
+            return Filler(1)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number, as its shortest spelling in float32 has it."""
         name = f"{self.prefix}.{key}"
         value = self.metadata.get(name, default)
-        if type(value) not in (int, float) or not math.isfinite(value):
+        single = np.float32("nan")
+        if type(value) in (int, float):
+            with np.errstate(over="ignore"):
+                single = np.float32(value)
+        if not np.isfinite(single):
             what = "is missing" if value is None else f"must be a number, not {_short(value)}"
             self.problems.append(f"{name} {what}")
-            return 1.0
-        return float(str(np.float32(value)))
+            return Filler(1)
+        return float(str(single))
 
     def has(self, key: str) -> bool:
         """Whether a setting of this architecture is stated."""
@@ -173,6 +183,8 @@ def llama3_scaling(factors: Sequence[float], theta: float) -> dict[str, Any] | N
     As transformers' ``_compute_llama3_parameters`` scales each frequency.
     """
     count = len(factors)
+    if theta <= 0:
+        return None
     for factor in (8.0, 32.0):
         low, high, trained = 1.0, 4.0, 8192
         expected = []
@@ -441,11 +453,13 @@ def contradictions(stated: Mapping[str, Any], read: Mapping[str, Any]) -> list[s
         *("num_key_value_heads", "num_experts", "num_local_experts", "num_experts_per_tok"),
         *("moe_intermediate_size", "rms_norm_eps", "norm_epsilon", "rope_theta"),
     )
+    stated = {**(stated.get("rope_parameters") or {}), **stated}
     return [
         f"config.json says {name} = {stated[name]!r}, the GGUF file {read[name]!r}"
         for name in compared
         if _number(stated.get(name))
         and _number(read.get(name))
+        and not isinstance(read[name], Filler)
         and not math.isclose(stated[name], read[name], rel_tol=1e-6)
     ]
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.errors import PlanError
+from converter.errors import HubError, PlanError
 from converter.gguf_tokenizer import with_tokenizer
 from converter.sidecars import BESIDE_GGUF, choose_sidecars, list_sidecars
 from converter.source import (
@@ -19,6 +19,7 @@ from converter.source import (
     build_source,
     fetch_header,
     folder_of,
+    header_digest,
     open_folder,
     parse_index,
     select_weights,
@@ -149,9 +150,18 @@ def fetch(
     wanted = [*([] if stream else files), *release.sidecars]
     wanted += [n for n in ("config.json", QUANT_CONFIG, _CARD) if n in snapshot.by_path]
     root = download(snapshot, wanted, progress=progress, cache_dir=release.cache)
-    source = release.source.located(root)
+    planned = {name: file.digest for name, file in release.source.files.items()}
     if stream:
-        source = replace(release.source, root=root, remote=partial(open_stream, snapshot))
+        remote = partial(open_stream, snapshot, headers=planned)
+        return replace(release, source=replace(release.source, root=root, remote=remote), root=root)
+    source = release.source.located(root)
+    if source.kind == "safetensors":
+        for name in files:
+            if header_digest(root / name, name) != planned[name]:
+                raise HubError(
+                    f"{name} of {snapshot.repo_id}: its header arrived damaged when the conversion "
+                    "was planned; run the same command again"
+                )
     if source.kind == "gguf":
         root /= source.weight_files[0]
     return replace(release, source=source, root=root)

@@ -239,8 +239,19 @@ def test_the_config_beside_must_be_of_the_same_model(tmp_path):
     assert problems(path) == [
         "m.gguf: config.json says rope_theta = 500000.0, the GGUF file 10000.0"
     ]
+    moved = {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
+    moved = {k: v for k, v in (right | moved).items() if v is not None}
+    (tmp_path / "config.json").write_text(json.dumps(moved))
+    assert "rope_theta = 500000.0" in problems(path)[0]
     (tmp_path / "config.json").write_text(json.dumps(right | {"model_type": "qwen3"}))
     assert "the config.json beside it is of 'qwen3', not of llama or mistral" in problems(path)[0]
+
+
+def test_what_the_file_leaves_out_the_config_beside_has(tmp_path):
+    path = File(settings(**{"llama.feed_forward_length": None})).write(tmp_path / "m.gguf")
+    assert "llama.feed_forward_length is missing" in problems(path)[0]
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 1}))
+    assert open_folder(path).config["intermediate_size"] == LLAMA["intermediate_size"]
 
 
 def test_rotary_factors_need_the_config_they_follow_from(tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import ml_dtypes
@@ -102,11 +103,11 @@ def arm(faults, monkeypatch):
     """Adds faults once everything is planned, so that they strike what is read of the weights."""
 
     def when_opened(*wanted: Fault) -> None:
-        def armed(snapshot, tensors):
+        def armed(snapshot, tensors, **more):
             for fault in wanted:
                 faults.add(fault)
             monkeypatch.setattr(hub, "open_stream", stream.open_stream)
-            return stream.open_stream(snapshot, tensors)
+            return stream.open_stream(snapshot, tensors, **more)
 
         monkeypatch.setattr(hub, "open_stream", armed)
 
@@ -134,8 +135,9 @@ def converted(source, out: Path, *recipes, **settings) -> dict[str, str]:
     return found
 
 
-def streamed(tmp_path: Path, name: str, *recipes) -> dict[str, str]:
-    return converted(REPO, tmp_path / name, *recipes, stream=True, cache=tmp_path / "cache")
+def streamed(tmp_path: Path, name: str, *recipes, **asked) -> dict[str, str]:
+    cache = tmp_path / "cache"
+    return converted(REPO, tmp_path / name, *recipes, stream=True, cache=cache, **asked)
 
 
 def ranges(faults: Faults) -> Counter[str]:
@@ -145,19 +147,25 @@ def ranges(faults: Faults) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("config", "recipe"), [(CONFIG, Options()), (MIXTRAL, FOUR_BIT)], ids=["llama", "experts-4bit"]
+    ("config", "recipe", "workers"),
+    [(CONFIG, Options(), 2), (CONFIG, Options(), 8), (MIXTRAL, FOUR_BIT, 2)],
+    ids=["llama", "llama-8-threads", "experts-4bit"],
 )
-def test_same_bytes_as_from_a_folder(tmp_path, endpoint, faults, config, recipe):
+def test_same_bytes_as_from_a_folder(tmp_path, endpoint, faults, config, recipe, workers):
     tensors = llama_tensors(config) if config is CONFIG else mixtral_tensors()
     folder = write_shards(tmp_path / "in" / "model", config, tensors)
     publish(folder)
     expected = converted(folder, tmp_path / "local", recipe)
     before = len(faults.requests)
-    assert streamed(tmp_path, "out", recipe) == expected
+    assert streamed(tmp_path, "out", recipe, workers=workers) == expected
     del faults.requests[:before]
     sizes = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
     # Headers for the plan, then every window of every file once.
-    assert ranges(faults) == {name: -(-size // WINDOW) + 1 for name, size in sizes.items()}
+    once = Counter({name: -(-size // WINDOW) + 1 for name, size in sizes.items()})
+    if workers == 2:
+        assert ranges(faults) == once
+    # Many threads run ahead of the hash by different amounts, and may drop a window too early.
+    assert ranges(faults).total() < 1.3 * once.total()
 
 
 def test_the_disk_holds_no_weights(tmp_path, release, monkeypatch):
@@ -304,12 +312,33 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path, release, faults):
     assert ranges(faults)["model-00001-of-00003.safetensors"] == 1, "read for its header only"
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "downloaded"])
+def test_a_header_that_arrived_damaged_is_found_out(tmp_path, release, monkeypatch, stream):
+    """Two tensors of one shape change places in the answer that the plan was made by."""
+    fetch = hub.fetch_range
+    one, other = next(
+        (f'"{a}"'.encode(), f'"{b}"'.encode())
+        for (a, x), (b, y) in combinations(hub_source(release).tensors.items(), 2)
+        if (x.file, x.shape, len(a)) == (y.file, y.shape, len(b))
+    )
+
+    def swapped(*given, **more):
+        data = fetch(*given, **more)
+        return data.replace(one, b"@").replace(other, one).replace(b"@", other)
+
+    monkeypatch.setattr(hub, "fetch_range", swapped)
+    with pytest.raises(HubError, match="header"):
+        make(REPO, tmp_path / "out", stream=stream, cache=tmp_path / "cache")
+    assert not (tmp_path / "out").exists()
+
+
 def test_bytes_that_differ_when_read_again_are_damage(release):
     """What was handed out is what was hashed, even where it had to be read twice."""
     snapshot = hub.resolve_revision(REPO)
     name = "model-00001-of-00003.safetensors"
     data = (release / name).read_bytes()
-    header = hub_source(release).tensors
+    source = hub_source(release)
+    header, heads = source.tensors, {name: file.digest for name, file in source.files.items()}
     info = next(t for t in header.values() if t.file == name and t.start > 2 * WINDOW)
     first = True
 
@@ -324,7 +353,7 @@ def test_bytes_that_differ_when_read_again_are_damage(release):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "KEPT", 1)
         patch.setattr(stream, "AHEAD", 1)
-        with StreamReader(header, snapshot, fetch=fetch) as reader:
+        with StreamReader(header, snapshot, headers=heads, fetch=fetch) as reader:
 
             def go() -> None:
                 reader.read(info.name)  # out of order: nothing before it was read

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 WINDOW: Final = 16 << 20
 """Bytes of one request: a hub that allows 3,000 in five minutes then gives 168 MB/s."""
 KEPT: Final = 8
-"""Windows in memory, those that are still on their way included."""
+"""Windows in memory beside those that are just arriving."""
 AHEAD: Final = 2
 """Windows that are asked for before they are needed."""
 CONNECTIONS: Final = 4
@@ -42,6 +42,9 @@ class _Progress:
     file: HubFile
     hash: hashlib._Hash
     windows: int
+    head: hashlib._Hash
+    """Of the header alone, which ends at ``head_stop``."""
+    head_stop: int
     next: int = 0
     digests: dict[int, bytes] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -55,9 +58,19 @@ class StreamReader(Reader):
     """
 
     def __init__(
-        self, tensors: Mapping[str, TensorInfo], snapshot: HubSnapshot, *, fetch: Fetch
+        self,
+        tensors: Mapping[str, TensorInfo],
+        snapshot: HubSnapshot,
+        *,
+        headers: Mapping[str, str],
+        fetch: Fetch,
     ) -> None:
+        """``headers`` are the sha256 of the files' headers by which everything was planned."""
         super().__init__(tensors, {})
+        self._headers = headers
+        self._stops: dict[str, int] = {}
+        for info in tensors.values():  # a file's first tensor lies where its header ends
+            self._stops[info.file] = min(info.start, self._stops.get(info.file, info.start))
         self._snapshot = snapshot
         self._fetch = fetch
         self._state: dict[str, _Progress] = {}
@@ -102,6 +115,8 @@ class StreamReader(Reader):
         expected = state.file.sha256 or state.file.blob_id
         if actual != expected:
             raise self._damaged(name, f"its hash is {actual}, the hub announced {expected}")
+        if state.head.hexdigest() != self._headers[name]:
+            raise self._damaged(name, "its header is not the one that was planned with")
         self.verified.add(name)
 
     def read_in_part(self) -> list[str]:
@@ -139,7 +154,9 @@ class StreamReader(Reader):
                 state = hashlib.sha256()
                 if file.sha256 is None:  # as git hashes what is no LFS file
                     state = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
-                self._state[name] = _Progress(file, state, -(-file.size // WINDOW))
+                windows = -(-file.size // WINDOW)
+                stop = self._stops[name]
+                self._state[name] = _Progress(file, state, windows, hashlib.sha256(), stop)
             return self._state[name]
 
     def _window(self, state: _Progress, number: int) -> bytes:
@@ -167,8 +184,9 @@ class StreamReader(Reader):
                 if state.digests.setdefault(number, digest) != digest:
                     raise self._damaged(key[0], f"bytes from {start} differ when read again")
                 self._ready[key] = data
-                while len(self._ready) + len(self._loading) - 1 > KEPT and len(self._ready) > 1:
-                    self._ready.popitem(last=False)
+                while len(self._ready) > KEPT:
+                    hashed = (k for k in self._ready if k[1] < self._state[k[0]].next)
+                    del self._ready[next(hashed, next(iter(self._ready)))]
         finally:
             with self._lock:
                 self._loading.pop(key, None)
@@ -184,6 +202,7 @@ class StreamReader(Reader):
                 if data is None:
                     return
                 state.hash.update(data)
+                state.head.update(data[: max(0, state.head_stop - state.next * WINDOW)])
                 state.next += 1
 
     def _damaged(self, name: str, what: str) -> HubError:
@@ -195,7 +214,11 @@ class StreamReader(Reader):
 
 
 def open_stream(
-    snapshot: HubSnapshot, tensors: Mapping[str, TensorInfo], *, token: str | None = None
+    snapshot: HubSnapshot,
+    tensors: Mapping[str, TensorInfo],
+    *,
+    headers: Mapping[str, str],
+    token: str | None = None,
 ) -> StreamReader:
     """A reader of ``tensors`` from the repository that ``snapshot`` pins to a commit."""
     from converter.hub.snapshot import fetch_window
@@ -203,4 +226,4 @@ def open_stream(
     def fetch(path: str, start: int, stop: int) -> bytes:
         return fetch_window(snapshot, path, start, stop, token=token)
 
-    return StreamReader(tensors, snapshot, fetch=fetch)
+    return StreamReader(tensors, snapshot, headers=headers, fetch=fetch)

@@ -26,6 +26,7 @@ from arch_maps.gguf import (
     contradictions,
     read_config,
 )
+from arch_maps.rules import MAX_TENSORS
 from converter.errors import PlanError
 from converter.source import gguf_child
 from converter.source.header import MAX_BYTES, Header, TensorInfo, quote
@@ -56,16 +57,16 @@ class Head:
     tensors: list[dict[str, Any]]
 
 
-def read_head(path: Path, name: str, *, whole: bool = False) -> Head:
+def read_head(path: Path, name: str) -> Head:
     """The head of the file at ``path``; raises PlanError naming ``name``.
 
-    Arrays of more than a few thousand values come as their count unless ``whole``.
+    Arrays of more than a few thousand values come as their count.
     """
     try:
         size = path.stat().st_size
     except OSError as error:
         raise PlanError([f"{name}: cannot be read: {error.strerror}"]) from error
-    return _grown(lambda count: (path, count), size, name, whole=whole)
+    return _grown(lambda count: (path, count), size, name)
 
 
 def fetch_head(fetch: Callable[[int, int], bytes], size: int, name: str) -> Head:
@@ -79,7 +80,7 @@ def fetch_head(fetch: Callable[[int, int], bytes], size: int, name: str) -> Head
                 file.write(fetch(have, count))
             return copy, count
 
-        return _grown(at_hand, size, name, whole=False)
+        return _grown(at_hand, size, name)
 
 
 def gguf_source(
@@ -170,8 +171,7 @@ def _config(
         )
         return dict(stated)
     silent = Keys(keys.metadata, keys.tensors)  # what the file leaves out, config.json has
-    problems = contradictions(stated, arch.config(silent)) if not silent.problems else []
-    keys.problems += problems
+    keys.problems += contradictions(stated, arch.config(silent))
     return dict(stated)
 
 
@@ -220,6 +220,8 @@ def _header(head: Head, arch: GgufArch, keys: Keys, stored: dict[str, Stored]) -
                 problems.append(f"{head.file}: {quote(own.name)}: there under two names")
             tensors[own.name] = own
             stored[own.name] = info
+        if len(stored) > MAX_TENSORS:
+            raise PlanError([f"{head.file}: stands for more than {MAX_TENSORS:,} tensors"])
     problems += _layout(spans, first, align, head)
     if problems:
         raise PlanError(problems)
@@ -253,10 +255,13 @@ def _named(
         shape = (1, *shape)  # a gate of one row, which older files flatten
     count = 1
     if stacked:
-        if len(shape) != 3:
-            problems.append(f"{file}: {quote(inside)}: {list(shape)} are no stacked experts")
+        count = keys.size("expert_count")
+        if len(shape) != 3 or shape[0] != count or count > MAX_TENSORS:
+            problems.append(
+                f"{file}: {quote(inside)}: {list(shape)} are no {count} stacked experts"
+            )
             return []
-        count, shape = shape[0], shape[1:]
+        shape = shape[1:]
     size = math.prod(shape) // kind.block * kind.nbytes
     head_rows = 0
     if (setting := arch.heads_of(inside)) is not None:
@@ -303,14 +308,12 @@ def _layout(spans: list[tuple[int, int, str]], first: int, align: int, head: Hea
     return problems
 
 
-def _grown(
-    at_hand: Callable[[int], tuple[Path, int]], size: int, name: str, *, whole: bool
-) -> Head:
+def _grown(at_hand: Callable[[int], tuple[Path, int]], size: int, name: str) -> Head:
     """Read as much of a file as its head turns out to need."""
     count = min(size, _FIRST_READ)
     while True:
         path, count = at_hand(count)
-        answer = _ask(path, count, size, name, whole=whole)
+        answer = _ask(path, count, size, name)
         if "problem" in answer:
             raise PlanError([f"{name}: {quote(str(answer['problem']))}"])
         if not answer.get("short"):
@@ -331,9 +334,9 @@ def _grown(
     )
 
 
-def _ask(path: Path, count: int, size: int, name: str, *, whole: bool) -> dict[str, Any]:
+def _ask(path: Path, count: int, size: int, name: str) -> dict[str, Any]:
     """What the child says of the first ``count`` bytes of a file of ``size``."""
-    request = {"path": str(path.resolve()), "bytes": count, "size": size, "whole": whole}
+    request = {"path": str(path.resolve()), "bytes": count, "size": size}
     try:
         found: dict[str, Any] = ask(
             gguf_child.__file__, request, memory=_MEMORY, seconds=TIMEOUT_SECONDS, packages=False

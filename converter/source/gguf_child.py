@@ -81,8 +81,8 @@ class Cursor:
         except UnicodeDecodeError as error:
             raise Refused(f"{what} at byte {self.at - length} is not UTF-8: {error}") from error
 
-    def value(self, kind: int, key: str, *, whole: bool) -> Any:
-        """The value of an entry; arrays that are not wanted ``whole`` may come as a count."""
+    def value(self, kind: int, key: str) -> Any:
+        """The value of an entry; arrays of many values come as a count."""
         if kind in SCALARS:
             found = self.number(SCALARS[kind], key)
             if kind == BOOL and found > 1:
@@ -99,7 +99,7 @@ class Cursor:
         least = struct.calcsize(SCALARS[inner]) if inner in SCALARS else 8
         if count > self.size // least:
             raise Refused(f"{key} claims {count} values in a file of {self.size} bytes")
-        whole = whole or count <= LONGEST_ARRAY
+        whole = count <= LONGEST_ARRAY
         if inner == STRING:
             texts = [self.text(key) for _ in range(count)]
             return texts if whole else {"count": count}
@@ -116,7 +116,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         with Path(request["path"]).open("rb") as file:
             data = file.read(request["bytes"])
-        return inspect(Cursor(data, request["size"]), whole=request["whole"])
+        return inspect(Cursor(data, request["size"]))
     except Refused as error:
         return {"problem": str(error)}
     except Short:
@@ -125,7 +125,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"problem": "needs more memory than it may use to be read"}
 
 
-def inspect(cursor: Cursor, *, whole: bool) -> dict[str, Any]:
+def inspect(cursor: Cursor) -> dict[str, Any]:
     """Entries and tensors, and the byte at which the head ends."""
     cursor.need(24, "the head")
     magic, version = cursor.number("4s", "magic"), cursor.number("<I", "version")
@@ -149,7 +149,7 @@ def inspect(cursor: Cursor, *, whole: bool) -> dict[str, Any]:
         if key in metadata:
             raise Refused(f"the key {key!a} appears more than once")
         kind = cursor.number("<I", f"the type of {key!a}")
-        metadata[key] = cursor.value(kind, key, whole=whole)
+        metadata[key] = cursor.value(kind, key)
     placed = []
     seen: set[str] = set()
     for _ in range(tensors):

@@ -136,16 +136,25 @@ def describe_foreign(prefix: bytes) -> str | None:
 def read_header(path: Path, name: str | None = None) -> Header:
     """The checked header of the file at ``path``; ``name`` is what tensors and errors call it."""
     label = name or path.name
+    prefix, size = _prefix(path, label)
+    return parse_header(prefix, size, label)
+
+
+def header_digest(path: Path, name: str) -> str:
+    """``Header.digest`` of the file at ``path``, whatever its header says."""
+    return hashlib.sha256(_prefix(path, name)[0]).hexdigest()
+
+
+def _prefix(path: Path, label: str) -> tuple[bytes, int]:
     try:
         with path.open("rb", buffering=0) as file:
             size = file.seek(0, 2)
             file.seek(0)
             prefix = file.read(8)
             # One read returns at most 2 GiB on Linux; the header limit is far below that.
-            prefix += file.read(header_stop(prefix, size, label) - 8)
+            return prefix + file.read(header_stop(prefix, size, label) - 8), size
     except OSError as error:
         raise PlanError([f"{label}: cannot be read: {error.strerror}"]) from error
-    return parse_header(prefix, size, label)
 
 
 def fetch_header(fetch: Callable[[int, int], bytes], file_size: int, name: str) -> Header:
