@@ -53,8 +53,9 @@ class Compiled:
         key: list[Any] = []
         for value in arguments:
             if isinstance(value, np.ndarray):
-                usable = value.flags.c_contiguous and value.dtype.isnative
-                assert usable, "kernels take contiguous arrays"
+                flags = value.flags
+                usable = flags.c_contiguous and flags.aligned and value.dtype.isnative
+                assert usable, f"{self.function.__qualname__}: takes contiguous, aligned arrays"
                 key += (value.dtype.num, value.ndim)
                 address = value.__array_interface__["data"][0]
                 flat += (None, None, value.size, value.itemsize, address)
@@ -73,7 +74,7 @@ class Compiled:
     @functools.cached_property
     def dispatcher(self) -> Any:
         """Numba's own view of the function."""
-        return _numba().njit(**_OPTIONS)(self.function)
+        return _numba().njit(**OPTIONS)(self.function)
 
     @property
     def _numba_type_(self) -> Any:
@@ -100,7 +101,7 @@ class Compiled:
         return bound
 
 
-_OPTIONS: Final = {
+OPTIONS: Final = {
     "error_model": "numpy",
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,

@@ -40,8 +40,9 @@ _INFINITE: Final = np.float32(np.inf)
 def fold_sum(size: int) -> Kernel:
     """``(t, start) -> float32``: sum of ``size`` values of ``t``, by halves; spoils them.
 
-    ``size`` is a power of two, at least 16.
+    ``size`` is 16, 32, 64 or 128.
     """
+    assert size in (16, 32, 64, 128), size
     halves = tuple(size >> step for step in range(1, size.bit_length() - 3))
     h1, h2, h3, h4 = (*halves, 0, 0, 0)[:4]
 

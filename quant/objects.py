@@ -21,10 +21,12 @@ import numpy as np
 if TYPE_CHECKING:
     from quant.compiled import Compiled
 
-_LAYOUT: Final = 1
+_LAYOUT: Final = 2
 """Raise when what is kept, or how a kernel is called, changes."""
 _RUNTIME: Final = ("NRT_", "Py", "numba_")
 """How symbols start that only numba's own runtime could give; the C library's are always there."""
+_HOMES: Final = ("numpy", "math", "builtins")
+"""Where modules, types and functions that kernels mention may come from: they do not change."""
 _engines: list[Any] = []  # they own the code
 
 
@@ -59,20 +61,36 @@ def find(
 def _folders() -> Iterator[Path]:
     """Where object files may lie: beside the sources, or in the user's cache."""
     yield Path(__file__).parent / "__pycache__"
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    yield Path(home) / "mlx-dayzero"
+    for home in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
+        if os.path.isabs(home):  # else it would be wherever the command is run
+            yield Path(home) / "mlx-dayzero"
+            return
 
 
 def _read(path: Path, key: str) -> tuple[str, str, bytes] | None:
     """Symbol, type of result, and code; None where there is none that is whole."""
     try:
-        head, _, code = path.read_bytes().partition(b"\n")
+        with path.open("rb") as file:
+            if not _ours(os.fstat(file.fileno())):
+                return None
+            head, _, code = file.read().partition(b"\n")
         facts = json.loads(head)
-        if (facts["key"], facts["sha256"]) == (key, hashlib.sha256(code).hexdigest()):
-            return facts["symbol"], facts["returns"], code
+        symbol, returns = str(facts["symbol"]), str(facts["returns"])
+        if (facts["key"], facts["sha256"]) == (key, _digest(symbol, returns, code)):
+            return symbol, returns, code
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
+
+
+def _ours(found: os.stat_result) -> bool:
+    """Whether nobody but this user and the system could have written a file that is to be run."""
+    mine = not hasattr(os, "geteuid") or found.st_uid in (0, os.geteuid())
+    return mine and not found.st_mode & 0o022
+
+
+def _digest(symbol: str, returns: str, code: bytes) -> str:
+    return hashlib.sha256(f"{symbol}\n{returns}\n".encode() + code).hexdigest()
 
 
 def _write(path: Path, key: str, symbol: str, returns: str, code: bytes) -> bool:
@@ -80,7 +98,7 @@ def _write(path: Path, key: str, symbol: str, returns: str, code: bytes) -> bool
         "key": key,
         "symbol": symbol,
         "returns": returns,
-        "sha256": hashlib.sha256(code).hexdigest(),
+        "sha256": _digest(symbol, returns, code),
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,15 +110,21 @@ def _write(path: Path, key: str, symbol: str, returns: str, code: bytes) -> bool
             os.fchmod(descriptor, 0o644)
             file.write(json.dumps(facts).encode() + b"\n" + code)
         os.replace(name, path)
-    except OSError:
+    except BaseException as error:
         os.unlink(name)
+        if not isinstance(error, OSError):
+            raise
         return False
     return True
 
 
 def _key(kernel: Compiled, types: Sequence[str]) -> str:
     """Digest of all that decides the machine code."""
-    parts = [repr(part) for part in (_LAYOUT, tuple(types), *_platform())]
+    from quant.compiled import OPTIONS
+
+    told = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
+    facts = (_LAYOUT, sorted(OPTIONS.items()), told, tuple(types), *_platform())
+    parts = [repr(part) for part in facts]
     seen: dict[int, int] = {}
     parts += _content(kernel.function, seen)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -149,6 +173,8 @@ def _content(function: FunctionType, seen: dict[int, int]) -> Iterator[str]:
             yield f"{name}: function"
             yield from _content(value.function, seen)
         elif isinstance(value, ModuleType | type | BuiltinFunctionType):
+            home = value.__name__ if isinstance(value, ModuleType) else value.__module__
+            assert home in _HOMES, f"{name}: import the constant itself from {home}"
             yield f"{name}: {value.__name__}"
         else:
             assert isinstance(value, int | float | np.generic), f"{name} is {value!r}"

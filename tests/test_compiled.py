@@ -57,7 +57,16 @@ def test_found_again_only_for_the_same_code_constants_and_types(folder, monkeypa
     assert files() == 4
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b[:-1] + b"x", lambda b: b"{}"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b[:-9],
+        lambda b: b[:-1] + b"x",
+        lambda b: b"{}",
+        lambda b: b.replace(b'"symbol": "', b'"symbol": "x', 1),
+        lambda b: b.replace(b'"returns": "', b'"returns": "x', 1),
+    ],
+)
 def test_damaged_object_file_is_made_anew(folder, damage, monkeypatch):
     assert run(kernel(6), np.array([[1, 0]])) == [12]
     [path] = folder.iterdir()
