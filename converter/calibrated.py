@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from converter.ui import Console
 from quant.calibrate.pictures import Picture
 from quant.calibrate.store import Statistics
 from quant.recipe import CALIBRATED
+
+MOST_OF_PICTURES: Final = 2 << 30
+"""Bytes of prepared pictures, which are all held during the pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,17 +128,26 @@ def picture_rows(
     from validate.processor import load_processor, picture_inputs
     from validate.reference import ReferenceError
 
-    rows = []
     try:
         processor = load_processor(folder, trust_remote_code=trust)
-        for picture in pictures:
+    except (OSError, ValueError, ImportError, ReferenceError) as error:
+        raise CalibrationError(f"{folder}: its processor cannot be loaded: {error}") from error
+    rows, held = [], 0
+    for picture in pictures:
+        try:
             with Image.open(picture.path) as image:
                 inputs = picture_inputs(processor, image.convert("RGB"), picture.question)
-            rows.append(inputs)
-    except (OSError, ValueError, ImportError, ReferenceError) as error:
-        raise CalibrationError(
-            f"--calibration-data: {pictures[len(rows)].path} cannot be prepared: {error}"
-        ) from error
+        except Exception as error:  # whatever a file provokes in Pillow or a processor
+            raise CalibrationError(
+                f"--calibration-data: {picture.path} cannot be prepared: {error!r}"
+            ) from error
+        held += sum(getattr(value, "nbytes", 0) for value in inputs.values())
+        if held > MOST_OF_PICTURES:
+            raise CalibrationError(
+                f"--calibration-data: the pictures up to {picture.path} take over "
+                f"{MOST_OF_PICTURES >> 30} GiB prepared; give fewer or smaller ones"
+            )
+        rows.append(inputs)
     return rows
 
 

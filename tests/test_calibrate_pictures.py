@@ -1,6 +1,8 @@
 """Calibration sets with pictures: what they hold, and that the pictures' tokens count."""
 
 import json
+import struct
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -66,8 +68,15 @@ def test_pictures_for_a_text_model_are_refused_before_any_work(twin_of, data):
         plan_request(request)
 
 
-def test_a_file_that_is_no_picture_is_named(twin_of, data):
-    (data / "b.jpg").write_bytes(b"not a picture")
+def huge():
+    """The head of a PNG of 400 million pixels."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+
+
+@pytest.mark.parametrize("content", [b"not a picture", huge()], ids=["text", "huge"])
+def test_a_file_that_is_no_picture_is_named(twin_of, data, content):
+    (data / "b.jpg").write_bytes(content)
     with pytest.raises(CalibrationError, match=r"b\.jpg cannot be prepared"):
         picture_rows(twin_of("qwen3_vl", "bfloat16"), pictures_in(data))
 

@@ -14,6 +14,7 @@ SUFFIXES: Final = (".jpeg", ".jpg", ".png", ".webp")
 QUESTION: Final = "Describe this picture."
 """Asked about a picture that has no text file of its name."""
 _LIMIT: Final = 1024
+_LONGEST: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +49,28 @@ def digest(pictures: Sequence[Picture]) -> str:
         return ""
     whole = hashlib.sha256()
     for picture in pictures:
-        for part in (picture.path.read_bytes(), picture.question.encode()):
-            whole.update(hashlib.sha256(part).digest())
+        try:
+            with picture.path.open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise CalibrationError(f"--calibration-data {picture.path}: {error}") from error
+        whole.update(hashlib.sha256(picture.question.encode()).digest())
     return whole.hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
+    files = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    return sorted(p for p in files if not p.name.startswith("."))
 
 
 def _question(path: Path) -> str:
     if not path.is_file():
         return QUESTION
     try:
+        if path.stat().st_size > _LONGEST:
+            raise CalibrationError(
+                f"--calibration-data {path}: a question of over {_LONGEST} bytes"
+            )
         return path.read_text(encoding="utf-8").strip() or QUESTION
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"--calibration-data {path}: not UTF-8 text: {error}") from error

@@ -48,7 +48,10 @@ def calibrate(
     key: dict[str, Any] = {
         "source": dict(source),
         "calibration": calibration.to_json(),
-        "versions": {name: version(name) for name in _VERSIONS},
+        "versions": {
+            name: version(name)
+            for name in (*_VERSIONS, *(("pillow",) if calibration.pictures else ()))
+        },
         "matrices": sorted((task.module, describe(task.expr), task.table) for task in tasks),
     }
     gptq = any(task.spec.method == "gptq" for task in tasks)

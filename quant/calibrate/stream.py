@@ -58,7 +58,9 @@ class StreamedModel:
         ``apart``, outside the blocks, get theirs from whoever names them. Raises CalibrationError
         where transformers cannot build it, BlockError where it has no list of blocks.
         """
-        self.model = model or empty_model(folder, trust_remote_code=trust_remote_code)
+        if model is None:
+            model = empty_model(folder, trust_remote_code=trust_remote_code)
+        self.model = model
         self._apart = apart
         self.path, self.blocks = _block_list(self.model)
         self.weights = Weights(self.model, reader, shapes)
