@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from converter.errors import ConvertError, UsageError
+from converter.errors import ConvertError, PlanError, UsageError
 from converter.execute.folder import MANIFEST, explain
 from converter.manifest import read_manifest
+from converter.source.strict_json import parse_object
 
 if TYPE_CHECKING:
     from validate.acceptance.model import Outcome
@@ -61,11 +62,23 @@ def accept_output(
 
 def acceptance_report(out: Path) -> dict[str, Any] | None:
     """What the stock programs did with exactly these files; None where that is not known."""
-    path = out / REPORT
-    if not path.is_file():
+    return report_of(out, REPORT)
+
+
+def report_of(out: Path, name: str) -> dict[str, Any] | None:
+    """What the JSON file ``name`` beside an output says, where it is of exactly these files.
+
+    Nothing ties such a file to a checkpoint without a manifest, so there it is None as well.
+    Raises ConvertError for a damaged one.
+    """
+    path, wanted = out / name, identity(out)
+    if wanted == (None, None) or not path.is_file():
         return None
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return report if (report["plan"], report["checkpoint"]) == identity(out) else None
+    try:
+        report = parse_object(path.read_bytes(), name)
+    except PlanError as error:
+        raise ConvertError(f"{path}: is damaged ({error}); remove it") from error
+    return report if (report.get("plan"), report.get("checkpoint")) == wanted else None
 
 
 def identity(out: Path) -> tuple[str | None, str | None]:

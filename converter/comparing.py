@@ -142,9 +142,9 @@ def record_comparison(outputs: Sequence[Path], report: Mapping[str, Any]) -> Non
     what = (
         f"{report['tokens']} tokens of {text['name']}, in windows of {text['length']}, run in torch"
     )
-    record(dict(zip(outputs, folder_names(outputs), strict=True)), report["rows"], measured=what)
-    for out in outputs:
-        draw_page(out)
+    names = dict(zip(outputs, folder_names(outputs), strict=True))
+    for out, quality in record(names, report["rows"], measured=what).items():
+        draw_page(out, quality=quality)
 
 
 def _release(given: Comparison) -> Release:

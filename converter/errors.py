@@ -7,12 +7,18 @@ MAX_PROBLEM: Final = 2000
 """Characters of one problem; a message is no place for a hostile file's content."""
 
 
-def _line(text: str) -> str:
-    if len(text) > MAX_PROBLEM:
-        text = f"{text[: MAX_PROBLEM // 2]} ... {text[-MAX_PROBLEM // 4 :]}"
+def one_line(text: str) -> str:
+    """``text`` as a line of bounded length that cannot forge others, or colours."""
+    text = _cut(text)
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return _cut("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+
+
+def _cut(text: str) -> str:
+    if len(text) <= MAX_PROBLEM:
+        return text
+    return f"{text[: MAX_PROBLEM // 2]} ... {text[-MAX_PROBLEM // 4 :]}"
 
 
 class ConvertError(Exception):
@@ -37,7 +43,7 @@ class PlanError(ConvertError):
 
     def __init__(self, problems: Iterable[str]) -> None:
         told = (problems,) if isinstance(problems, str) else problems
-        self.problems: tuple[str, ...] = tuple(map(_line, told))
+        self.problems: tuple[str, ...] = tuple(map(one_line, told))
         super().__init__(*self.problems)
 
     def __str__(self) -> str:

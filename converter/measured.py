@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from converter.acceptance import identity
+from converter.acceptance import identity, report_of
 from converter.execute.folder import MANIFEST, explain
 from converter.manifest import read_manifest
+from validate.checks import finite
 
 FILE: Final = "quality.json"
 _KEPT: Final = (
@@ -21,18 +22,18 @@ _WITH_PICTURES: Final = ("image", "audio")
 
 def quality_report(out: Path) -> dict[str, Any] | None:
     """What was measured of exactly these files; None where that is not known."""
-    path = out / FILE
-    if not path.is_file():
-        return None
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return report if (report["plan"], report["checkpoint"]) == identity(out) else None
+    return report_of(out, FILE)
 
 
 def record(
     outputs: Mapping[Path, str], rows: Sequence[Mapping[str, Any]], *, measured: str
-) -> None:
-    """Write quality.json beside each of ``outputs``, which are named in ``rows`` as given."""
-    kept = [{key: row[key] for key in _KEPT if row.get(key) is not None} for row in rows]
+) -> dict[Path, dict[str, Any]]:
+    """Write quality.json beside each of ``outputs``, which are named in ``rows`` as given.
+
+    Returns what was written. Figures that are not finite are written as text.
+    """
+    kept = [{key: finite(row[key]) for key in _KEPT if row.get(key) is not None} for row in rows]
+    written = {}
     for out, name in outputs.items():
         plan, checkpoint = identity(out)
         report = {
@@ -46,6 +47,8 @@ def record(
             text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
             draft.write_text(text, encoding="utf-8")
             draft.replace(out / FILE)
+        written[out] = report
+    return written
 
 
 def record_variants(outputs: Sequence[Path]) -> None:

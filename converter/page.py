@@ -14,17 +14,26 @@ from converter.measured import quality_report
 from converter.ui import collapsed, quantization_text, size_text
 
 
-def draw_page(out: Path) -> None:
+def draw_page(
+    out: Path,
+    *,
+    acceptance: Mapping[str, Any] | None = None,
+    quality: Mapping[str, Any] | None = None,
+) -> None:
     """Write parity.html and its charts from the reports in ``out``; nothing without parity.json.
 
-    Acceptance rows and a comparison are shown where they are of exactly these files.
+    ``acceptance`` rows and a comparison of ``quality`` are those that were just made, or what lies
+    in the folder and is of exactly these files.
     """
     from validate.report import JSON, write_page
 
     if not (out / JSON).is_file():
         return
     data: dict[str, Any] = json.loads((out / JSON).read_text(encoding="utf-8"))
-    beside = {"acceptance": acceptance_report(out), "quality": quality_report(out)}
+    beside: dict[str, Any] = {
+        "acceptance": acceptance or acceptance_report(out),
+        "quality": quality or quality_report(out),
+    }
     if (out / MANIFEST).is_file():
         beside["conversion"] = conversion(out)
     with explain(out):

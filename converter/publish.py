@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from arch_maps.registry import ArchMap, find
+from converter.acceptance import REPORT as ACCEPTANCE
 from converter.acceptance import acceptance_report
 from converter.errors import GateError, UsageError
 from converter.manifest import Manifest, installed_versions, read_manifest, verify
+from converter.measured import FILE as QUALITY
+from converter.measured import quality_report
 from converter.plan.match import find_map
 from converter.proof import kv_report, require_proof
 from converter.sidecars import REPORTS, is_sidecar
@@ -93,16 +96,22 @@ def upload_output(
         write_card(out, repo_id=repo_id)
     from converter.hub import upload
 
-    names = sorted({*manifest.files, *(n for n in REPORTS if (out / n).is_file())})
     with console.progress("upload", unit="bytes") as tick:
         return upload(
             out,
             repo_id,
-            paths=names,
+            paths=published_files(out, manifest),
             commit_message=_message(manifest),
             private=private,
             progress=tick,
         )
+
+
+def published_files(out: Path, manifest: Manifest) -> list[str]:
+    """What of a folder is uploaded: its recorded files and the reports that are of these files."""
+    tied = {ACCEPTANCE: acceptance_report, QUALITY: quality_report}
+    stale = {name for name, report in tied.items() if report(out) is None}
+    return sorted({*manifest.files, *(n for n in REPORTS - stale if (out / n).is_file())})
 
 
 def _told(arch: ArchMap) -> dict[str, Any]:

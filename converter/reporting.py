@@ -12,7 +12,7 @@ from converter.execute.folder import MANIFEST
 from converter.manifest import read_manifest
 from converter.naming import folder_names
 from converter.page import conversion
-from converter.source.strict_json import parse_object
+from converter.source.strict_json import MAX_JSON_BYTES, parse_object
 
 _PARITY: Final = "parity.json"
 
@@ -22,8 +22,6 @@ def gather(places: Sequence[Path]) -> dict[str, Any]:
 
     Raises UsageError for a place without a parity report, and for a file that is none.
     """
-    from validate.runs import run_facts
-
     files = [_report_of(place) for place in places]
     names = folder_names([file.parent if file.name == _PARITY else file for file in files])
     runs = []
@@ -34,7 +32,8 @@ def gather(places: Sequence[Path]) -> dict[str, Any]:
         beside = file.name == _PARITY and (out / MANIFEST).is_file()
         made = conversion(out) if beside else None
         runs.append(
-            run_facts(
+            _facts(
+                file,
                 data,
                 name=name,
                 conversion=made,
@@ -44,6 +43,16 @@ def gather(places: Sequence[Path]) -> dict[str, Any]:
             )
         )
     return {"runs": runs}
+
+
+def _facts(file: Path, data: dict[str, Any], **known: Any) -> dict[str, Any]:
+    from validate.runs import run_facts
+
+    try:
+        return run_facts(data, **known)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{file}: is no parity report: {told}") from error
 
 
 def _report_of(place: Path) -> Path:
@@ -60,6 +69,8 @@ def _report_of(place: Path) -> Path:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise UsageError(f"{file}: is no parity report: {file.stat().st_size} bytes are too many")
     try:
         data = parse_object(file.read_bytes(), file.name)
     except (OSError, PlanError) as error:

@@ -13,8 +13,9 @@ from release_helpers import LLAMA, llama_tensors, status, write_release
 from arch_maps.rules import Kind, Mount, Tensors
 from benchmarks import fuzz, fuzz_targets
 from converter.batch.watchlist import read_watchlist
+from converter.cli.errors import run
 from converter.decode.patterns import pattern_problem
-from converter.errors import MAX_PROBLEM, PlanError, UsageError
+from converter.errors import MAX_PROBLEM, ConvertError, PlanError, UsageError
 from converter.execute.journal import Journal
 from converter.plan.match import disagreements
 from converter.release import open_release
@@ -191,6 +192,16 @@ def test_an_error_cannot_forge_lines_or_fill_the_screen():
     assert problem.isprintable()
     assert len(problem) < MAX_PROBLEM
     assert problem.startswith(r"a\x1b[31m\n\u202ebc")
+    [problem] = PlanError(["\U000e0001" * 3000]).problems
+    assert len(problem) < MAX_PROBLEM, "what is escaped is longer than what was cut"
+
+
+def test_what_ends_a_command_cannot_steer_the_terminal(capsys):
+    def command():
+        raise ConvertError("model\x1b[2J.safetensors:\nis damaged")
+
+    assert run(command) == ConvertError.exit_code
+    assert capsys.readouterr().err == "model\\x1b[2J.safetensors:\nis damaged\n"
 
 
 FAST = [name for name in fuzz_targets.TARGETS if name not in ("plan", "pickle")]

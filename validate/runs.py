@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from validate.charts import layer_chart, pareto_chart
 from validate.report import page
-from validate.view import figure, runtime_name, share
+from validate.view import figure, number, runtime_name, share
 
 Json = Mapping[str, Any]
 _EXACT: Final = {
@@ -59,6 +60,7 @@ def run_facts(
     return {
         "name": name,
         "release": made.get("repo") or data["reference"].get("folder"),
+        "reference": data["reference"].get("folder"),
         "verdict": data["verdict"],
         "stale": stale,
         "failed": failed,
@@ -120,7 +122,10 @@ def parted_checks(runs: Sequence[Json]) -> list[tuple[str, list[Json | None]]]:
 
 def one_release(runs: Sequence[Json]) -> bool:
     """Whether all runs are of one release, as far as their reports tell."""
-    return len({run["release"] for run in runs}) == 1
+    return any(
+        len({run[key] for run in runs}) == 1 and bool(runs[0][key])
+        for key in ("release", "reference")
+    )
 
 
 def print_runs(runs: Sequence[Json]) -> None:
@@ -133,7 +138,7 @@ def print_runs(runs: Sequence[Json]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for run in runs:
-        table.add_column(str(run["name"]), overflow="fold")
+        table.add_column(_cell(str(run["name"])), overflow="fold")
     shown = [(label, [text_of(run, key) for run in runs]) for key, label in FIGURES]
     shown += [
         (name, [run["versions"].get(name, "-") for run in runs])
@@ -142,18 +147,24 @@ def print_runs(runs: Sequence[Json]) -> None:
     ]
     for label, cells in shown:
         if set(cells) != {"-"}:
-            table.add_row(label, *cells)
+            table.add_row(label, *map(_cell, cells))
     console.print(table)
     if not one_release(runs):
         console.print("These runs are of different releases.")
 
 
+def _cell(text: str) -> str:
+    """``text`` without what would steer a terminal: reports may come from elsewhere."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def runs_html(runs: Sequence[Json]) -> str:
     """One page: no scripts, nothing fetched, all text escaped."""
     points = [
-        (run["name"], run["bits_per_weight"], run["kl_mean"], False)
+        (run["name"], run["bits_per_weight"], number(run["kl_mean"]), False)
+        if run["bits_per_weight"]
+        else (run["name"], 0.0, math.inf, False)  # no dot, and the others keep their colours
         for run in runs
-        if run["bits_per_weight"] is not None and isinstance(run["kl_mean"], float)
     ]
     figures = [(label, [text_of(run, key) for run in runs], key) for key, label in FIGURES]
     return page(
@@ -166,7 +177,7 @@ def runs_html(runs: Sequence[Json]) -> str:
         sizes=pareto_chart(
             points, title="mean KL against bits per weight", x_label="bits per weight"
         )
-        if len(points) > 1
+        if sum(point[2] < math.inf for point in points) > 1
         else None,
         layers=layer_chart(
             [(run["name"], run["layers"]) for run in runs],
@@ -184,6 +195,9 @@ def _title(check: Json) -> str:
 
 def _nearest(checks: Sequence[Json]) -> dict[str, Any] | None:
     """The gated row whose value is the largest part of its gate; a failed one before all."""
+    for check in checks:  # of a failed one the value may be no number, and the gate nothing
+        if check["verdict"] == "fail" and None not in (check["value"], check["threshold"]):
+            return {"check": _title(check), "value": check["value"], "gate": check["threshold"]}
     gated = [
         (check["value"] / check["threshold"], check)
         for check in checks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -241,10 +242,18 @@ def size_chart(quality: Json | None) -> Scatter | None:
     if len(rows) < 2:
         return None
     return pareto_chart(
-        [(row["name"], row["bits_per_weight"], row["kl_mean"], row["control"]) for row in rows],
+        [
+            (row["name"], row["bits_per_weight"], number(row["kl_mean"]), row["control"])
+            for row in rows
+        ],
         title="mean KL against bits per weight",
         x_label="bits per weight",
     )
+
+
+def number(value: Any) -> float:
+    """A figure for a chart; text, which stands for what is not finite, as infinity."""
+    return value if isinstance(value, int | float) else math.inf
 
 
 def provenance(data: Json) -> list[tuple[str, str]]:

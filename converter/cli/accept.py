@@ -37,7 +37,7 @@ def accept_command(
                 f"  {one.verdict}: {one.row.title} ({one.seconds:.0f} s)"
             ),
         )
-    draw_page(out)
+    draw_page(out, acceptance=report)
     if as_json:
         click.echo(json.dumps(report, indent=1, ensure_ascii=False))
     else:

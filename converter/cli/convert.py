@@ -145,14 +145,17 @@ def compare_command(outputs: tuple[Path, ...], given: dict[str, Any]) -> None:
         ),
         Console(quiet=given["as_json"]),
     )
-    if given["html"] is not None:
-        given["html"].write_text(comparison_html(report), encoding="utf-8")
-    if given["record"]:
-        record_comparison(outputs, report)
     if given["as_json"]:
         click.echo(json.dumps(finite(report), indent=1))
     else:
         print_comparison(report)
+    if given["html"] is not None:
+        try:
+            given["html"].write_text(comparison_html(report), encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--html {given['html']}: {error.strerror}") from error
+    if given["record"]:
+        record_comparison(outputs, report)
 
 
 def verify_command(out: Path) -> None:

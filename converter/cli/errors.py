@@ -49,6 +49,7 @@ def run(command: Callable[[], object]) -> int:
 
 
 def _say(text: str) -> None:
+    from converter.errors import one_line
     from converter.hub.errors import redact
 
-    print(redact(text), file=sys.stderr)
+    print("\n".join(map(one_line, redact(text).split("\n"))), file=sys.stderr)
