@@ -406,6 +406,8 @@ def test_torchs_tokens_are_parted_from_at_rounding_alone(steps, says: str) -> No
 def test_where_a_printed_text_parts(shown: str, place: tuple[int, str]) -> None:
     plain = reply(("a", -1, 0.5), ("b", -1, 0.1), ("", -1, 0.3), (";", -1, 0.2), (";", -1, 2))
     assert parting(plain, ["a", "ab", "ab", "ab;", "ab;;"], shown) == place
+    at, common = parting(plain, ["a", "ab", "ab", "ab;", "ab;;", "ab;;."], "ab;;,")
+    assert (at, common) == (4, "ab;;"), "what a runtime flushes at the end is no token"
 
 
 class Slow(Server):
@@ -422,6 +424,6 @@ class Slow(Server):
 
 @pytest.mark.parametrize(("at_once", "overlapped"), [(2, True), (1, False)])
 def test_requests_that_are_served_one_after_another_are_seen(at_once, overlapped) -> None:
-    replies, seen = Slow(at_once).joined("long", "short", lengths=(80, 5), never=(7,))
+    replies, seen = Slow(at_once).joined("long", "short", lengths=(80, 5), after_s=0.2, never=(7,))
     assert [one.text for one in replies] == ["long {'7': -1000.0}", "short {'7': -1000.0}"]
     assert seen is overlapped

@@ -7,7 +7,7 @@ import pytest
 
 from validate.answers import Question
 from validate.cases import Case
-from validate.judge import Found, compare_tokens
+from validate.judgement import Found, compare_tokens
 from validate.runtime import MlxRuntime, runtimes_for
 
 pytestmark = pytest.mark.usefixtures("runtimes")

@@ -17,10 +17,10 @@ from validate.answers import Question, text_questions
 from validate.cases import MEDIA_FILES, load_cases
 from validate.checks import NOT_COMPARED, REFERENCE, CaseResult, Check, at_most
 from validate.gates import logits_check
-from validate.judge import Found, Judgement, compare_tokens, load_checked
+from validate.judgement import Found, Judgement, compare_tokens, load_checked
 from validate.processor import load_tokenizer
 from validate.reference import Logits, ReferenceError
-from validate.runtime import MlxRuntime, RuntimeRefusal, is_generative
+from validate.runtime import Asked, MlxRuntime, RuntimeRefusal, Steps, is_generative
 
 _EMBEDS: Final = "inputs_embeds"
 _FORBIDDEN: Final = -5e4
@@ -99,19 +99,24 @@ def _has_template(source: Path, trust_remote_code: bool) -> bool:
 
 
 def _text(found: Found, model: MlxRuntime, questions: Sequence[Question]) -> None:
-    pairs = []
+    """Every prompt whole, and with its last tokens one at a time, all asked for at once."""
+    asked: list[Asked] = []
     for index, question in enumerate(questions):
-        whole = model.logits(question.ids)
-        steps = len(question.ids) - 1 if index == 0 else STEPS
-        pairs.append((question.case.name, whole, _piecewise(model, question.ids, steps)))
+        ids = question.ids
+        start = max(1, 1 if index == 0 else len(ids) - STEPS)
+        # What follows the last token is never fed, so any id does.
+        pieces = (model.text_inputs(ids[:start]), [*ids[start:], 0])
+        asked += [(model.text_inputs(ids), ()), pieces]
+    runs = model.runs(asked)
+    pairs = [
+        (question.case.name, whole.prefill, _every_position(pieces))
+        for question, whole, pieces in zip(questions, runs[::2], runs[1::2], strict=True)
+    ]
     _record(found, "text", pairs)
 
 
-def _piecewise(model: MlxRuntime, ids: Sequence[int], steps: int) -> Logits:
-    """Logits of every position when the last ``steps`` tokens come one at a time."""
-    start = max(1, len(ids) - steps)
-    # What follows the last token is never fed, so any id does.
-    run = model.continued(ids[:start], [*ids[start:], 0])
+def _every_position(run: Steps) -> Logits:
+    """Logits of the prompt's positions and of those that were fed after it."""
     return np.concatenate([run.prefill, run.steps[1:]])
 
 
@@ -128,7 +133,7 @@ def _medium(found: Found, model: MlxRuntime, kind: str, *, stock_prompt: bool) -
         with _seen_once(model.model):
             whole = model.run(inputs).prefill
             run = model.run(_first(inputs, start, len(ids)), [*ids[start:], 0])
-        pairs.append((case.name, *_allowed(whole, np.concatenate([run.prefill, run.steps[1:]]))))
+        pairs.append((case.name, *_allowed(whole, _every_position(run))))
     _record(found, kind, pairs)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from validate.gates import logits_check
-from validate.judge import Found, Judgement, load_checked
+from validate.judgement import Found, Judgement, load_checked
 from validate.reference import TorchReference
 from validate.runtime import RuntimeRefusal
 

@@ -12,7 +12,7 @@ from validate.answers import Question, text_questions
 from validate.checks import EXACT, at_most
 from validate.deviations import deviations_for, without
 from validate.gates import embedding_check, hidden_check, noise_check
-from validate.judge import Found, Judgement, compare_tokens, load_checked
+from validate.judgement import Found, Judgement, compare_tokens, load_checked
 from validate.reference import Logits, ReferenceError, TorchReference, read_config
 from validate.runtime import MlxRuntime, RuntimeRefusal
 from validate.shown import Shown, compare_shown, show

@@ -131,6 +131,7 @@ def compare_loaded(
     difference in names allowed. ``text_only``: tensors outside the language model may stay unread.
     ``drop`` takes each out of ``parameters`` before it is read, so that it is gone afterwards.
     """
+    mx: Any = import_module("mlx.core")
     written = written_tensors(folder)
     translate = file_names(written, parameters)
     habit = _HABITS.get(_model_type(folder), Habit())
@@ -139,6 +140,8 @@ def compare_loaded(
     count = size = 0
     given = ((path, parameters.pop(path)) for path in list(parameters)) if drop else None
     for path, array in taken_apart(folder, given or parameters.items()):
+        if drop:  # MLX keeps the memory of those that are gone, up to all there is
+            mx.clear_cache()
         name = translate(path)
         source = written.get(name)
         if source is None and path.endswith(habit.computed):

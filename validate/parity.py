@@ -24,7 +24,8 @@ from validate.answers import (
 from validate.assistant import assists, judge_assistant
 from validate.checks import Check, Report
 from validate.encoder import judge_encoder
-from validate.judge import Judgement, judge_runtime
+from validate.judge import judge_runtime
+from validate.judgement import Judgement
 from validate.loaded import weight_dtypes
 from validate.looking import INSTALL, borrowed_questions
 from validate.modalities import hears, sees

@@ -7,7 +7,7 @@ from typing import Any
 
 from validate.cases import MEDIA_FILES, Case, draw, load_cases
 from validate.checks import EXACT, CaseResult, Check, at_most
-from validate.judge import Found, Judgement, load_checked
+from validate.judgement import Found, Judgement, load_checked
 from validate.metrics import relative_error
 from validate.reference import Logits, TorchReference
 from validate.runtime import MlxRuntime, RuntimeRefusal, Steps

@@ -136,11 +136,18 @@ class Server:
             return [one.result() for one in waiting]
 
     def joined(
-        self, first: Any, second: Any, *, lengths: tuple[int, int], never: Sequence[int] = ()
+        self,
+        first: Any,
+        second: Any,
+        *,
+        lengths: tuple[int, int],
+        after_s: float,
+        never: Sequence[int] = (),
     ) -> tuple[list[Reply], bool]:
         """A long answer, and a short one that is asked for while the first is being written.
 
-        ``lengths`` are their tokens; none ends early, for ``never`` are not chosen. The second
+        ``lengths`` are their tokens; none ends early, for ``never`` are not chosen. ``after_s``:
+        seconds after which the first is certainly being written and far from its end. The second
         value: whether the short one, asked for later, ended before the long one, as in a batch.
         """
         asked = [
@@ -149,7 +156,7 @@ class Server:
         ]
         with ThreadPoolExecutor(2) as pool:
             long = pool.submit(asked[0])
-            time.sleep(_POLL_S)
+            time.sleep(after_s)
             short = pool.submit(asked[1])
             done, _ = wait((long, short), return_when=FIRST_COMPLETED)
             return [long.result(), short.result()], long not in done

@@ -12,7 +12,7 @@ from validate.streamed.reference import GREEDY_TOKENS, StreamedReference
 from validate.streamed.tensors import Streaming
 
 if TYPE_CHECKING:
-    from validate.judge import Judgement
+    from validate.judgement import Judgement
 
 NAME: Final = "streamed"
 """Name of the row that says that a report is of a streamed run, and what that leaves out."""

@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from typing import Any, Final
+from typing import Any
 
+from validate.streamed.bounds import SLICE_BYTES, TABLE_BYTES
 from validate.streamed.stages import Stages, blocks_of
-
-TABLE_BYTES: Final = 64 << 20
-"""Tables and output projections of more float32 bytes than this are never whole in float32."""
-SLICE_BYTES: Final = 128 << 20
 
 
 @dataclass(frozen=True)

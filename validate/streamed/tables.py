@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from quant.calibrate.stream import BlockError, StreamedModel
+from validate.streamed.bounds import SLICE_BYTES, TABLE_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TABLE_BYTES: Final = 64 << 20
-"""Tables and output projections of more float32 bytes than this are read by rows."""
-SLICE_BYTES: Final = 128 << 20
-"""Bytes of the output projection that are multiplied by at once."""
 Read = Callable[[int, int], "Tensor"]
 
 

@@ -49,8 +49,9 @@ def parting(plain: Reply, texts: Sequence[str], shown: str) -> tuple[int, str]:
     after = next((i for i, end in enumerate(ends) if end not in shown), len(ends) - 1)
     common = ends[after - 1] if after else ""
     first = ends.index(common) + 1 if common else 0
-    leads = {i: lead for i in range(first, after + 1) if (lead := plain.steps[i].lead) is not None}
-    return min(leads, key=lambda i: leads[i], default=after), common
+    last = min(after, len(plain.steps) - 1)  # a runtime may flush one more text at the end
+    leads = {i: lead for i in range(first, last + 1) if (lead := plain.steps[i].lead) is not None}
+    return min(leads, key=lambda i: leads[i], default=last), common
 
 
 def _server(bench: Bench) -> Found:

@@ -1,6 +1,7 @@
 """The servers: health, answers whole and streamed, pictures, several requests at once."""
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -110,11 +111,13 @@ def _joined(runtime: str) -> Callable[[Bench], Found]:
     def run(bench: Bench) -> Found:
         server, never = bench.server(runtime), bench.facts.stop_ids
         asked, lengths = questions(2), (_LONG * TOKENS, TOKENS)
-        alone = [
-            server.unending(one, max_tokens=length, never=never)
-            for one, length in zip(asked, lengths, strict=True)
-        ]
-        together, overlapped = server.joined(asked[0], asked[1], lengths=lengths, never=never)
+        began = time.monotonic()
+        alone = [server.unending(asked[0], max_tokens=lengths[0], never=never)]
+        took = time.monotonic() - began
+        alone.append(server.unending(asked[1], max_tokens=lengths[1], never=never))
+        together, overlapped = server.joined(
+            asked[0], asked[1], lengths=lengths, after_s=took / _LONG, never=never
+        )
         same = bench.same(list(zip(asked, alone, together, strict=True)))
         if not overlapped:
             raise RowFailure(
