@@ -169,8 +169,8 @@ def _quality_text(check: Mapping[str, Any]) -> str:
     """The figures of a loss row; ``convert compare`` measures them on a longer text."""
     m = {key: _number(value) for key, value in check["metrics"].items()}
     return (
-        f"loss in {check['runtime'].replace('_', '-')}: perplexity x {m['perplexity_ratio']} ± "
-        f"{m['perplexity_ratio_error']}; KL mean {m['kl_mean']} ± {m['kl_mean_error']}, median "
+        f"loss in {check['runtime'].replace('_', '-')}, {check['modality']}: perplexity x "
+        f"{m['perplexity_ratio']} ± {m['perplexity_ratio_error']}; KL mean {m['kl_mean']} ± {m['kl_mean_error']}, median "
         f"{m['kl_median']}, p90 {m['kl_p90']}, p99 {m['kl_p99']}, p99.9 {m['kl_p999']}, max "
         f"{m['kl_max']}; same top token {m['top1']} ± {m['top1_error']}; RMS of probability "
         f"change {m['moved_rms']}"

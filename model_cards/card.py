@@ -21,7 +21,8 @@ from model_cards.metadata import (
     license_files,
     read_source_metadata,
 )
-from model_cards.view import CardError, human_bytes, number, parity_view, recipe_text
+from model_cards.parity import parity_view
+from model_cards.view import CardError, human_bytes, number, recipe_text
 
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
