@@ -78,6 +78,18 @@ def test_wrong_usage_is_status_2_before_anything_happens(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-q"], "--hf-path is missing"),
+        (["-q", "plan", "--hf-path", "somewhere"], "put the options after the subcommand"),
+    ],
+)
+def test_options_at_the_wrong_place_are_not_ignored(arguments, words, capsys):
+    assert status(*arguments) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_a_real_process_end_to_end(program, release, tmp_path):
     out = tmp_path / "out"
     flags = ("--hf-path", release, "--mlx-path", out, "-q", "--q-group-size", "32")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from converter.cli import options as opt
 from converter.cli.batch import batch
@@ -31,14 +32,18 @@ def cli(context: click.Context, /, **given: Any) -> None:
     Without a subcommand this converts: it plans from headers, streams the weights, runs the MLX
     runtime against the torch reference, writes a model card, and uploads if asked to.
     """
+    source = context.get_parameter_source
+    asked = any(source(name) is ParameterSource.COMMANDLINE for name in given)
     if context.invoked_subcommand is not None:
-        if given["hf_path"]:
+        if asked:
             raise click.UsageError(
                 f"put the options after the subcommand: convert {context.invoked_subcommand} "
                 "--hf-path ..."
             )
         return
-    if not given["hf_path"]:
+    if asked and not given["hf_path"]:
+        raise click.UsageError("--hf-path is missing: a hub id, a folder or a GGUF file to convert")
+    if not asked:
         click.echo(context.get_help())
         context.exit(2)
     from converter.cli.convert import convert_command
