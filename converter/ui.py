@@ -172,8 +172,8 @@ def _quality_text(check: Mapping[str, Any]) -> str:
         f"loss in {check['runtime'].replace('_', '-')}, {check['modality']}: perplexity x "
         f"{m['perplexity_ratio']} ± {m['perplexity_ratio_error']}; KL mean {m['kl_mean']} ± "
         f"{m['kl_mean_error']}, median {m['kl_median']}, p90 {m['kl_p90']}, p99 {m['kl_p99']}, "
-        f"p99.9 {m['kl_p999']}, max {m['kl_max']}; same top token {m['top1']} ± {m['top1_error']}; RMS of probability "
-        f"change {m['moved_rms']}"
+        f"p99.9 {m['kl_p999']}, max {m['kl_max']}; same top token {m['top1']} ± "
+        f"{m['top1_error']}; RMS of probability change {m['moved_rms']}"
     )
 
 
