@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from converter.errors import PlanError, UsageError
 from converter.ui import Console, size_text
+
+_PIPED_WIDTH: Final = 200
+"""Columns of what no terminal shows."""
 
 
 def twin_command(source: str, out: Path, *, dtype: str, seed: int, max_shard_size: str) -> None:
@@ -78,14 +81,19 @@ def maps_list_command(as_json: bool) -> None:
     from rich.console import Console as RichConsole
     from rich.table import Table
 
+    console = RichConsole(highlight=False)
+    if not console.is_terminal:  # a file or a pipe is as wide as it has to be
+        console.width = _PIPED_WIDTH
     table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = ("model_type", "parts", "modalities", "fixtures", "twins", "to torch", "parity")
+    columns = ["model_type", "parts", "modalities", "fixtures", "twins", "to torch", "parity"]
+    if console.width < _PIPED_WIDTH // 2:
+        columns.remove("parts")
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold", no_wrap=column in ("model_type", "parity"))
     for row in rows:
         cells = (row[column] for column in columns)
         table.add_row(*(c if isinstance(c, str) else ", ".join(c) for c in cells))
-    RichConsole(highlight=False).print(table)
+    console.print(table)
     passed = sum(row["parity"] == "pass" for row in rows)
     unproven = sum(row["parity"] == "unproven" for row in rows)
     click.echo(
