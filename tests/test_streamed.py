@@ -137,7 +137,8 @@ def test_every_weight_is_read_once_in_a_pass(small):
     for name, shape in shapes.items():
         if name != table:
             assert counting.rows[name] == GREEDY_TOKENS * shape[0]
-    assert 0 < counting.rows[table] < 100
+    read, all_rows = counting.rows[table], GREEDY_TOKENS * shapes[table][0]
+    assert 0 < read < all_rows / 4, "of the vocabulary only the rows of tokens that occur"
 
 
 def test_the_runtime_holds_one_block(deep):
