@@ -8,7 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PATH = ROOT / "arch_maps" / "evidence.json"
-_KINDS = ("text", "decode", "image", "audio")
+_KINDS = ("text", "decode", "image", "audio", "video")
 
 
 def write(rows: list[dict[str, Any]], versions: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ _KEPT: Final = (
     *("name", "control", "bytes", "bits_per_weight", "kl_mean", "kl_mean_error", "kl_of_control"),
     *("perplexity_ratio", "perplexity_ratio_error", "top1"),
 )
-_WITH_PICTURES: Final = ("image", "audio")
+_WITH_PICTURES: Final = ("image", "audio", "video")
 
 
 def quality_report(out: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from validate.answers import Question, text_questions
-from validate.cases import MEDIA_FILES, load_cases
+from validate.cases import MEDIA, MEDIA_FILES, load_cases
 from validate.checks import NOT_COMPARED, REFERENCE, CaseResult, Check, at_most
 from validate.gates import logits_check
 from validate.judgement import Found, Judgement, compare_tokens, load_checked
@@ -187,7 +187,7 @@ def _first(inputs: Mapping[str, Any], count: int, length: int) -> dict[str, Any]
 
 
 def _record(found: Found, modality: str, pairs: Sequence[tuple[str, Logits, Logits]]) -> None:
-    prefix = f"{modality}/" if modality in MEDIA_FILES else ""
+    prefix = f"{modality}/" if modality in MEDIA else ""
     rows = [(name, whole) for name, whole, _ in pairs]
     found.checks += [
         _finite(f"{prefix}finite", modality, found.runtime, rows),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from validate.cases import MEDIA_FILES, TEXT_FILES, Case, bounded, byte_ids, load_cases
+from validate.cases import MEDIA, MEDIA_FILES, TEXT_FILES, Case, bounded, byte_ids, load_cases
 from validate.processor import load_tokenizer, media_inputs, tokenize
 from validate.reference import Greedy, Logits, TorchReference, read_config
 from validate.where.row import STEPS, TOKENS, Traced
@@ -118,7 +118,7 @@ def trace_questions(
     found: dict[str, Traced] = {}
     for index, item in enumerate(answers):
         modality = item.question.case.modality
-        if modality in found or modality not in ("text", *MEDIA_FILES):
+        if modality in found or modality not in ("text", *MEDIA):
             continue
         progress(f"torch: modules, {modality}")
         inputs: Mapping[str, Any]

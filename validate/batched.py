@@ -17,7 +17,7 @@ import numpy as np
 
 from validate.answers import Answer
 from validate.batch_faults import batch_fault
-from validate.cases import MEDIA_FILES
+from validate.cases import MEDIA
 from validate.checks import EXACT, CaseResult, Check, Verdict, at_most
 from validate.gates import compared_logits
 from validate.runtime import Logits, MlxRuntime, RuntimeRefusal, refusals, word_count
@@ -67,7 +67,7 @@ def batch_check(model: MlxRuntime, answers: Sequence[Answer]) -> list[Check]:
     as such. The row never fails: every prompt of it is gated alone, by the logits and decode rows,
     and what a batch adds is the runtime's doing, in which no checkpoint has a part.
     """
-    texts = [item for item in answers if item.question.case.modality not in MEDIA_FILES]
+    texts = [item for item in answers if item.question.case.modality not in MEDIA]
     ordered = sorted(texts, key=lambda item: len(item.question.ids))
     lengths = {len(item.question.ids) for item in texts}
     if len(lengths) < 2 or any(len(a.logits) != len(a.question.ids) for a in texts):

@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
 PROMPTS: Final = Path(__file__).parent / "prompts"
 TEXT_FILES: Final = ("text.json", "code.json", "unicode.json", "chat.json")
 MEDIA_FILES: Final = {"image": "images.json", "audio": "audio.json"}
 """Prompts about generated pictures and sounds, by modality."""
+VIDEO_FILE: Final = "videos.json"
+MEDIA: Final = frozenset((*MEDIA_FILES, "video"))
+"""Modalities that are prepared by a processor."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt: plain text, a conversation, or a question about a generated picture or sound."""
+    """One prompt: plain text, a conversation, or a question about a generated medium."""
 
     name: str
     modality: str
@@ -28,6 +32,8 @@ class Case:
     height: int = 0
     samples: int = 0
     """Length of the sound, at 16 kHz."""
+    frames: int = 0
+    """Length of the video."""
 
     def conversation(self) -> list[dict[str, str]]:
         """The messages as chat templates take them."""
@@ -50,6 +56,7 @@ def load_cases(*files: str) -> list[Case]:
                     width=prompt.get("width", 0),
                     height=prompt.get("height", 0),
                     samples=prompt.get("samples", 0),
+                    frames=prompt.get("frames", 0),
                 )
             )
     return cases
@@ -69,7 +76,7 @@ def byte_ids(text: str, *, vocab_size: int) -> list[int]:
 
 
 def media_question(case: Case) -> list[dict[str, Any]]:
-    """One user message of a picture or a sound and a question, as chat templates take it."""
+    """One user message of a medium and a question, as chat templates take it."""
     content = [{"type": case.modality}, {"type": "text", "text": case.text}]
     return [{"role": "user", "content": content}]
 
@@ -95,3 +102,21 @@ def draw(case: Case) -> "Image":
     for step in range(0, width, 17):
         pen.line((step, 0, width - step, height - 1), fill=(step % 256, 255, 128), width=1)
     return picture
+
+
+def film(case: Case) -> "NDArray[Any]":
+    """Deterministic RGB frames [frames, rows, columns, 3]: a disc that crosses a still gradient."""
+    import numpy as np
+
+    y, x = np.mgrid[0 : case.height, 0 : case.width]
+    still = np.stack(
+        [x * 255 // max(1, case.width - 1), y * 255 // max(1, case.height - 1), (x + 2 * y) % 256],
+        axis=-1,
+    ).astype(np.uint8)
+    frames = np.repeat(still[None], case.frames, axis=0)
+    radius = case.height // 5
+    for number, frame in enumerate(frames):
+        part = (number + 1) / (case.frames + 1)
+        disc = (x - part * case.width) ** 2 + (y - part * case.height) ** 2 < radius**2
+        frame[disc] = (220, 40, 50)
+    return frames

@@ -36,7 +36,7 @@ def deviations_for(runtime: str, *, model_type: str, modality: str) -> tuple[Dev
         for item in DOCUMENTED
         if item.runtime == runtime
         and model_type in item.model_types
-        and item.modality == ("text" if modality in _WRITTEN else modality)
+        and item.modality in _SHOWN_BY.get(modality, (modality,))
     )
 
 
@@ -63,8 +63,11 @@ def without(
             setattr(module, attribute, value)
 
 
-_WRITTEN: Final = ("chat", "code", "unicode")
-"""Kinds of prompts that are text like any other to a runtime."""
+_SHOWN_BY: Final[Mapping[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("chat", "code", "unicode"), ("text",)),
+    "video": ("image", "video"),
+}
+"""The faults that prompts of a kind show: of text like any other, of the tower of pictures."""
 
 
 DOCUMENTED: Final = (

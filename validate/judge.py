@@ -8,7 +8,7 @@ from typing import Any, Final
 from validate.answers import Answer, Answers
 from validate.arrays import to_mlx
 from validate.batched import batch_check
-from validate.cases import MEDIA_FILES
+from validate.cases import MEDIA
 from validate.checks import EXACT, CaseResult, Check, Parting, at_most
 from validate.deviations import deviations_for
 from validate.fault import Deviation
@@ -18,6 +18,7 @@ from validate.listening import audio_inputs
 from validate.looking import image_inputs, medium
 from validate.metrics import compare_logits
 from validate.partings import partings, with_partings
+from validate.prepared import Prepared
 from validate.quality import joined, score, statistics
 from validate.runtime import Logits, MlxRuntime, RuntimeRefusal, Steps
 from validate.streamed.runtime import StreamedRuntime
@@ -40,10 +41,10 @@ def judge_runtime(job: Judgement, answers: Answers, *, runtime: str) -> Found:
         return found
     compare_tokens(found, model, [item.question for item in answers.exact])
     groups = _by_modality(answers)
-    written = [index for kind, rows in groups.items() if kind not in MEDIA_FILES for index in rows]
+    written = [index for kind, rows in groups.items() if kind not in MEDIA for index in rows]
     together = _Together(model, answers, written) if isinstance(model, StreamedRuntime) else None
     for modality, rows in groups.items():
-        if modality in MEDIA_FILES and runtime == "mlx_lm":
+        if modality in MEDIA and runtime == "mlx_lm":
             continue
         job.progress(f"{runtime}: {modality}")
         heard: list[Check] = []
@@ -51,12 +52,10 @@ def judge_runtime(job: Judgement, answers: Answers, *, runtime: str) -> Found:
             if modality == "audio":
                 run = partial(_listen, model, answers, rows, heard)
             else:
-                inputs, seen = (
-                    image_inputs(model, answers, rows) if modality == "image" else ({}, [])
-                )
+                inputs, seen = _prepared(model, answers, modality, rows)
                 found.checks += seen
                 run = partial(_run, model, answers, rows, inputs)
-                if together is not None and modality not in MEDIA_FILES:
+                if together is not None and modality not in MEDIA:
                     run = partial(together.runs, rows)
             stock = run()
             known = _needed_deviations(job, found, model, answers, modality, stock)
@@ -117,6 +116,16 @@ class _Together:
         if known not in self._done:
             self._done[known] = dict(_run(self.model, self.answers, self.rows, {}))
         return [(index, self._done[known][index]) for index in rows]
+
+
+def _prepared(
+    model: MlxRuntime, answers: Answers, modality: str, rows: Sequence[int]
+) -> tuple[Prepared, list[Check]]:
+    """What the model is fed for pictures and videos, and the checks of how it was prepared."""
+    if modality == "image":
+        return image_inputs(model, answers, rows)
+    fed = rows if modality == "video" else ()
+    return {index: medium(model, answers.exact[index]) for index in fed}, []
 
 
 def _listen(model: MlxRuntime, answers: Answers, rows: Sequence[int], heard: list[Check]) -> Runs:
@@ -270,7 +279,7 @@ def _answer_partings(job: Judgement, item: Answer, steps: Steps) -> tuple[Partin
 
 
 def _prefix(modality: str) -> str:
-    return f"{modality}/" if modality in MEDIA_FILES else ""
+    return f"{modality}/" if modality in MEDIA else ""
 
 
 def _loss(job: Judgement, found: Found, answers: Answers, modality: str, runs: Runs) -> None:
@@ -285,7 +294,7 @@ def _loss(job: Judgement, found: Found, answers: Answers, modality: str, runs: R
         ],
         kl_threshold=job.kl_threshold,
         what="KL of the output's softmax from the original's, nats per position",
-        statistics=_statistics(answers, runs) if modality not in MEDIA_FILES else None,
+        statistics=_statistics(answers, runs) if modality not in MEDIA else None,
     )
     parted = [
         _prompt_partings(job, answers.exact[i], answers.original[i], s.prefill) for i, s in runs
@@ -316,7 +325,7 @@ def _noise(job: Judgement, found: Found, answers: Answers) -> None:
             job.mlx_path, runtime=found.runtime, trust_remote_code=job.trust_remote_code
         )
         for modality, rows in _by_modality(answers).items():
-            media = modality in MEDIA_FILES
+            media = modality in MEDIA
             if media and found.runtime == "mlx_lm":
                 continue
             known = deviations_for(
@@ -348,7 +357,7 @@ def _noise_of(
     *,
     fed: bool = False,
 ) -> Check:
-    media = modality in MEDIA_FILES
+    media = modality in MEDIA
     pairs = []
     for index in rows:
         item = answers.exact[index]

@@ -38,6 +38,7 @@ from validate.streamed.asking import ask_streamed, streamed_row
 from validate.streamed.tensors import Streaming
 from validate.templates import template_problem
 from validate.torch_faults import unbuilt
+from validate.watching import video_questions
 from validate.where.row import rules_of
 
 _COMPUTE: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -137,6 +138,8 @@ def run_parity(
         if streaming is not None:
             reference, answers = ask_streamed(streaming, judgement)
         else:
+            if "image" in media and "mlx_vlm" in runtimes:
+                media = (*media, "video")
             reference, answers = _ask(source, dequantized, judgement, media, checks)
         for runtime in runtimes:
             found = judge_runtime(judgement, answers, runtime=runtime)
@@ -203,6 +206,11 @@ def _ask(
         described["rounded_to"] = judgement.dtype
     questions = text_questions(source, vocab_size=model.vocab_size, trust_remote_code=trust)
     for kind in media:
+        if kind == "video":
+            watched, rows = video_questions(judgement.mlx_path)
+            questions += watched
+            checks += rows
+            continue
         try:
             questions += media_questions(source, kind, trust_remote_code=trust)
         except ReferenceError as error:

@@ -13,6 +13,7 @@ from validate import (
     molmo_faults,
     moonvit_faults,
     phi4mm_faults,
+    video_faults,
 )
 from validate.fault import Deviation, Patch
 from validate.fault import picture_fault as _picture
@@ -38,6 +39,28 @@ def _exact_merger_gelu(model: Any) -> list[Patch]:
 
 
 PICTURES: Final = (
+    Deviation(
+        name="time",
+        runtime="mlx_vlm",
+        model_types=("qwen2_5_vl",),
+        modality="video",
+        what="mlx-vlm 0.7.10 counts the positions of a video by its grids, where the release "
+        "counts them by seconds (tokens_per_second)",
+        bound=1.5,
+        patches=video_faults.qwen2_5_vl,
+        configured=True,
+    ),
+    Deviation(
+        name="time",
+        runtime="mlx_vlm",
+        model_types=("qwen3_omni_moe",),
+        modality="video",
+        what="mlx-vlm 0.7.10 counts the positions of a video by its grids, where the release "
+        "counts them by seconds (position_id_per_seconds)",
+        bound=1.5,
+        patches=video_faults.qwen3_omni,
+        configured=True,
+    ),
     Deviation(
         name="merger activation",
         runtime="mlx_vlm",

@@ -15,6 +15,7 @@ _EXACT: Final = {
     "exactness": ("logits", "decode", "hidden"),
     "pictures": ("image/logits", "image/decode", "image/hidden"),
     "sounds": ("audio/logits", "audio/decode", "audio/hidden"),
+    "videos": ("video/logits", "video/decode"),
 }
 _VERSIONS: Final = ("mlx-dayzero", "mlx", "mlx-vlm", "mlx-lm", "torch", "transformers")
 _LEAST_WIDTH: Final = 100
@@ -25,6 +26,7 @@ FIGURES: Final = (
     ("exactness", "exactness, text"),
     ("pictures", "exactness, pictures"),
     ("sounds", "exactness, sounds"),
+    ("videos", "exactness, videos"),
     ("kl_mean", "KL mean, worst kind of input"),
     ("kl_p99", "KL p99, worst"),
     ("top1", "same first choice, worst"),

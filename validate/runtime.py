@@ -333,6 +333,13 @@ class MlxRuntime:
         inputs["input_ids"] = self._ids(inputs["input_ids"])
         return inputs
 
+    def takes_videos(self) -> bool:
+        """Whether this runtime's processor prepares videos as such."""
+        from validate.runtime_inputs import takes_videos
+
+        with refusals(self.name, self.folder), _quiet():
+            return self.name == "mlx_vlm" and takes_videos(self._processor)
+
     def tokenize(self, case: Case) -> list[int]:
         """Token ids of a text or a conversation, as this runtime's own loader makes them."""
         with refusals(self.name, self.folder), _quiet():

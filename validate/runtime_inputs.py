@@ -1,10 +1,10 @@
-"""What mlx-vlm's own processors make of a picture or a sound and a question."""
+"""What mlx-vlm's own processors make of a picture, a sound or a video and a question."""
 
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-from validate.cases import Case, draw
+from validate.cases import Case, draw, film
 from validate.processor import spoken
 from validate.reference import read_config
 from validate.sounds import synthesise
@@ -12,6 +12,8 @@ from validate.sounds import synthesise
 _IDS_IN_CODE: Final = ("DotsVLProcessor",)
 """Processors that have the token ids of one release in their code; a twin has others."""
 
+FRAMES_PER_SECOND: Final = 2.0
+"""The rate at which the runtime's commands take frames from a video."""
 
 _PHI: Final = "mlx_vlm.models.phi4mm.processing_phi4mm"
 
@@ -36,6 +38,12 @@ def load_processor(folder: Path) -> Any:
     return processor
 
 
+def takes_videos(processor: Any) -> bool:
+    """Whether a processor of mlx-vlm prepares videos as such; else their frames are pictures."""
+    video: Any = import_module("mlx_vlm.generate.video")
+    return bool(video.processor_handles_video(processor))
+
+
 def media_inputs(
     folder: Path, model_config: Any, case: Case, *, stock_prompt: bool
 ) -> dict[str, Any]:
@@ -48,18 +56,26 @@ def media_inputs(
 
     utils: Any = import_module("mlx_vlm.utils")
     processor = load_processor(folder)
-    image = case.modality == "image"
+    image, sound = case.modality == "image", case.modality == "audio"
     if stock_prompt:
         prompt = apply_chat_template(
-            processor, model_config, case.text, num_images=int(image), num_audios=int(not image)
+            processor, model_config, case.text, num_images=int(image), num_audios=int(sound)
         )
     else:
         # Some of the runtime's processors leave the template to their tokenizer, others write
-        # prompts by the stock helper, which puts a sound after its question.
-        own = image and getattr(processor, "chat_template", None)
-        speaker = processor if own else getattr(processor, "tokenizer", processor)
+        # prompts by the stock helper, which puts a sound after its question and leaves out videos.
+        tokenizer = getattr(processor, "tokenizer", processor)
+        own = getattr(processor, "chat_template", None)
+        told = getattr(tokenizer, "chat_template", None)
+        speaker = processor if own and (image or not (sound or told)) else tokenizer
         prompt = spoken(speaker, case)
-    media: dict[str, Any] = {"images": [draw(case)]} if image else {"audio": [synthesise(case)]}
+    media: dict[str, Any]
+    if image:
+        media = {"images": [draw(case)]}
+    elif sound:
+        media = {"audio": [synthesise(case)]}
+    else:
+        media = {"videos": [film(case).transpose(0, 3, 1, 2)], "fps": FRAMES_PER_SECOND}
     inputs: dict[str, Any] = utils.prepare_inputs(
         processor,
         **media,

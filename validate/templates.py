@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from validate import template_child
-from validate.cases import MEDIA_FILES, TEXT_FILES, load_cases, media_question
+from validate.cases import MEDIA_FILES, TEXT_FILES, VIDEO_FILE, load_cases, media_question
 from validate.child import ChildError, ask
 
 SECONDS: Final = 20
@@ -63,7 +63,7 @@ def _tried(request: str, names: str, seconds: int) -> str | None:
 def _conversations() -> list[Any]:
     """What a proof asks: nothing else is rendered with the release's template."""
     spoken = [case.conversation() for case in load_cases(*TEXT_FILES) if case.messages]
-    return spoken + [media_question(case) for case in load_cases(*MEDIA_FILES.values())]
+    return spoken + [media_question(case) for case in load_cases(*MEDIA_FILES.values(), VIDEO_FILE)]
 
 
 def _templates(folder: Path) -> tuple[dict[str, str], str | None]:

@@ -62,6 +62,7 @@ def tiles(data: Json) -> list[tuple[str, str, str]]:
         ("exactness", ("logits", "decode", "hidden"), "largest relative error, text"),
         ("pictures", ("image/logits", "image/decode", "image/hidden"), "largest relative error"),
         ("sounds", ("audio/logits", "audio/decode", "audio/hidden"), "largest relative error"),
+        ("videos", ("video/logits", "video/decode"), "largest relative error"),
         ("16-bit noise", ("noise",), "in units of torch's own"),
     ):
         values = [check["value"] for check in checks if check["name"] in names]
