@@ -30,9 +30,8 @@ from benchmarks.matrix_stock import (
 
 ROOT = Path(__file__).parents[1]
 TEXT = ("logits", "hidden")
-MEDIA = {
-    f"{kind}/{what}": kind for kind in ("image", "audio", "video") for what in ("logits", "hidden")
-}
+KINDS = ("image", "audio", "video")
+MEDIA = {f"{kind}/{what}": kind for kind in KINDS for what in ("logits", "hidden")}
 DECODE = "decode"
 ALONE = {"prefill = decode": DECODE}
 _CELL = 90
@@ -299,7 +298,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
         name, value = check["name"], check.get("value")
         if isinstance(value, int | float):
             kind = "text" if name in TEXT else MEDIA.get(name, ALONE.get(name, name))
-            if kind in ("text", "image", "audio", "video", DECODE, "deviation"):
+            if kind in ("text", *KINDS, DECODE, "deviation"):
                 entry[kind] = max(entry.get(kind, 0.0), value)
         if check["verdict"] == "fail":
             entry["failed"] = True
@@ -319,9 +318,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "# Parity matrix",
         "",
         "Twins in float32 on CPU against torch; the gate is 1e-4 of the largest logit. `text`,",
-        "`image`, `audio` and `video` are the worst of a prefill, `decode` is step by step, videos are"
-        " prepared by the runtime for both sides. *Published*",
-        "twins",
+        "`image`, `audio` and `video` are the worst of a prefill, `decode` is step by step. A",
+        "video is prepared by the runtime for both sides. *Published* twins",
         "carry the config as releases spell it, *transformers 5* is the same model loaded and",
         "saved by transformers. *Stock* is the runtime's own converter on the published twin.",
         "`type:variant` is another release of the type, one that takes other branches of its code.",
@@ -369,7 +367,8 @@ def vision_table(rows: list[dict[str, Any]], compared: dict[str, str]) -> str:
 
 def _cells(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| type | published | text | decode | image | audio | video | transformers 5 | stock | to torch |",
+        "| type | published | text | decode | image | audio | video | transformers 5 | stock "
+        "| to torch |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
