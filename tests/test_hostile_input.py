@@ -14,6 +14,7 @@ from arch_maps.rules import Kind, Mount, Tensors
 from benchmarks import fuzz, fuzz_targets
 from converter.batch.watchlist import read_watchlist
 from converter.cli.errors import run
+from converter.config_errors import config_errors
 from converter.decode.patterns import pattern_problem
 from converter.errors import MAX_PROBLEM, ConvertError, PlanError, UsageError
 from converter.execute.journal import Journal
@@ -84,6 +85,37 @@ def test_a_value_of_another_kind_names_the_place_that_could_not_use_it(tmp_path,
     said = refused_config(tmp_path, capsys, model_type="mimo", num_nextn_predict_layers=[1])
     assert "a setting has a value that the map for mimo cannot use: TypeError" in said
     assert "arch_maps/models/mimo.py, line" in said
+
+
+@pytest.mark.parametrize(
+    ("module", "file", "shown"),
+    [
+        ("arch_maps.models.mimo", "arch_maps/models/mimo.py", "arch_maps/models/mimo.py"),
+        ("map_files.mine", "mine.py", "mine.py"),
+        ("elsewhere", "elsewhere/sizes.py", "numbers.py"),
+    ],
+)
+def test_the_place_is_this_programs_wherever_it_is_installed(module, file, shown):
+    """Not that of a library it calls, which lies in the same folder."""
+    installed = "/opt/python/site-packages"
+    library = {"__name__": "numbers"}
+    code = "def half(value):\n    return value / 2\n"
+    exec(compile(code, f"{installed}/numbers.py", "exec"), library)
+    own = {"__name__": module, "half": library["half"]}
+    exec(compile("\ndef size():\n    return half([])\n", f"{installed}/{file}", "exec"), own)
+    with pytest.raises(PlanError, match=rf"\({shown}, line [23]\)"), config_errors("the map"):
+        own["size"]()
+
+
+def test_of_a_map_file_the_place_is_in_the_file(tmp_path, capsys):
+    source = write_release(tmp_path / "in", LLAMA, llama_tensors(LLAMA))
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\nfrom arch_maps.registry import find\n\n"
+        "def config(given, facts):\n    return given['vocab_size'].items()\n\n"
+        "MAP = replace(find('llama'), config=config)\n"
+    )
+    assert status("plan", "--hf-path", source, "--map-file", tmp_path / "mine.py") == 3
+    assert "(mine.py, line 5)" in capsys.readouterr().err
 
 
 def test_tagged_floats_are_only_those_that_transformers_writes():
