@@ -15,6 +15,7 @@ from benchmarks import fuzz, fuzz_targets
 from converter.batch.watchlist import read_watchlist
 from converter.cli.errors import run
 from converter.config_errors import config_errors
+from converter.decode import patterns
 from converter.decode.patterns import pattern_problem
 from converter.errors import MAX_PROBLEM, ConvertError, PlanError, UsageError
 from converter.execute.journal import Journal
@@ -148,10 +149,29 @@ def test_expressions_that_could_take_forever_are_not_run(text):
 
 @pytest.mark.parametrize(
     "text",
-    [".*lm_head", r"model\.layers\.\d+\.mlp\.(gate|up)_proj", "^(?!.*down_proj).*", "(a|bc)?d"],
+    [
+        ".*lm_head",
+        r"model\.layers\.\d+\.mlp\.(gate|up)_proj",
+        "^(?!.*down_proj).*",
+        "(a|bc)?d",
+        r".*layers\.\d+\..*(w[1-3]|gate_proj|up_proj|down_proj)$",
+        r".*layers\.\d+\.mlp\.experts\.\d+\..*",
+    ],
 )
 def test_expressions_that_releases_have_are_run(text):
     assert pattern_problem(text) is None
+
+
+def test_repetitions_one_after_another_are_bounded_in_time(monkeypatch):
+    """As many names as a release may have, each as long as it may be: a minute, not an hour."""
+    slow = patterns.Expression(".*a.*a.*ab")
+    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.2)
+    started = time.perf_counter()
+    with pytest.raises(PlanError, match=r"^\.\*a\.\*a\.\*ab: takes too long to match"):
+        any(slow.match("a" * 180 + str(number)) for number in range(10_000))
+    assert time.perf_counter() - started < 10
+    with pytest.raises(PlanError, match="is too long a name to match"):
+        slow.match("a" * 257)
 
 
 def test_a_hundred_thousand_tensors(tmp_path):
