@@ -57,7 +57,7 @@ from converter.refusals import (
 )
 from converter.release import Release, fetch, open_release
 from converter.runtime_map import check_reload
-from converter.sidecars import copy_sidecars, write_json
+from converter.sidecars import copy_sidecars, made_files, write_json
 from converter.source import Reader, Source
 from converter.ui import Console, size_text
 
@@ -288,6 +288,7 @@ def convert(
     ]
     if todo:
         _require_space(todo)
+        made_files(release.local(), release.sidecars)  # fails now, not once the weights are written
         with release.source.open() as reader:  # which knows in the second pass what is vouched for
             for group in (targets, drafters):  # each is one pass over its own tensors
                 members = [(plan, out) for plan, out in todo if out in group]

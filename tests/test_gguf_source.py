@@ -363,34 +363,63 @@ def test_without_a_tokenizer_the_error_says_which_files(tmp_path):
     assert open_release(str(tmp_path)).sidecars == ("tokenizer.json",)
 
 
-def test_on_the_hub_only_the_head_is_fetched_to_plan(tmp_path, monkeypatch):
+@pytest.fixture
+def staged(tmp_path, monkeypatch):
+    """Stages m-Q4_0.gguf and files of other names and sizes; the ranges that are fetched of it."""
     from converter import hub
-    from converter.release import fetch
     from converter.source import gguf
 
     path = File().write(tmp_path / "m-Q4_0.gguf")
-    files = {path.name: SimpleNamespace(path=path.name, size=path.stat().st_size)}
-    snapshot = SimpleNamespace(
-        repo_id="someone/m-GGUF",
-        commit="0" * 40,
-        gated=False,
-        files=tuple(files.values()),
-        by_path=files,
-    )
     ranges = []
 
     def fetch_range(where, name, start, stop):
         ranges.append((start, stop))
         return path.read_bytes()[start:stop]
 
+    def stage(**sizes):
+        sizes = {path.name: path.stat().st_size, **sizes}
+        files = {name: SimpleNamespace(path=name, size=size) for name, size in sizes.items()}
+        snapshot = SimpleNamespace(
+            repo_id="someone/m-GGUF",
+            commit="0" * 40,
+            gated=False,
+            files=tuple(files.values()),
+            by_path=files,
+        )
+        monkeypatch.setattr(hub, "resolve_revision", lambda repo, revision=None: snapshot)
+        return ranges
+
     monkeypatch.setattr(gguf, "_FIRST_READ", 100)
-    monkeypatch.setattr(hub, "resolve_revision", lambda repo, revision=None: snapshot)
     monkeypatch.setattr(hub, "fetch_range", fetch_range)
     monkeypatch.setattr(hub, "download", lambda snapshot, wanted, **given: tmp_path)
+    return stage
+
+
+def test_on_the_hub_only_the_head_is_fetched_to_plan(tmp_path, staged):
+    from converter.release import fetch
+
+    ranges = staged()
     release = open_release("someone/m-GGUF")
     assert ranges == [(0, 100), (100, 400), (400, 1600)]
     assert (release.name, release.root) == ("m", None)
     local = fetch(release)
-    assert local.root == path
-    assert local.source.tensors == open_folder(path).tensors
+    assert local.root == tmp_path / "m-Q4_0.gguf"
+    assert local.source.tensors == open_folder(local.root).tensors
     assert {**local.origin} == {"repo": "someone/m-GGUF", "commit": "0" * 40}
+
+
+def test_on_the_hub_weights_are_chosen_as_in_a_folder(tmp_path, staged):
+    staged(**{"optimizer.bin": 9})
+    [note] = [n for n in open_release("someone/m-GGUF").source.notes if "optimizer" in n]
+    assert note == "optimizer.bin is ignored: training state"
+    staged(**{"model.safetensors": 9})
+    with pytest.raises(PlanError, match=r"has no config.json; .* name its GGUF file with --gguf-f"):
+        open_release("someone/m-GGUF")
+    release = open_release("someone/m-GGUF", gguf="m-Q4_0.gguf")
+    assert release.source.weight_files == ("m-Q4_0.gguf",)
+
+
+def test_on_the_hub_a_config_beside_the_file_is_bounded(staged):
+    staged(**{"config.json": 1 << 30})
+    with pytest.raises(PlanError, match=r"config.json: has 1073741824 bytes, too large for what"):
+        open_release("someone/m-GGUF")
