@@ -430,6 +430,36 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="fuzz-", dir=_SCRATCH))
 
 
+def gguf(data: bytes) -> None:
+    """A GGUF file: what is accepted lies behind its head, in the file, and no byte is read twice.
+
+    The first two bytes say how many zeros follow the rest, in units of 64.
+    """
+    from converter.source import gguf as source
+    from converter.source import gguf_child
+
+    file = data[2:] + bytes(64 * int.from_bytes(data[:2], "little"))
+    try:
+        answer = gguf_child.inspect(gguf_child.Cursor(file, len(file)))
+    except gguf_child.Refused as error:
+        _brief(str(error))
+        return
+    answer = json.loads(json.dumps(answer))  # as it comes from the child
+    head = source.Head(file="x.gguf", size=len(file), digest="", **answer)
+    try:
+        read = source.gguf_source(
+            [head], where="x", stated=None, read=lambda name, start, stop: file[start:stop]
+        )
+        decoded(read)
+    except PlanError as error:
+        refused(error)
+        return
+    end = head.end
+    for info in sorted(read.tensors.values(), key=lambda info: info.start):
+        assert end <= info.start <= info.stop <= len(file), info
+        end = info.stop
+
+
 TARGETS: Final[dict[str, Target]] = {
     "header": header,
     "index": index,
@@ -439,4 +469,5 @@ TARGETS: Final[dict[str, Target]] = {
     "watchlist": watchlist,
     "journal": journal,
     "pickle": pickle,
+    "gguf": gguf,
 }

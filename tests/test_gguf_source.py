@@ -14,6 +14,7 @@ from converter.errors import PlanError
 from converter.plan.match import find_map, match_release
 from converter.release import open_release
 from converter.source import open_folder
+from converter.source.gguf import read_head
 
 U32, I32, F32, BOOL, STRING, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10
 SETTINGS = {
@@ -147,6 +148,10 @@ SPOILT = {
     "odd.list claims 4611686018427387904 values": lambda f: f.entries.append(
         text("odd.list") + struct.pack("<IIQ", ARRAY, U32, 2**62)
     ),
+    "the name of a tensor at byte 410 has 2000 bytes": lambda f: f.tensors[0].__setitem__(
+        0, "x" * 2000
+    ),
+    "a key at byte 32 has 2000 bytes": lambda f: f.entries.insert(0, entry("x" * 2000, U32, 1)),
     "odd.text at byte": lambda f: f.entries.append(
         text("odd.text") + struct.pack("<IQ", STRING, 2**63)
     ),
@@ -195,6 +200,21 @@ def test_a_head_that_lies_is_an_error_that_names_the_file(message, tmp_path):
 def test_a_file_cut_anywhere_in_its_head_is_truncated(cut, tmp_path):
     [problem] = problems(File().write(tmp_path / "m.gguf", cut=cut))
     assert problem.startswith("m.gguf: truncated: ")
+
+
+def test_what_a_head_says_is_bounded(tmp_path):
+    """Templates and vocabularies stay in the file; all counts are still held against it."""
+    long = {"tokenizer.chat_template": (STRING, "x" * 100_000), "a.short": (STRING, "x" * 4096)}
+    long["tokenizer.ggml.tokens"] = (ARRAY, (STRING, ["x" * 100] * 2000))
+    long["a.sizes"] = (ARRAY, (U32, list(range(5000))))
+    path = File({**SETTINGS, **long}).write(tmp_path / "m.gguf")
+    metadata = read_head(path, "m.gguf").metadata
+    assert {key: metadata[key] for key in long if key != "a.short"} == {
+        "tokenizer.chat_template": {"count": 100_000},
+        "tokenizer.ggml.tokens": {"count": 2000},
+        "a.sizes": {"count": 5000},
+    }
+    assert len(metadata["a.short"]) == 4096
 
 
 def test_names_that_mean_something_to_format_are_only_names(tmp_path):
