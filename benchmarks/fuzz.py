@@ -279,54 +279,47 @@ def _lists() -> Iterator[bytes]:
 
 def _ggufs() -> Iterator[bytes]:
     """Heads of one layer, and how many zeros of data belong to each."""
-    import gguf
-    import numpy as np
-
-    kinds = gguf.GGMLQuantizationType
-    matrices = ("attn_q", "attn_k", "attn_v", "attn_output")
-    for architecture, kind in (
-        ("llama", kinds.F32),
-        ("qwen3moe", kinds.Q8_0),
-        ("gemma", kinds.F16),
-    ):
-        experts = architecture == "qwen3moe"
-        names = {"token_embd.weight": (64, 64), "output_norm.weight": (64,)}
-        names |= {f"blk.0.{name}_norm.weight": (64,) for name in ("attn", "ffn")}
-        names |= {f"blk.0.{name}.weight": (64, 64) for name in matrices}
-        for name in ("ffn_gate", "ffn_up", "ffn_down"):
-            shape = (2, 64, 64) if experts else (64, 64)
-            names[f"blk.0.{name}{'_exps' if experts else ''}.weight"] = shape
+    for architecture, kind in (("llama", "F32"), ("qwen3moe", "Q8_0"), ("gemma", "F16")):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "x.gguf"
-            writer = gguf.GGUFWriter(path, architecture)
-            for add, value in (
-                (writer.add_embedding_length, 64),
-                (writer.add_block_count, 1),
-                (writer.add_feed_forward_length, 64),
-                (writer.add_head_count, 1),
-                (writer.add_head_count_kv, 1),
-                (writer.add_key_length, 64),
-                (writer.add_context_length, 128),
-                (writer.add_layer_norm_rms_eps, 1e-6),
-                (writer.add_rope_freq_base, 1e4),
-                (writer.add_expert_count, 2),
-                (writer.add_expert_used_count, 1),
-                (writer.add_expert_feed_forward_length, 64),
-            ):
-                add(value)
-            writer.add_tokenizer_model("gpt2")
-            for name, shape in names.items():
-                plain = len(shape) == 1
-                values = np.zeros(shape, np.float32)
-                made = values if plain else gguf.quantize(values, kind)
-                writer.add_tensor(name, made, raw_dtype=kinds.F32 if plain else kind)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
+            _write_gguf(path, architecture, kind)
             file = path.read_bytes()
         zeros = (len(file) - len(file.rstrip(b"\0"))) // 64
         yield zeros.to_bytes(2, "little") + file[: len(file) - 64 * zeros]
+
+
+def _write_gguf(path: Path, architecture: str, kind: str) -> None:
+    import gguf
+    import numpy as np
+
+    experts = architecture == "qwen3moe"
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (64, 64), "output_norm": (64,)}
+    shapes |= {f"blk.0.{name}_norm": (64,) for name in ("attn", "ffn")}
+    shapes |= {f"blk.0.attn_{name}": (64, 64) for name in ("q", "k", "v", "output")}
+    for name in ("gate", "up", "down"):
+        shapes[f"blk.0.ffn_{name}{'_exps' if experts else ''}"] = (*([2] * experts), 64, 64)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_embedding_length(64)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(1)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(64)
+    writer.add_context_length(128)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e4)
+    writer.add_expert_count(2)
+    writer.add_expert_used_count(1)
+    writer.add_expert_feed_forward_length(64)
+    writer.add_tokenizer_model("gpt2")
+    for name, shape in shapes.items():
+        stored = gguf.GGMLQuantizationType["F32" if len(shape) == 1 else kind]
+        blocks = gguf.quantize(np.zeros(shape, np.float32), stored)
+        writer.add_tensor(f"{name}.weight", blocks, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _pickles() -> Iterator[bytes]:
