@@ -11,15 +11,13 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 TOKENIZER = Path(__file__).parent.parent / "tests" / "fixtures" / "tinylm"
 _BLOCK = 4 << 20
 _SHARD_BYTES = 4 << 30
 _SEED = 20260722
-WIDE = {"hidden": 4096, "intermediate": 12288, "vocab": 248320, "tied": False}
-"""Sizes of Qwen3 8B, with the larger vocabulary of Qwen3.5."""
 Tensors = Sequence[tuple[str, tuple[int, ...]]]
 
 
@@ -37,10 +35,11 @@ class Shape:
     """Whether the embedding is the output projection as well."""
 
     @classmethod
-    def of_bytes(cls, size: float, **sizes: int) -> Shape:
-        """The shape with the number of layers whose bf16 weights come nearest to ``size`` bytes."""
-        one, two = (_tensor_bytes(list(cls(**sizes, layers=n).tensors())) for n in (1, 2))
-        return cls(**sizes, layers=max(1, round((size - 2 * one + two) / (two - one))))
+    def of_bytes(cls, size: float, like: Shape | None = None) -> Shape:
+        """``like`` with as many layers as bring its bf16 weights nearest to ``size`` bytes."""
+        like = like or cls()
+        one, two = (_tensor_bytes(list(replace(like, layers=n).tensors())) for n in (1, 2))
+        return replace(like, layers=max(1, round((size - 2 * one + two) / (two - one))))
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every tensor's name and shape, as transformers names them."""
@@ -85,6 +84,10 @@ class Shape:
             "tie_word_embeddings": self.tied,
             "vocab_size": self.vocab,
         }
+
+
+WIDE = Shape(hidden=4096, intermediate=12288, vocab=248320, tied=False)
+"""Sizes of Qwen3 8B, with the larger vocabulary of Qwen3.5."""
 
 
 def of_tensors(count: int) -> tuple[dict[str, object], Tensors]:
@@ -228,8 +231,8 @@ def main() -> None:
         print(make_release(given.folder, config, tensors, zeros=True))
         return
     h = given.hidden
-    narrow = {"hidden": h, "intermediate": 3 * h, "kv": h // 2} if h else {}
-    shape = Shape.of_bytes(given.bytes, **(WIDE if given.wide else narrow))
+    narrow = Shape(hidden=h, intermediate=3 * h, kv=h // 2) if h else Shape()
+    shape = Shape.of_bytes(given.bytes, WIDE if given.wide else narrow)
     tensors = list(shape.tensors())
     made = make_release(given.folder, shape.config(), tensors, zeros=given.zeros, bits=given.wide)
     print(made)

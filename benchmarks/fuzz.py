@@ -19,6 +19,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ SHARES: Final = {
     "card": 60_000,
     "pickle": 100_000,
     "plan": 80_000,
+    "gguf": 300_000,
 }
 """Executions of each target; those that parse little are fast, a whole plan takes milliseconds."""
 _SLICES: Final = 10
@@ -51,6 +53,8 @@ _WORDS: Final = (
     *('{"__float__": "NaN"}', '"quantization_config"', '"rope_scaling"', "[[[[", "&a", "*a", "<<"),
     *("---", "license:", "tags:", "!!python/object:", "namespace", "watch", "[[watch]]", "= "),
     *("2001-01-01", "0x", "1_0", "80GB", "12h", "${HOME}", "- ", ": "),
+    *("GGUF", "general.architecture", "general.alignment", ".expert_count", ".rope.scaling.type"),
+    *("blk.0.attn_q.weight", "blk.0.ffn_gate_exps.weight", "rope_freqs.weight", "qwen3moe"),
 )
 
 
@@ -224,6 +228,7 @@ def _seeds(name: str) -> Iterator[bytes]:
         "watchlist": _lists,
         "journal": lambda: [b"\1[0,1]\n[2]\n", b"\0{}\n[0]\n", b"\1[0,1]\n[2"],
         "pickle": _pickles,
+        "gguf": _ggufs,
     }
     return (seed[:MAX_INPUT] for seed in makers[name]())
 
@@ -270,6 +275,51 @@ def _lists() -> Iterator[bytes]:
     for kind, block in re.findall(r"```(toml|yaml)\n(.*?)```", text, re.DOTALL):
         yield (b"\1" if kind == "toml" else b"\0") + block.encode()
     yield b"\0namespace: a\nwatch:\n- models: [a/b]\n  variants: [4bit]\n"
+
+
+def _ggufs() -> Iterator[bytes]:
+    """Heads of one layer, and how many zeros of data belong to each."""
+    for architecture, kind in (("llama", "F32"), ("qwen3moe", "Q8_0"), ("gemma", "F16")):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "x.gguf"
+            _write_gguf(path, architecture, kind)
+            file = path.read_bytes()
+        zeros = (len(file) - len(file.rstrip(b"\0"))) // 64
+        yield zeros.to_bytes(2, "little") + file[: len(file) - 64 * zeros]
+
+
+def _write_gguf(path: Path, architecture: str, kind: str) -> None:
+    import gguf
+    import numpy as np
+
+    experts = architecture == "qwen3moe"
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (64, 64), "output_norm": (64,)}
+    shapes |= {f"blk.0.{name}_norm": (64,) for name in ("attn", "ffn")}
+    shapes |= {f"blk.0.attn_{name}": (64, 64) for name in ("q", "k", "v", "output")}
+    for name in ("gate", "up", "down"):
+        shapes[f"blk.0.ffn_{name}{'_exps' if experts else ''}"] = (*([2] * experts), 64, 64)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_embedding_length(64)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(1)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(64)
+    writer.add_context_length(128)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e4)
+    writer.add_expert_count(2)
+    writer.add_expert_used_count(1)
+    writer.add_expert_feed_forward_length(64)
+    writer.add_tokenizer_model("gpt2")
+    for name, shape in shapes.items():
+        stored = gguf.GGMLQuantizationType["F32" if len(shape) == 1 else kind]
+        blocks = gguf.quantize(np.zeros(shape, np.float32), stored)
+        writer.add_tensor(f"{name}.weight", blocks, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _pickles() -> Iterator[bytes]:

@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -94,9 +95,9 @@ def _asked(text: bytes) -> int:
 
 
 def _agrees_with_the_format(file: bytes, read: Header) -> None:
-    from safetensors import deserialize
-
-    theirs = {name: (info["dtype"], tuple(info["shape"])) for name, info in deserialize(file)}
+    safetensors: Any = import_module("safetensors")
+    entries = safetensors.deserialize(file)
+    theirs = {name: (info["dtype"], tuple(info["shape"])) for name, info in entries}
     ours = {name: (info.dtype, info.shape) for name, info in read.tensors.items()}
     assert theirs == ours, (theirs, ours)
     for info in read.tensors.values():
@@ -108,11 +109,12 @@ def index(data: bytes) -> None:
     at = data[0] % 64 if data else 0
     names = data[1 : 1 + at].decode("utf-8", "replace").split("\n")
     text = data[1 + at :]
-    for found in (
+    readers: tuple[Callable[[], Iterable[str]], ...] = (
         lambda: _selected(names),
         lambda: choose_sidecars(names),
         lambda: _shards(text, names),
-    ):
+    )
+    for found in readers:
         try:
             for path in found():
                 _stays_inside(path)
@@ -139,7 +141,7 @@ def _shards(text: bytes, names: list[str]) -> Iterable[str]:
 def _stays_inside(path: str) -> None:
     assert not posixpath.isabs(path), path
     assert "\0" not in path, path
-    assert posixpath.normpath(posixpath.join("/root", path)).startswith("/root/"), path
+    assert posixpath.normpath(posixpath.join("/folder", path)).startswith("/folder/"), path
 
 
 def config(data: bytes) -> None:
@@ -428,6 +430,36 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="fuzz-", dir=_SCRATCH))
 
 
+def gguf(data: bytes) -> None:
+    """A GGUF file: what is accepted lies behind its head, in the file, and no byte is read twice.
+
+    The first two bytes say how many zeros follow the rest, in units of 64.
+    """
+    from converter.source import gguf as source
+    from converter.source import gguf_child
+
+    file = data[2:] + bytes(64 * int.from_bytes(data[:2], "little"))
+    try:
+        answer = gguf_child.inspect(gguf_child.Cursor(file, len(file)))
+    except gguf_child.Refused as error:
+        _brief(str(error))
+        return
+    answer = json.loads(json.dumps(answer))  # as it comes from the child
+    head = source.Head(file="x.gguf", size=len(file), digest="", **answer)
+    try:
+        read = source.gguf_source(
+            [head], where="x", stated=None, read=lambda name, start, stop: file[start:stop]
+        )
+        decoded(read)
+    except PlanError as error:
+        refused(error)
+        return
+    end = head.end
+    for info in sorted(read.tensors.values(), key=lambda info: info.start):
+        assert end <= info.start <= info.stop <= len(file), info
+        end = info.stop
+
+
 TARGETS: Final[dict[str, Target]] = {
     "header": header,
     "index": index,
@@ -437,4 +469,5 @@ TARGETS: Final[dict[str, Target]] = {
     "watchlist": watchlist,
     "journal": journal,
     "pickle": pickle,
+    "gguf": gguf,
 }

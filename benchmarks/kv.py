@@ -170,13 +170,15 @@ def _speed(heads: int, kv_heads: int, dim: int, bits: float, key_bits: int, valu
         _timed([lambda make=make: kept.append(make())], 1)[0]  # type: ignore[misc]
         for make in (partial(filled, 0), partial(filled, _ASIDE), stock)
     ]
-    mine, beside, (other, state) = kept
+    mine, beside, (other, (packed_keys, packed_values)) = kept
     decode = _timed(
         [
             lambda: mx.fast.scaled_dot_product_attention(query, keys, values, scale=scale),
             lambda: mine.attend(query, scale=scale),
             lambda: beside.attend(query, scale=scale),
-            lambda: scaled_dot_product_attention(query, *state, other, scale, None),
+            lambda: scaled_dot_product_attention(
+                query, packed_keys, packed_values, other, scale, None
+            ),
         ],
         6,
     )

@@ -73,8 +73,9 @@ class Bench:
 
     def make(self, folder: Path, *words: str) -> int:
         """A release of random weights; the bytes of its weights."""
-        command = (sys.executable, "-m", "benchmarks.checkpoint", folder, *words)
-        return int(self.step(f"making {folder.name}", *command, measured=False).split()[-1])
+        made = (sys.executable, "-m", "benchmarks.checkpoint")
+        said = self.step(f"making {folder.name}", *made, folder, *words, measured=False)
+        return int(said.split()[-1])
 
     def convert(self, source: Path, out: Path, *words: str) -> None:
         """Convert without judging."""

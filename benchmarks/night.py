@@ -144,7 +144,7 @@ def _card(folder: Path) -> None:
 
 
 def _upload(api: Any, repo: str, folder: Path) -> None:
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     api.create_repo(repo)

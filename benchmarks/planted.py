@@ -190,7 +190,7 @@ def _positions(site: Site, rules: Sequence[Rule]) -> Iterator[Planted]:
     for rule in _from_the_middle([r for r in tables if "pos" in r.target] or tables):
         value = site.get(rule.target)
         rows = max(range(value.ndim - 1), key=lambda axis: value.shape[axis])
-        yield _one(site, "shifted positions", rule, mx.roll(value, 1, axis=rows))
+        yield _one(site, "shifted positions", rule, mx.roll(value, 1, rows))
 
 
 def _patches(site: Site, rules: Sequence[Rule]) -> Iterator[Planted]:

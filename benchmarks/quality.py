@@ -222,7 +222,9 @@ class Judge:
         )
 
     def _batches(self) -> Sequence[Any]:
-        found: Sequence[Any] = self._ids.split(4)
+        import torch
+
+        found: Sequence[Any] = torch.split(self._ids, 4)
         return found
 
     def _logs(self, folder: Path) -> Iterator[Any]:

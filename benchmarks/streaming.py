@@ -1,7 +1,8 @@
-"""What ``--stream`` takes of a disk: ``python -m benchmarks.streaming [GIGABYTES]``.
+"""What ``--stream`` takes of a disk and a hub: ``python -m benchmarks.streaming [GB [THREADS]]``.
 
 Makes a release, stages it on loopback, converts it from its folder and by ranges, and samples what
 lies in the streaming process's own folders (cache, work, output, temporary files) all the while.
+Requests for weights are counted: as many as the files have windows, and one for each header.
 """
 
 from __future__ import annotations
@@ -28,23 +29,26 @@ _PERIOD_S = 0.05
 
 def main() -> int:
     gigabytes = float(sys.argv[1]) if len(sys.argv) > 1 else 1.5
+    threads = int(sys.argv[2]) if len(sys.argv) > 2 else 2
     place = Path(tempfile.mkdtemp(prefix="streaming-", dir=os.environ.get("BENCH_DIR", ROOT)))
     try:
-        return _measure(place, gigabytes * 1e9)
+        return _measure(place, gigabytes * 1e9, threads)
     finally:
         shutil.rmtree(place)
 
 
-def _measure(place: Path, size: float) -> int:
+def _measure(place: Path, size: float, threads: int) -> int:
     from huggingface_hub import HfApi, constants
 
-    from converter.staging import running_hub
+    from converter.hub.stream import WINDOW
+    from converter.staging import Faults, running_hub
 
     constants.HF_HUB_DISABLE_XET = True
     shape = Shape.of_bytes(size)
     source = place / "release"
     total = make_release(source, shape.config(), list(shape.tensors()))
     convert = [sys.executable, "-m", "converter", "-q", "--no-validate", "--quiet"]
+    convert += ["--workers", str(threads)]
     local = place / "local"
     away = {"PYTHONPATH": str(ROOT)}
     log = place / "log"
@@ -52,7 +56,8 @@ def _measure(place: Path, size: float) -> int:
         [*convert, "--hf-path", source, "--mlx-path", local / "out"],
         log=log, timeout=900, environment=away,
     )  # fmt: skip
-    with running_hub(place / "hub") as url:
+    hub = Faults()  # none, but it counts
+    with running_hub(place / "hub", faults=hub) as url:
         api = HfApi(endpoint=url, token="hf_staging")
         api.create_repo(REPO)
         api.upload_folder(repo_id=REPO, folder_path=source)
@@ -71,7 +76,10 @@ def _measure(place: Path, size: float) -> int:
             )  # fmt: skip
     output = _used(own / "out")
     result = {
+        "threads": threads,
         "source_bytes": total,
+        "windows": sum(-(-f.stat().st_size // WINDOW) + 1 for f in source.glob("*.safetensors")),
+        "requests": sum(m == "GET" and p.endswith(".safetensors") for m, p in hub.requests),
         "output_bytes": output,
         "most_bytes_on_disk": sampled.most,
         "beside_the_output": sampled.most - output,

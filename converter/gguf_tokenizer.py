@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import tempfile
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from importlib import import_module
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from converter.errors import ConvertError, PlanError
+from converter import gguf_tokenizer_child
+from converter.errors import PlanError
 from converter.sidecars import TOKENIZER_FILES
 from converter.source import Source
+from converter.source.header import quote
+from converter.source.pickles import BASE_MEMORY, unread
+from validate.child import ChildError, ask
 
+TIMEOUT_SECONDS: Final = 120
+MAX_FILE_BYTES: Final = 256 << 20
 _MODELS: Final = ("gpt2", "llama")
 """Kinds of vocabulary (``tokenizer.ggml.model``) that transformers builds a tokenizer from."""
+_INSTEAD: Final = "put the release's tokenizer.json and tokenizer_config.json beside it"
 
 
 def with_tokenizer(source: Source, sidecars: Collection[str]) -> Source:
@@ -26,28 +34,42 @@ def with_tokenizer(source: Source, sidecars: Collection[str]) -> Source:
         raise PlanError(
             [
                 f"{source.weight_files[0]}: holds no tokenizer that can be read "
-                f"(tokenizer.ggml.model is {kind!r}); put the release's tokenizer.json and "
-                "tokenizer_config.json beside it"
+                f"(tokenizer.ggml.model is {kind!r}); {_INSTEAD}"
             ]
         )
     note = f"the tokenizer is made of the GGUF file's vocabulary by transformers {_version()}"
     return replace(source, notes=(*source.notes, note))
 
 
-def write_tokenizer(file: Path, out: Path) -> tuple[str, ...]:
-    """Write the tokenizer of a GGUF file into ``out``; the names of its files there."""
-    transformers: Any = import_module("transformers")
-    reading: Any = import_module("transformers.integrations.gguf")
-    try:
-        architecture, vocabulary, settings = reading.get_gguf_tokenizer(str(file))
-        backend, more = reading.convert_gguf_tokenizer(architecture, vocabulary)
-        made = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **settings, **more)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ConvertError(
-            f"{file.name}: its tokenizer cannot be built ({error}); put the release's "
-            "tokenizer.json and tokenizer_config.json beside it"
-        ) from error
-    return tuple(Path(path).name for path in made.save_pretrained(out) if Path(path).exists())
+def tokenizer_files(file: Path) -> Mapping[str, bytes]:
+    """The tokenizer of a GGUF file as files by name; PlanError where it cannot be built.
+
+    It takes some seconds, the next time none.
+    """
+    stat = file.stat()
+    return _built(file, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _built(file: Path, size: int, modified: int) -> Mapping[str, bytes]:
+    del size, modified  # they tell this file from one that was in its place
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
+        request = {"path": str(file.resolve()), "out": folder}
+        try:
+            found = ask(
+                gguf_tokenizer_child.__file__,
+                request,
+                memory=BASE_MEMORY,
+                seconds=TIMEOUT_SECONDS,
+                patience=TIMEOUT_SECONDS,
+                file_bytes=MAX_FILE_BYTES,
+            )
+        except ChildError as error:
+            found = {"problem": unread(error, TIMEOUT_SECONDS)}
+        if "problem" in found:
+            problem = quote(str(found["problem"]))
+            raise PlanError([f"{file.name}: its tokenizer cannot be built ({problem}); {_INSTEAD}"])
+        return {name: (Path(folder) / name).read_bytes() for name in found["files"]}
 
 
 def _version() -> str:

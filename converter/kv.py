@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from converter.atomic import write_atomic
 from converter.errors import ConvertError, PlanError, UsageError
 from converter.manifest import file_sha256, read_manifest, refresh
 from converter.plan.model import Plan
@@ -150,7 +151,7 @@ def study_output(
         **found.report,
     }
     body = json.dumps(report, indent=1) + "\n"
-    _write(out / REPORT, body)
+    write_atomic(out / REPORT, body)
     settings = {
         "scheme": scheme,
         "bits": report["chosen"]["bits"],
@@ -158,7 +159,7 @@ def study_output(
         **found.spec.to_json(),
         "report_sha256": hashlib.sha256(body.encode()).hexdigest(),
     }
-    _write(out / "config.json", json.dumps({**config, KEY: settings}, indent=4) + "\n")
+    write_atomic(out / "config.json", json.dumps({**config, KEY: settings}, indent=4) + "\n")
     refresh(out, {name: file_sha256(out / name) for name in ("config.json", REPORT)})
     return report
 
@@ -208,9 +209,3 @@ def _tokens(out: Path, text: Path | None) -> list[int]:
     inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     limit = inner.get("max_position_embeddings") or LONG
     return ids[: min(LONG, int(limit))]
-
-
-def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.partial")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)

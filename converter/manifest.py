@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from converter.atomic import write_atomic
 from converter.errors import ConvertError, PlanError, UsageError
 from converter.execute.folder import MANIFEST
 from converter.plan.model import Plan
@@ -89,8 +90,7 @@ def write_manifest(
             for name, digest in sorted(known.items())
         },
     }
-    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    _write(folder, data)
     return Manifest(data)
 
 
@@ -101,9 +101,7 @@ def note_comparison(folder: Path, text: str | None) -> None:
         data["reference"] = text
     elif data == read_manifest(folder).data:
         return
-    draft = folder / f".{MANIFEST}.partial"
-    draft.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(folder / MANIFEST)
+    _write(folder, data)
 
 
 def refresh(folder: Path, digests: Mapping[str, str]) -> None:
@@ -114,9 +112,11 @@ def refresh(folder: Path, digests: Mapping[str, str]) -> None:
         for name, digest in digests.items()
     }
     data["files"] = dict(sorted({**data["files"], **renewed}.items()))
-    draft = folder / f".{MANIFEST}.partial"
-    draft.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(folder / MANIFEST)
+    _write(folder, data)
+
+
+def _write(folder: Path, data: Mapping[str, Any]) -> None:
+    write_atomic(folder / MANIFEST, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def is_rotated(out: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from arch_maps.facts import Facts
 from arch_maps.registry import ArchMap, ConfigMap
+from converter.config_errors import MAP_FILES
 from converter.decode import decoded
 from converter.errors import PlanError, UsageError
 from converter.execute.folder import MANIFEST
@@ -88,7 +89,7 @@ def map_of_output(
 
 def load_map(path: Path, config: Mapping[str, Any]) -> ArchMap:
     """Execute ``path`` and take its MAP; PlanError when it has none or one of another type."""
-    spec = importlib.util.spec_from_file_location(f"map_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{MAP_FILES}.{path.stem}", path)
     assert spec is not None, path
     assert spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)

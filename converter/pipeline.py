@@ -57,8 +57,8 @@ from converter.refusals import (
 )
 from converter.release import Release, fetch, open_release
 from converter.runtime_map import check_reload
-from converter.sidecars import copy_sidecars, write_json
-from converter.source import Source
+from converter.sidecars import copy_sidecars, made_files, write_json
+from converter.source import Reader, Source
 from converter.ui import Console, size_text
 
 
@@ -288,10 +288,12 @@ def convert(
     ]
     if todo:
         _require_space(todo)
-    for group in (targets, drafters):  # each is one pass over its own tensors
-        members = [(plan, out) for plan, out in todo if out in group]
-        if members:
-            _execute_all(request, console, planned, release, source, members)
+        made_files(release.local(), release.sidecars)  # fails now, not once the weights are written
+        with release.source.open() as reader:  # which knows in the second pass what is vouched for
+            for group in (targets, drafters):  # each is one pass over its own tensors
+                members = [(plan, out) for plan, out in todo if out in group]
+                if members:
+                    _execute_all(request, console, planned, release, source, reader, members)
     if request.part is not None:
         return []
     beside = [*([None] * len(targets)), *(targets if drafters else [])]
@@ -345,6 +347,7 @@ def _execute_all(
     planned: Planned,
     release: Release,
     source: Source,
+    reader: Reader,
     todo: Sequence[tuple[Plan, Path]],
 ) -> None:
     from contextlib import ExitStack
@@ -378,7 +381,6 @@ def _execute_all(
             forget(work, {shard.file for shard in left})
             name = "" if part is None else part.name
             jobs.append(Job(plan, work, calibrated, shards=left, part=name))
-        reader = stack.enter_context(release.source.open())
         rows: RowReader = reader
         if planned.view.coded:
             rows = DecodingReader(reader, planned.view)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from arch_maps.registry import ArchMap
+from converter.blockwise import blockwise
 from converter.diagnose import diagnose
 from converter.diagnose.codes import codes_check
 from converter.errors import ConvertError, GateError
@@ -18,7 +19,6 @@ from converter.manifest import note_comparison, read_manifest
 from converter.page import draw_page
 from converter.plain import plain_release
 from converter.plan import Plan
-from converter.streaming import streaming_for
 from converter.ui import Console
 from converter.written import as_released, written_weights
 from validate.checks import NOT_COMPARED, REFERENCE, Check, Report
@@ -63,7 +63,7 @@ def prove(
         seen += codes_check(out, source, arch=arch)
         alone = bool(lacks_class(source, trust_remote_code=trust_remote_code))
         streaming = stack.enter_context(
-            streaming_for(out, source, plan=plan, arch=arch, limit=memory_limit, alone=alone)
+            blockwise(out, source, plan=plan, arch=arch, limit=memory_limit, alone=alone)
         )
         dequantized = (
             None

@@ -15,6 +15,7 @@ from converter.errors import HubError, PlanError
 from converter.gguf_tokenizer import with_tokenizer
 from converter.sidecars import BESIDE_GGUF, choose_sidecars, list_sidecars
 from converter.source import (
+    Selection,
     Source,
     build_source,
     fetch_header,
@@ -24,7 +25,7 @@ from converter.source import (
     parse_index,
     select_weights,
 )
-from converter.source.gguf_files import FLAG, SUFFIX, choose_gguf
+from converter.source.gguf_files import FLAG, SUFFIX
 from converter.source.model import QUANT_CONFIG, with_quant_config
 from converter.source.strict_json import MAX_JSON_BYTES, parse_object
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CARD = "README.md"
+_NO_CONFIG = "has no config.json; it is not a transformers release"
 _GGUF_REPO = re.compile(r"[-_.]gguf$", re.IGNORECASE)
 
 
@@ -180,13 +182,14 @@ def _open_hub(
     snapshot = resolve_revision(repo_id, revision=revision)
     names = [file.path for file in snapshot.files]
     top = [name for name in names if "/" not in name]
-    if gguf is not None or ("config.json" not in names and any(n.endswith(SUFFIX) for n in top)):
-        return _open_hub_gguf(snapshot, names, cache=cache, gguf=gguf)
-    if "config.json" not in names:
-        raise PlanError([f"{repo_id}: has no config.json; it is not a transformers release"])
-    selection = select_weights(top, repo_id)
+    stated = "config.json" in names
+    if not stated and gguf is None and not any(name.endswith(SUFFIX) for name in top):
+        raise PlanError([f"{repo_id}: {_NO_CONFIG}"])
+    selection = select_weights(top, repo_id, gguf=gguf)
     if selection.kind == "gguf":
-        return _open_hub_gguf(snapshot, names, cache=cache, gguf=gguf)
+        return _open_hub_gguf(snapshot, selection, stated=stated, cache=cache)
+    if not stated:
+        raise PlanError([f"{repo_id}: {_NO_CONFIG}; name its GGUF file with {FLAG} to convert it"])
     sidecars = choose_sidecars(names)
     name = repo_id.rpartition("/")[2]
     if selection.kind == "pickle":  # their tensors are known only once the file is here
@@ -197,21 +200,15 @@ def _open_hub(
         return Release(name=name, source=source, sidecars=sidecars, root=root, snapshot=snapshot)
     beside = [QUANT_CONFIG] if QUANT_CONFIG in top else []
     small = ["config.json", *beside] + ([selection.index] if selection.index else [])
-    if huge := [n for n in small if snapshot.by_path[n].size > MAX_JSON_BYTES]:
-        raise PlanError(
-            f"{name}: has {snapshot.by_path[name].size} bytes, too large for what it is"
-            for name in huge
-        )
-    folder = download(snapshot, small, cache_dir=cache)
-    config = parse_object((folder / "config.json").read_bytes(), "config.json")
+    texts = _small_files(snapshot, small, cache=cache)
+    config = parse_object(texts["config.json"], "config.json")
     if beside:
-        found = parse_object((folder / QUANT_CONFIG).read_bytes(), QUANT_CONFIG)
-        config = with_quant_config(config, found)
+        config = with_quant_config(config, parse_object(texts[QUANT_CONFIG], QUANT_CONFIG))
     index = None
     files: tuple[str, ...] = selection.files
     problems: list[str] = []
     if selection.index:
-        index = parse_index((folder / selection.index).read_bytes(), selection.index)
+        index = parse_index(texts[selection.index], selection.index)
         files = tuple(shard for shard in index.shards if shard in snapshot.by_path)
     headers = {}
     for file in files:
@@ -235,26 +232,39 @@ def _open_hub(
     )
 
 
+def _small_files(
+    snapshot: HubSnapshot, names: Sequence[str], *, cache: Path | None
+) -> dict[str, bytes]:
+    """Files of JSON by name; PlanError for those that are too large to be read as that."""
+    from converter.hub import download
+
+    sizes = {name: snapshot.by_path[name].size for name in names}
+    if huge := [name for name, size in sizes.items() if size > MAX_JSON_BYTES]:
+        raise PlanError(f"{n}: has {sizes[n]} bytes, too large for what it is" for n in huge)
+    folder = download(snapshot, names, cache_dir=cache)
+    return {name: (folder / name).read_bytes() for name in names}
+
+
 def _open_hub_gguf(
-    snapshot: HubSnapshot, names: Sequence[str], *, cache: Path | None, gguf: str | None
+    snapshot: HubSnapshot, selection: Selection, *, stated: bool, cache: Path | None
 ) -> Release:
     """A GGUF file of a repo, from the heads of its parts."""
-    from converter.hub import download, fetch_range
+    from converter.hub import fetch_range
     from converter.source.gguf import fetch_head, gguf_source
 
     repo_id = snapshot.repo_id
-    files = choose_gguf([name for name in names if "/" not in name], gguf, repo_id)
-    stated = None
-    if "config.json" in snapshot.by_path:
-        folder = download(snapshot, ["config.json"], cache_dir=cache)
-        stated = parse_object((folder / "config.json").read_bytes(), "config.json")
+    config = None
+    if stated:
+        texts = _small_files(snapshot, ["config.json"], cache=cache)
+        config = parse_object(texts["config.json"], "config.json")
     heads = [
         fetch_head(partial(fetch_range, snapshot, file), snapshot.by_path[file].size, file)
-        for file in files
+        for file in selection.files
     ]
-    sidecars = choose_sidecars(name for name in names if name in BESIDE_GGUF)
+    sidecars = choose_sidecars(name for name in snapshot.by_path if name in BESIDE_GGUF)
     read = partial(fetch_range, snapshot)
-    source = gguf_source(heads, where=repo_id, stated=stated, read=read)
+    notes = selection.notes
+    source = gguf_source(heads, where=repo_id, stated=config, read=read, notes=notes)
     return Release(
         name=_GGUF_REPO.sub("", repo_id.rpartition("/")[2]),
         source=with_tokenizer(source, sidecars),

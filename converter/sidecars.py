@@ -103,11 +103,22 @@ def copy_sidecars(root: Path, names: Iterable[str], out: Path) -> tuple[str, ...
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, target)
-    if folder == root or any(name in TOKENIZER_FILES for name in names):
-        return names
-    from converter.gguf_tokenizer import write_tokenizer
+    made = made_files(root, names)
+    for name, data in made.items():
+        (out / name).write_bytes(data)
+    return (*names, *made)
 
-    return (*names, *write_tokenizer(root, out))
+
+def made_files(root: Path, names: Iterable[str]) -> Mapping[str, bytes]:
+    """The tokenizer's files by name, of a GGUF file that has none beside it; else nothing.
+
+    Raises PlanError where the file holds none that can be built.
+    """
+    if folder_of(root) == root or any(name in TOKENIZER_FILES for name in names):
+        return {}
+    from converter.gguf_tokenizer import tokenizer_files
+
+    return tokenizer_files(root)
 
 
 def _walk(root: Path, below: PurePosixPath) -> Iterable[str]:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import click
 
+from converter.batch.run import TERMINATED
 from converter.cli import app
+from converter.cli.errors import INTERRUPTED
 
 PAGE = Path(__file__).parents[1] / "docs" / "command-line.md"
-INTRODUCTION = """\
+INTRODUCTION = f"""\
 # Commands
 
 Made from the commands by `python tests/command_reference.py`. `convert` without a subcommand
@@ -19,8 +21,9 @@ converts. SRC is a hub id, a folder or a GGUF file; OUT a folder that `convert` 
 `validate` and `accept` any MLX checkpoint.
 
 Exit status: 0 done, 2 usage, 3 unsupported or faulty source, 4 gate not met (nothing published),
-5 hub or network, 1 anything else. `batch run` returns the gravest of its jobs
-([nightly.md](nightly.md)).
+5 hub or network, {INTERRUPTED} interrupted (Ctrl-C), {TERMINATED} stopped by SIGTERM, 1 anything
+else. What was interrupted or stopped goes on where it was when the same command is run again.
+`batch run` returns the gravest of its jobs ([nightly.md](nightly.md)).
 """
 
 

@@ -13,13 +13,15 @@ from release_helpers import (
     llama_tensors,
     make,
     same_bits,
+    status,
     stored,
     write_release,
 )
 
+from converter.atomic import write_atomic
 from converter.errors import ConvertError, UsageError
 from converter.execute import run, units
-from converter.execute.folder import os_error_text
+from converter.execute.folder import explain, os_error_text
 from converter.pipeline import Request, plan_request
 from converter.plan import Options
 from quant.recipe import QuantSpec
@@ -203,6 +205,41 @@ def test_error_texts():
     assert text(errno.ENOSPC).startswith("OUT: the disk is full. Nothing unfinished looks finished")
     assert text(errno.EROFS) == "OUT: no permission to write here; choose another --mlx-path."
     assert text(errno.EIO) == "OUT: Input/output error"
+    with (
+        pytest.raises(ConvertError, match=r"^OUT: no permission .* choose another --html\.$"),
+        explain(Path("OUT"), "--html"),
+    ):
+        raise PermissionError(errno.EACCES, "denied")
+
+
+def test_small_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("before")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("converter.atomic.os.fsync", full)
+        with pytest.raises(OSError, match=r"report\.html'$"):
+            write_atomic(path, "after")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("report.html", "before")]
+    write_atomic(path, "größer")
+    assert path.read_bytes() == "größer".encode()
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_a_page_that_cannot_be_written_names_its_own_flag(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("converter.reporting.gather", lambda places: {"runs": []})
+    monkeypatch.setattr("validate.runs.runs_html", lambda runs: "")
+    monkeypatch.setattr("converter.comparing.compare", lambda *given: {})
+    monkeypatch.setattr("validate.compare_report.comparison_html", lambda report: "")
+    html = tmp_path / "file" / "page.html"
+    assert status(command, tmp_path, "--html", html, "--json") == 1
+    assert capsys.readouterr().err == (
+        f"{html}: a part of this path is a file, not a folder; choose another --html.\n"
+    )
 
 
 def test_failed_flush_is_never_followed_by_a_record(release, tmp_path, monkeypatch):

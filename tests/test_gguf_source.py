@@ -14,6 +14,7 @@ from converter.errors import PlanError
 from converter.plan.match import find_map, match_release
 from converter.release import open_release
 from converter.source import open_folder
+from converter.source.gguf import read_head
 
 U32, I32, F32, BOOL, STRING, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10
 SETTINGS = {
@@ -147,6 +148,10 @@ SPOILT = {
     "odd.list claims 4611686018427387904 values": lambda f: f.entries.append(
         text("odd.list") + struct.pack("<IIQ", ARRAY, U32, 2**62)
     ),
+    "the name of a tensor at byte 410 has 2000 bytes": lambda f: f.tensors[0].__setitem__(
+        0, "x" * 2000
+    ),
+    "a key at byte 32 has 2000 bytes": lambda f: f.entries.insert(0, entry("x" * 2000, U32, 1)),
     "odd.text at byte": lambda f: f.entries.append(
         text("odd.text") + struct.pack("<IQ", STRING, 2**63)
     ),
@@ -195,6 +200,21 @@ def test_a_head_that_lies_is_an_error_that_names_the_file(message, tmp_path):
 def test_a_file_cut_anywhere_in_its_head_is_truncated(cut, tmp_path):
     [problem] = problems(File().write(tmp_path / "m.gguf", cut=cut))
     assert problem.startswith("m.gguf: truncated: ")
+
+
+def test_what_a_head_says_is_bounded(tmp_path):
+    """Templates and vocabularies stay in the file; all counts are still held against it."""
+    long = {"tokenizer.chat_template": (STRING, "x" * 100_000), "a.short": (STRING, "x" * 4096)}
+    long["tokenizer.ggml.tokens"] = (ARRAY, (STRING, ["x" * 100] * 2000))
+    long["a.sizes"] = (ARRAY, (U32, list(range(5000))))
+    path = File({**SETTINGS, **long}).write(tmp_path / "m.gguf")
+    metadata = read_head(path, "m.gguf").metadata
+    assert {key: metadata[key] for key in long if key != "a.short"} == {
+        "tokenizer.chat_template": {"count": 100_000},
+        "tokenizer.ggml.tokens": {"count": 2000},
+        "a.sizes": {"count": 5000},
+    }
+    assert len(metadata["a.short"]) == 4096
 
 
 def test_names_that_mean_something_to_format_are_only_names(tmp_path):
@@ -363,34 +383,63 @@ def test_without_a_tokenizer_the_error_says_which_files(tmp_path):
     assert open_release(str(tmp_path)).sidecars == ("tokenizer.json",)
 
 
-def test_on_the_hub_only_the_head_is_fetched_to_plan(tmp_path, monkeypatch):
+@pytest.fixture
+def staged(tmp_path, monkeypatch):
+    """Stages m-Q4_0.gguf and files of other names and sizes; the ranges that are fetched of it."""
     from converter import hub
-    from converter.release import fetch
     from converter.source import gguf
 
     path = File().write(tmp_path / "m-Q4_0.gguf")
-    files = {path.name: SimpleNamespace(path=path.name, size=path.stat().st_size)}
-    snapshot = SimpleNamespace(
-        repo_id="someone/m-GGUF",
-        commit="0" * 40,
-        gated=False,
-        files=tuple(files.values()),
-        by_path=files,
-    )
     ranges = []
 
     def fetch_range(where, name, start, stop):
         ranges.append((start, stop))
         return path.read_bytes()[start:stop]
 
+    def stage(**sizes):
+        sizes = {path.name: path.stat().st_size, **sizes}
+        files = {name: SimpleNamespace(path=name, size=size) for name, size in sizes.items()}
+        snapshot = SimpleNamespace(
+            repo_id="someone/m-GGUF",
+            commit="0" * 40,
+            gated=False,
+            files=tuple(files.values()),
+            by_path=files,
+        )
+        monkeypatch.setattr(hub, "resolve_revision", lambda repo, revision=None: snapshot)
+        return ranges
+
     monkeypatch.setattr(gguf, "_FIRST_READ", 100)
-    monkeypatch.setattr(hub, "resolve_revision", lambda repo, revision=None: snapshot)
     monkeypatch.setattr(hub, "fetch_range", fetch_range)
     monkeypatch.setattr(hub, "download", lambda snapshot, wanted, **given: tmp_path)
+    return stage
+
+
+def test_on_the_hub_only_the_head_is_fetched_to_plan(tmp_path, staged):
+    from converter.release import fetch
+
+    ranges = staged()
     release = open_release("someone/m-GGUF")
     assert ranges == [(0, 100), (100, 400), (400, 1600)]
     assert (release.name, release.root) == ("m", None)
     local = fetch(release)
-    assert local.root == path
-    assert local.source.tensors == open_folder(path).tensors
+    assert local.root == tmp_path / "m-Q4_0.gguf"
+    assert local.source.tensors == open_folder(local.root).tensors
     assert {**local.origin} == {"repo": "someone/m-GGUF", "commit": "0" * 40}
+
+
+def test_on_the_hub_weights_are_chosen_as_in_a_folder(tmp_path, staged):
+    staged(**{"optimizer.bin": 9})
+    [note] = [n for n in open_release("someone/m-GGUF").source.notes if "optimizer" in n]
+    assert note == "optimizer.bin is ignored: training state"
+    staged(**{"model.safetensors": 9})
+    with pytest.raises(PlanError, match=r"has no config.json; .* name its GGUF file with --gguf-f"):
+        open_release("someone/m-GGUF")
+    release = open_release("someone/m-GGUF", gguf="m-Q4_0.gguf")
+    assert release.source.weight_files == ("m-Q4_0.gguf",)
+
+
+def test_on_the_hub_a_config_beside_the_file_is_bounded(staged):
+    staged(**{"config.json": 1 << 30})
+    with pytest.raises(PlanError, match=r"config.json: has 1073741824 bytes, too large for what"):
+        open_release("someone/m-GGUF")

@@ -14,6 +14,8 @@ from arch_maps.rules import Kind, Mount, Tensors
 from benchmarks import fuzz, fuzz_targets
 from converter.batch.watchlist import read_watchlist
 from converter.cli.errors import run
+from converter.config_errors import config_errors
+from converter.decode import patterns
 from converter.decode.patterns import pattern_problem
 from converter.errors import MAX_PROBLEM, ConvertError, PlanError, UsageError
 from converter.execute.journal import Journal
@@ -86,6 +88,37 @@ def test_a_value_of_another_kind_names_the_place_that_could_not_use_it(tmp_path,
     assert "arch_maps/models/mimo.py, line" in said
 
 
+@pytest.mark.parametrize(
+    ("module", "file", "shown"),
+    [
+        ("arch_maps.models.mimo", "arch_maps/models/mimo.py", "arch_maps/models/mimo.py"),
+        ("map_files.mine", "mine.py", "mine.py"),
+        ("elsewhere", "elsewhere/sizes.py", "numbers.py"),
+    ],
+)
+def test_the_place_is_this_programs_wherever_it_is_installed(module, file, shown):
+    """Not that of a library it calls, which lies in the same folder."""
+    installed = "/opt/python/site-packages"
+    library = {"__name__": "numbers"}
+    code = "def half(value):\n    return value / 2\n"
+    exec(compile(code, f"{installed}/numbers.py", "exec"), library)
+    own = {"__name__": module, "half": library["half"]}
+    exec(compile("\ndef size():\n    return half([])\n", f"{installed}/{file}", "exec"), own)
+    with pytest.raises(PlanError, match=rf"\({shown}, line [23]\)"), config_errors("the map"):
+        own["size"]()
+
+
+def test_of_a_map_file_the_place_is_in_the_file(tmp_path, capsys):
+    source = write_release(tmp_path / "in", LLAMA, llama_tensors(LLAMA))
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\nfrom arch_maps.registry import find\n\n"
+        "def config(given, facts):\n    return given['vocab_size'].items()\n\n"
+        "MAP = replace(find('llama'), config=config)\n"
+    )
+    assert status("plan", "--hf-path", source, "--map-file", tmp_path / "mine.py") == 3
+    assert "(mine.py, line 5)" in capsys.readouterr().err
+
+
 def test_tagged_floats_are_only_those_that_transformers_writes():
     from arch_maps.config import start
 
@@ -116,10 +149,29 @@ def test_expressions_that_could_take_forever_are_not_run(text):
 
 @pytest.mark.parametrize(
     "text",
-    [".*lm_head", r"model\.layers\.\d+\.mlp\.(gate|up)_proj", "^(?!.*down_proj).*", "(a|bc)?d"],
+    [
+        ".*lm_head",
+        r"model\.layers\.\d+\.mlp\.(gate|up)_proj",
+        "^(?!.*down_proj).*",
+        "(a|bc)?d",
+        r".*layers\.\d+\..*(w[1-3]|gate_proj|up_proj|down_proj)$",
+        r".*layers\.\d+\.mlp\.experts\.\d+\..*",
+    ],
 )
 def test_expressions_that_releases_have_are_run(text):
     assert pattern_problem(text) is None
+
+
+def test_repetitions_one_after_another_are_bounded_in_time(monkeypatch):
+    """As many names as a release may have, each as long as it may be: a minute, not an hour."""
+    slow = patterns.Expression(".*a.*a.*ab")
+    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.2)
+    started = time.perf_counter()
+    with pytest.raises(PlanError, match=r"^\.\*a\.\*a\.\*ab: takes too long to match"):
+        any(slow.match("a" * 180 + str(number)) for number in range(10_000))
+    assert time.perf_counter() - started < 10
+    with pytest.raises(PlanError, match="is too long a name to match"):
+        slow.match("a" * 257)
 
 
 def test_a_hundred_thousand_tensors(tmp_path):

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from benchmarks.checkpoint import Shape, make_release
+from converter.blockwise import blockwise
 from converter.errors import ConvertError, UsageError
 from converter.memory import _vm_stat, available_memory, group_room, size_of
 from converter.pipeline import Request, convert
 from converter.plan import Options
 from converter.proof import prove
 from converter.source import open_folder
-from converter.streaming import streaming_for
 from converter.ui import Console
 from converter.written import PlannedReader, unwritten_weights, written_weights
 from quant.recipe import QuantSpec
@@ -231,11 +231,11 @@ def test_rounding_goes_to_parameters_alone(twin_of):
 def test_what_fits_is_not_streamed(small):
     source, out, done = small
     needed = whole_run_bytes({k: i.shape for k, i in open_folder(source).tensors.items()})
-    with streaming_for(out, source, plan=done.plan, limit=needed) as streaming:
+    with blockwise(out, source, plan=done.plan, limit=needed) as streaming:
         assert streaming is None
-    with streaming_for(out, source, plan=done.plan) as streaming:
+    with blockwise(out, source, plan=done.plan) as streaming:
         assert streaming is None
-    with streaming_for(out, source, plan=done.plan, limit=needed - 1) as streaming:
+    with blockwise(out, source, plan=done.plan, limit=needed - 1) as streaming:
         assert streaming is not None
         assert streaming.exact is not None
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from converter.adapter.model import Factor, Update
 from converter.adapter.read import Adapter
-from converter.decode.patterns import pattern_problem
+from converter.decode.patterns import expression
 from converter.source import TensorInfo
 
 _PREFIX: Final = "base_model.model."
@@ -127,11 +127,11 @@ def _setting(path: str, patterns: Any, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
         text = rf"(.*\.)?({pattern})$"
         try:
-            if problem := pattern_problem(text):
-                return f"of pattern {pattern!r}, which {problem},"
-            matched = re.match(text, path)
+            matched = expression(text).match(path)
         except re.error:
             return f"of pattern {pattern!r}"
+        except ValueError as problem:
+            return f"of pattern {pattern!r}, which {problem},"
         if matched:
             return value
     return default

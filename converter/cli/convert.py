@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from converter.cli.tools import write_text
 from converter.errors import GateError, UsageError
 from converter.execute.parts import Part
 from converter.kv import KvAsked
@@ -151,7 +152,7 @@ def compare_command(outputs: tuple[Path, ...], given: dict[str, Any]) -> None:
         print_comparison(report)
     if given["html"] is not None:
         try:
-            given["html"].write_text(comparison_html(report), encoding="utf-8")
+            write_text(given["html"], comparison_html(report), flag="--html")
         except OSError as error:
             raise UsageError(f"--html {given['html']}: {error.strerror}") from error
     if given["record"]:

@@ -8,11 +8,19 @@ from typing import Any, Final
 
 import click
 
+from converter.atomic import write_atomic
 from converter.errors import PlanError, UsageError
+from converter.execute.folder import explain
 from converter.ui import Console, size_text
 
 _PIPED_WIDTH: Final = 200
 """Columns of what no terminal shows."""
+
+
+def write_text(path: Path, text: str, *, flag: str) -> None:
+    """Write a file at the place that ``flag`` names, whole or not at all; raises ConvertError."""
+    with explain(path, flag):
+        write_atomic(path, text)
 
 
 def twin_command(source: str, out: Path, *, dtype: str, seed: int, max_shard_size: str) -> None:
@@ -161,7 +169,7 @@ def maps_draft_command(source: str, revision: str | None, out: Path | None) -> N
     else:
         if out.exists():
             raise UsageError(f"--out {out}: exists already")
-        out.write_text(drafted.text, encoding="utf-8")
+        write_text(out, drafted.text, flag="--out")
         click.echo(str(out))
     for drop in drafted.dropped:
         click.echo(f"dropped {drop.name}: {drop.reason}", err=True)
@@ -169,14 +177,12 @@ def maps_draft_command(source: str, revision: str | None, out: Path | None) -> N
 
 def report_command(places: tuple[Path, ...], *, html: Path, as_json: bool) -> None:
     """convert report: runs side by side, from the reports that they left."""
-    from converter.execute.folder import explain
     from converter.reporting import gather
     from validate.checks import finite
     from validate.runs import print_runs, runs_html
 
     found = gather(places)
-    with explain(html.parent):
-        html.write_text(runs_html(found["runs"]), encoding="utf-8")
+    write_text(html, runs_html(found["runs"]), flag="--html")
     if as_json:
         click.echo(json.dumps(finite(found), indent=1, ensure_ascii=False))
     else:

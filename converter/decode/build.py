@@ -10,7 +10,7 @@ from typing import Any
 from arch_maps.ops import Shape
 from arch_maps.rules import Drop
 from converter.decode.model import Coded
-from converter.decode.patterns import pattern_problem
+from converter.decode.patterns import Expression
 from converter.source import Stored, TensorInfo
 from converter.source.header import quote
 
@@ -139,16 +139,15 @@ def name_matcher(entries: Any, build: Builder, *, where: str) -> Callable[[str],
     return matches
 
 
-def compiled(text: str, build: Builder, *, where: str) -> re.Pattern[str] | None:
+def compiled(text: str, build: Builder, *, where: str) -> Expression | None:
     """A regular expression of the config; None, and a problem, where it cannot be trusted."""
     try:
-        if problem := pattern_problem(text):
-            build.problem(f"config.json: {where}: {quote(text)} {problem}; it is not run")
-            return None
-        return re.compile(text)
+        return Expression(text)
     except re.error as error:
         build.problem(f"config.json: {where}: {quote(text)} is no regular expression: {error}")
-        return None
+    except ValueError as problem:
+        build.problem(f"config.json: {where}: {quote(text)} {problem}; it is not run")
+    return None
 
 
 def groups_for(group: int, columns: int) -> int | None:

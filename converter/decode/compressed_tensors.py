@@ -7,7 +7,6 @@ by ``weight_global_scale``; MXFP4 and MXFP8 have E8M0 bytes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,6 +17,7 @@ from converter.decode.build import Builder, compiled, groups_for, integer, name_
 from converter.decode.fp4 import add_mxfp4, add_nvfp4
 from converter.decode.fp8 import ACTIVATIONS, FLOATS, KV_SCALES, add_fp8
 from converter.decode.model import BlockCodec, Coded, Native, RawReader
+from converter.decode.patterns import Expression
 from quant.decode import tables, unpack
 from quant.decode.block import Block
 from quant.packing import unpack_rows
@@ -116,7 +116,7 @@ def read(settings: Mapping[str, Any], build: Builder) -> None:
     build.drop_ending({**ACTIVATIONS, **KV_SCALES, **gone})
 
 
-_Names = list[str | re.Pattern[str]]
+_Names = list[str | Expression]
 
 
 def _targets(group: Mapping[str, Any], build: Builder) -> _Names:
@@ -136,8 +136,8 @@ def _targets(group: Mapping[str, Any], build: Builder) -> _Names:
 
 def _matches(names: _Names, module: str) -> bool:
     return any(
-        name.match(module) is not None
-        if isinstance(name, re.Pattern)
+        name.match(module)
+        if isinstance(name, Expression)
         else name == "Linear" or name == module or module.endswith(f".{name}")
         for name in names
     )

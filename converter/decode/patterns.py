@@ -1,20 +1,60 @@
 """Regular expressions that a config brings, run only where they cannot take forever.
 
 Python's matcher backtracks. An expression that repeats something which itself repeats or branches
-takes time that doubles with every character; several unbounded repetitions in a row take a power of
-the length. Both are told from the parsed expression, not from its text.
+takes time that doubles with every character: it is not run. Several repetitions in a row take a
+power of the length. Releases have up to three (``re:.*layers\\.\\d+\\..*_proj$``), so a few are
+allowed, and their time is bounded as a whole. Both are told from the parsed expression.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, Final
+
+from converter.errors import PlanError
+from converter.source.header import quote
 
 MAX_LENGTH: Final = 500
 MAX_REPEATS: Final = 4
-"""Unbounded repetitions one after another: names of modules are short."""
+MAX_NAME: Final = 256
+"""Characters of a name: four repetitions then take some seconds at the very worst."""
+MAX_SECONDS: Final = 20.0
+"""What slow matches of an expression may take together; sound ones take microseconds each."""
+_SLOW: Final = 1e-3
 _REPEATS: Final = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
+
+
+class Expression:
+    """An expression that is run within bounds."""
+
+    def __init__(self, text: str) -> None:
+        """Raises ValueError saying why it is not run, re.error where it is none."""
+        if problem := pattern_problem(text):
+            raise ValueError(problem)
+        self._pattern = re.compile(text)
+        self._spent = 0.0
+
+    def match(self, name: str) -> bool:
+        """Whether ``name`` begins with it; PlanError where finding out takes too long."""
+        if len(name) > MAX_NAME:
+            raise PlanError([f"{quote(name)}: is too long a name to match with an expression"])
+        started = time.perf_counter()
+        found = self._pattern.match(name) is not None
+        took = time.perf_counter() - started
+        if took > _SLOW:
+            self._spent += took
+        if self._spent > MAX_SECONDS:
+            raise PlanError([f"{quote(self._pattern.pattern)}: takes too long to match names with"])
+        return found
+
+
+@lru_cache(256)
+def expression(text: str) -> Expression:
+    """The expression ``text``; raises as ``Expression`` does."""
+    return Expression(text)
 
 
 def pattern_problem(text: str) -> str | None:

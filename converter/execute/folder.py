@@ -159,16 +159,16 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def explain(path: Path) -> Iterator[None]:
-    """Turn an operating system error into one readable paragraph."""
+def explain(path: Path, flag: str = "--mlx-path") -> Iterator[None]:
+    """Turn an operating system error into one readable paragraph; ``flag`` chooses the place."""
     try:
         yield
     except OSError as error:
-        raise ConvertError(os_error_text(error, path)) from error
+        raise ConvertError(os_error_text(error, path, flag)) from error
 
 
-def os_error_text(error: OSError, path: Path) -> str:
-    """What went wrong with a file of the output, and what to do."""
+def os_error_text(error: OSError, path: Path, flag: str = "--mlx-path") -> str:
+    """What went wrong with a file that is written, and what to do."""
     where = error.filename or path
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
@@ -176,12 +176,12 @@ def os_error_text(error: OSError, path: Path) -> str:
             "run the same command again; it goes on where it stopped."
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{where}: no permission to write here; choose another --mlx-path."
+        return f"{where}: no permission to write here; choose another {flag}."
     if error.errno == errno.EFBIG:
         return (
             f"{where}: files as large as this output's are not allowed here, by the file system "
-            "or by a limit (ulimit -f); choose another --mlx-path."
+            f"or by a limit (ulimit -f); choose another {flag}."
         )
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return f"{where}: a part of this path is a file, not a folder; choose another --mlx-path."
+        return f"{where}: a part of this path is a file, not a folder; choose another {flag}."
     return f"{where}: {error.strerror or error}"

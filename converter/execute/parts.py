@@ -8,13 +8,13 @@ recorded as done, makes the rest itself, and removes the records.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from converter.atomic import write_atomic
 from converter.errors import UsageError
 from converter.execute.folder import sync_folder
 from converter.execute.journal import NAME as JOURNAL
@@ -70,12 +70,7 @@ def record(
     """Write down that these files are whole and on disk, by sha256."""
     data = {"plan": plan.hash, "source": stamp, "files": digests}
     path = work / f"{_RECORD}.{part.name}.json"
-    draft = path.with_suffix(".partial")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(data) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    write_atomic(path, json.dumps(data) + "\n")
     sync_folder(work)
 
 
@@ -117,5 +112,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 def forget_parts(work: Path) -> None:
     """Remove records and journals of parts from a folder that has become whole."""
-    for path in (*work.glob(f"{_RECORD}.*"), *work.glob(f"{JOURNAL}.*")):
+    for path in (*work.glob(f"*{_RECORD}.*"), *work.glob(f"{JOURNAL}.*")):
         path.unlink()

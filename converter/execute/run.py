@@ -7,7 +7,7 @@ import errno
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -43,8 +43,11 @@ class CheckedReader(RowReader, Protocol):
     verified: set[str]
     """Files that are complete and what they should be."""
 
-    def noting(self) -> AbstractContextManager[set[str]]:
-        """The files that this thread reads from while the context lasts."""
+    def noting(self, file: str, start: int) -> AbstractContextManager[set[str]]:
+        """The files that this thread reads from while the context lasts.
+
+        Its work begins at byte ``start`` of ``file``, and works begin in the order of the bytes.
+        """
 
     def complete(self, name: str) -> None:
         """Read the rest of a file and check it; raises where it is not what it should be."""
@@ -198,11 +201,13 @@ class _Trust:
     def __init__(self, reader: CheckedReader | None) -> None:
         self._reader = reader
         self._files: dict[int, set[str]] = {}
+        self._places: Mapping[int, tuple[str, int]] = {}
         self._left: Counter[str] = Counter()
 
-    def expect(self, files: Sequence[str]) -> None:
-        """One entry for each unit that is to come: where most of it lies."""
-        self._left = Counter(files)
+    def expect(self, places: Mapping[int, tuple[str, int]]) -> None:
+        """Where each unit that is to come begins."""
+        self._places = places
+        self._left = Counter(file for file, _ in places.values())
 
     def noting(self, unit: int) -> AbstractContextManager[object]:
         """While the context lasts this thread makes ``unit``."""
@@ -212,12 +217,13 @@ class _Trust:
 
     @contextlib.contextmanager
     def _noting(self, reader: CheckedReader, unit: int) -> Iterator[None]:
-        with reader.noting() as files:
+        with reader.noting(*self._places[unit]) as files:
             yield
         self._files[unit] = files
 
-    def read_out(self, file: str) -> Callable[[], None] | None:
-        """A unit of ``file`` is done: how to complete the file, where no other is to come."""
+    def read_out(self, unit: int) -> Callable[[], None] | None:
+        """A unit is done: how to complete its file, where no other of that is to come."""
+        file, _ = self._places[unit]
         self._left[file] -= 1
         if self._reader is None or self._left[file]:
             return None
@@ -248,8 +254,7 @@ def _run(
     for job in jobs:
         job.already([unit for unit in ordered if unit.number in job.journal.done])
     total, finished = len(ordered), len(ordered) - len(todo)
-    places = {unit.number: units.place(source, outputs, unit)[0] for unit in todo}
-    trust.expect(list(places.values()))
+    trust.expect({unit.number: units.place(source, outputs, unit) for unit in todo})
     bad: dict[int, tuple[int, str]] = {}
     lock = threading.Lock()
 
@@ -316,7 +321,7 @@ def _run(
                     break
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    rest = trust.read_out(places[future.result()])
+                    rest = trust.read_out(future.result())
                     if rest is not None:
                         checking.add(pool.submit(rest))
                 for check in [one for one in checking if one.done()]:

@@ -4,17 +4,23 @@ Files are read in windows of fixed places, some ahead of what is asked for. A wi
 its file's hash when everything before it has been; what was needed out of order is read once more
 for that, and must then be the same bytes, which a digest of every window that was ever handed out
 makes sure of. So whatever a caller was given is vouched for once its file is complete.
+
+Threads take turns: one reads at a time, with all connections, and of those that wait it is the one
+whose work began first. Together they would want windows from everywhere at once, more than are
+kept, and most would be fetched twice: once for the thread, once for the hash.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Final
 
 from converter.errors import HubError, PlanError
@@ -28,9 +34,9 @@ WINDOW: Final = 16 << 20
 """Bytes of one request: a hub that allows 3,000 in five minutes then gives 168 MB/s."""
 KEPT: Final = 8
 """Windows in memory beside those that are just arriving."""
-AHEAD: Final = 2
-"""Windows that are asked for before they are needed."""
 CONNECTIONS: Final = 4
+AHEAD: Final = CONNECTIONS - 1
+"""Windows that are asked for before they are needed."""
 Fetch = Callable[[str, int, int], bytes]
 """Bytes [start, stop) of a file; raises HubError once trying again has not helped."""
 
@@ -47,7 +53,48 @@ class _Progress:
     head_stop: int
     next: int = 0
     digests: dict[int, bytes] = field(default_factory=dict)
+    passed: set[int] = field(default_factory=set)
+    """Windows that were read to their ends: who reads front to back needs them no more."""
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(slots=True)
+class _Work:
+    """What a thread reads for, where it begins, and the files that it read from."""
+
+    ticket: int
+    file: str = ""
+    window: int = 0
+    files: set[str] = field(default_factory=set)
+
+
+class _Turns:
+    """One thread at a time; of those that wait, the one with the lowest ticket."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: list[int] = []
+        self._taken = False
+        self._tickets = count()
+
+    def ticket(self) -> int:
+        """A number above all that were given before."""
+        return next(self._tickets)
+
+    @contextmanager
+    def turn(self, ticket: int) -> Iterator[None]:
+        """Wait for the turn of ``ticket``, which no other thread waits with, and hold it."""
+        with self._changed:
+            heapq.heappush(self._waiting, ticket)
+            self._changed.wait_for(lambda: not self._taken and self._waiting[0] == ticket)
+            heapq.heappop(self._waiting)
+            self._taken = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken = False
+                self._changed.notify_all()
 
 
 class StreamReader(Reader):
@@ -77,6 +124,7 @@ class StreamReader(Reader):
         self._ready: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._loading: dict[tuple[str, int], Future[bytes]] = {}
         self._noted = threading.local()
+        self._turns = _Turns()
         self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="stream")
         self.verified: set[str] = set()
         """Files of which every byte was read in this run, and whose hash is the hub's."""
@@ -87,14 +135,18 @@ class StreamReader(Reader):
         super().close()
 
     @contextmanager
-    def noting(self) -> Iterator[set[str]]:
-        """The files that this thread reads from while the context lasts."""
-        files: set[str] = set()
-        self._noted.files = files
+    def noting(self, file: str, start: int) -> Iterator[set[str]]:
+        """The files that this thread reads from while the context lasts, on one ticket.
+
+        Its work begins at byte ``start`` of ``file``. What lies before that and was not read is
+        nobody's: of works that begin in the order of the bytes none will begin there any more.
+        """
+        work = _Work(self._turns.ticket(), file, start // WINDOW)
+        self._noted.work = work
         try:
-            yield files
+            yield work.files
         finally:
-            self._noted.files = None
+            self._noted.work = None
 
     def complete(self, name: str) -> None:
         """Read what is left of a file and compare its hash with the hub's.
@@ -106,11 +158,7 @@ class StreamReader(Reader):
             state = self._state.get(name)
         if state is None or name in self.verified:
             return
-        while state.next < state.windows:
-            for number in range(state.next, min(state.windows, state.next + AHEAD)):
-                self._ask(state, number)
-            self._window(state, state.next)
-            self._advance(state)
+        self._hash_up_to(state, state.windows)
         actual = state.hash.hexdigest()
         expected = state.file.sha256 or state.file.blob_id
         if actual != expected:
@@ -127,15 +175,30 @@ class StreamReader(Reader):
     def _fill(self, info: TensorInfo, position: int, view: memoryview) -> None:
         if not len(view):
             return
-        noted: set[str] | None = getattr(self._noted, "files", None)
-        if noted is not None:
-            noted.add(info.file)
-        state = self._progress(info.file)
+        work: _Work = getattr(self._noted, "work", None) or _Work(self._turns.ticket())
+        work.files.add(info.file)
+        with self._turns.turn(work.ticket):
+            state = self._progress(info.file)
+            if info.file == work.file:
+                self._hash_up_to(state, work.window)
+            self._copy(state, info, position, view)
+
+    def _hash_up_to(self, state: _Progress, stop: int) -> None:
+        """Read what is left of a file before window ``stop``, for the hash alone."""
+        while (number := state.next) < stop:
+            for ahead in range(number, min(stop, number + 1 + AHEAD)):
+                self._ask(state, ahead)
+            self._window(state, number)
+            state.passed.add(number)
+            self._advance(state)
+
+    def _copy(self, state: _Progress, info: TensorInfo, position: int, view: memoryview) -> None:
         done = 0
         while done < len(view):
             number, skipped = divmod(position + done, WINDOW)
             if number >= state.windows:
                 raise PlanError([f"{info.file}: {info.name}: lies beyond the end of the file"])
+            self._ask(state, number)
             for ahead in range(number + 1, min(state.windows, number + 1 + AHEAD)):
                 if ahead not in state.digests:  # every byte is wanted once, for the hash
                     self._ask(state, ahead)
@@ -145,6 +208,8 @@ class StreamReader(Reader):
                 raise PlanError([f"{info.file}: {info.name}: lies beyond the end of the file"])
             view[done : done + len(part)] = part
             done += len(part)
+            if skipped + len(part) == len(data):
+                state.passed.add(number)
 
     def _progress(self, name: str) -> _Progress:
         with self._lock:
@@ -185,13 +250,17 @@ class StreamReader(Reader):
                     raise self._damaged(key[0], f"bytes from {start} differ when read again")
                 self._ready[key] = data
                 while len(self._ready) > KEPT:
-                    hashed = (k for k in self._ready if k[1] < self._state[k[0]].next)
-                    del self._ready[next(hashed, next(iter(self._ready)))]
+                    del self._ready[min(self._ready, key=self._use)]
         finally:
             with self._lock:
                 self._loading.pop(key, None)
         self._advance(state)
         return data
+
+    def _use(self, key: tuple[str, int]) -> int:
+        """What a window in memory may still serve: nothing, a reader, or the hash as well."""
+        state = self._state[key[0]]
+        return 2 if key[1] >= state.next else 0 if key[1] in state.passed else 1
 
     def _advance(self, state: _Progress) -> None:
         """Hash on as far as the windows that come next are in memory."""

@@ -27,11 +27,14 @@ SCALARS = {
     12: "<d",
 }
 BOOL, STRING, ARRAY = 7, 8, 9
-MAX_TENSORS = 1 << 20
+MAX_TENSORS = 1 << 17
 MAX_ENTRIES = 1 << 16
-MAX_NAME = 1 << 16
+MAX_NAME = 1024
+"""Bytes of a key or a tensor's name; ggml itself reads names of 64."""
 LONGEST_ARRAY = 4096
-"""Entries of an array that is answered as it is; of longer ones only the count is."""
+"""Numbers of an array that is answered as it is; of longer ones and of texts the count is."""
+LONGEST_TEXT = 4096
+"""Characters of a text that is answered as it is; of longer ones (templates) the count is."""
 
 
 class Refused(Exception):
@@ -82,14 +85,15 @@ class Cursor:
             raise Refused(f"{what} at byte {self.at - length} is not UTF-8: {error}") from error
 
     def value(self, kind: int, key: str) -> Any:
-        """The value of an entry; arrays of many values come as a count."""
+        """The value of an entry; long texts and arrays come as a count: the answer is bounded."""
         if kind in SCALARS:
             found = self.number(SCALARS[kind], key)
             if kind == BOOL and found > 1:
                 raise Refused(f"{key} is neither true nor false")
             return bool(found) if kind == BOOL else found
         if kind == STRING:
-            return self.text(key)
+            text = self.text(key)
+            return text if len(text) <= LONGEST_TEXT else {"count": len(text)}
         if kind != ARRAY:
             raise Refused(f"{key} has the unknown type {kind}")
         inner = self.number("<I", f"the type of {key}")
@@ -99,13 +103,13 @@ class Cursor:
         least = struct.calcsize(SCALARS[inner]) if inner in SCALARS else 8
         if count > self.size // least:
             raise Refused(f"{key} claims {count} values in a file of {self.size} bytes")
-        whole = count <= LONGEST_ARRAY
         if inner == STRING:
-            texts = [self.text(key) for _ in range(count)]
-            return texts if whole else {"count": count}
+            for _ in range(count):
+                self.text(key)
+            return {"count": count}
         self.need(count * least, key)
         start, self.at = self.at, self.at + count * least
-        if not whole:
+        if count > LONGEST_ARRAY:
             return {"count": count}
         found = struct.unpack_from(f"<{count}{SCALARS[inner][1]}", self.data, start)
         return [bool(one) for one in found] if inner == BOOL else list(found)

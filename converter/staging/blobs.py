@@ -28,21 +28,6 @@ def lfs_pointer(sha256: str, size: int) -> bytes:
     )
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a whole file so that readers, and a crash, see either none of it or all of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 class BlobWriter:
     """One upload in progress; it becomes a blob only if size and hash are what was announced."""
 

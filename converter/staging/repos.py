@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, unquote
 
-from converter.staging.blobs import BlobStore, git_blob_id, write_atomic
+from converter.atomic import write_atomic
+from converter.staging.blobs import BlobStore, git_blob_id
 from converter.staging.names import checked_branch, checked_path, checked_repo_id
 from converter.staging.refusal import Refusal, entry_not_found, revision_not_found
 
@@ -129,6 +130,8 @@ class RepoStore:
                 blob_id=git_blob_id(_GITATTRIBUTES),
                 lfs=False,
             )
+            for name in ("commits", "heads"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
             oid = self._write_commit(
                 repo_id,
                 parent=None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -173,80 +174,51 @@ def _affine(bits: int, scales: str) -> tuple[QuantSpec, str]:
     return QuantSpec.make("affine", bits, 32), scales
 
 
+Unpack = Callable[[Bytes], Unpacked]
+TableOf = Callable[[int], tables.Table]
+
+
+def _small(name: str, nbytes: int, bits: int, unpack: Unpack, table: TableOf) -> GgmlType:
+    """Blocks of 32 with a half for the scale, and one for the minimum where there is one."""
+    return GgmlType(
+        name=name,
+        block=32,
+        nbytes=nbytes,
+        unpack=unpack,
+        table=partial(table, bits),
+        native=_affine(bits, "F16"),
+    )
+
+
+def _k_quant(
+    name: str, nbytes: int, bits: int, unpack: Unpack, table: TableOf, *, group: int = 32
+) -> GgmlType:
+    """Blocks of 256 whose scales are a half times a few bits, which takes a float32."""
+    return GgmlType(
+        name=name,
+        block=256,
+        nbytes=nbytes,
+        unpack=unpack,
+        table=partial(table, bits),
+        group=group,
+        native=_affine(bits, "F32") if group == 32 else None,
+    )
+
+
 TYPES: Final[dict[int, GgmlType]] = {
     0: GgmlType(name="F32", nbytes=4, plain="F32"),
     1: GgmlType(name="F16", nbytes=2, plain="F16"),
-    2: GgmlType(
-        name="Q4_0",
-        block=32,
-        nbytes=18,
-        unpack=_q4_0,
-        table=lambda: tables.offset(4),
-        native=_affine(4, "F16"),
-    ),
-    3: GgmlType(
-        name="Q4_1",
-        block=32,
-        nbytes=20,
-        unpack=_q4_1,
-        table=lambda: tables.unsigned(4),
-        native=_affine(4, "F16"),
-    ),
-    6: GgmlType(
-        name="Q5_0",
-        block=32,
-        nbytes=22,
-        unpack=_q5_0,
-        table=lambda: tables.offset(5),
-        native=_affine(5, "F16"),
-    ),
-    7: GgmlType(
-        name="Q5_1",
-        block=32,
-        nbytes=24,
-        unpack=_q5_1,
-        table=lambda: tables.unsigned(5),
-        native=_affine(5, "F16"),
-    ),
-    8: GgmlType(
-        name="Q8_0",
-        block=32,
-        nbytes=34,
-        unpack=_q8_0,
-        table=lambda: tables.offset(8),
-        native=_affine(8, "F16"),
-    ),
+    2: _small("Q4_0", 18, 4, _q4_0, tables.offset),
+    3: _small("Q4_1", 20, 4, _q4_1, tables.unsigned),
+    6: _small("Q5_0", 22, 5, _q5_0, tables.offset),
+    7: _small("Q5_1", 24, 5, _q5_1, tables.unsigned),
+    8: _small("Q8_0", 34, 8, _q8_0, tables.offset),
     9: GgmlType(name="Q8_1", block=32, nbytes=40),
-    10: GgmlType(
-        name="Q2_K",
-        block=256,
-        nbytes=84,
-        unpack=_q2_k,
-        table=lambda: tables.unsigned(2),
-        group=16,
-    ),
-    11: GgmlType(
-        name="Q3_K", block=256, nbytes=110, unpack=_q3_k, table=lambda: tables.offset(3), group=16
-    ),
-    12: GgmlType(
-        name="Q4_K",
-        block=256,
-        nbytes=144,
-        unpack=_q4_k,
-        table=lambda: tables.unsigned(4),
-        native=_affine(4, "F32"),  # a half times six bits
-    ),
-    13: GgmlType(
-        name="Q5_K",
-        block=256,
-        nbytes=176,
-        unpack=_q5_k,
-        table=lambda: tables.unsigned(5),
-        native=_affine(5, "F32"),
-    ),
-    14: GgmlType(
-        name="Q6_K", block=256, nbytes=210, unpack=_q6_k, table=lambda: tables.offset(6), group=16
-    ),
+    10: _k_quant("Q2_K", 84, 2, _q2_k, tables.unsigned, group=16),
+    11: _k_quant("Q3_K", 110, 3, _q3_k, tables.offset, group=16),
+    12: _k_quant("Q4_K", 144, 4, _q4_k, tables.unsigned),
+    13: _k_quant("Q5_K", 176, 5, _q5_k, tables.unsigned),
+    14: _k_quant("Q6_K", 210, 6, _q6_k, tables.offset, group=16),
     15: GgmlType(name="Q8_K", block=256, nbytes=292),
     16: GgmlType(name="IQ2_XXS", block=256, nbytes=66),
     17: GgmlType(name="IQ2_XS", block=256, nbytes=74),

@@ -15,7 +15,7 @@ from validate.streamed.tensors import Streaming, Tensors, whole_run_bytes
 
 
 @contextmanager
-def streaming_for(
+def blockwise(
     out: Path,
     source: Path,
     *,
