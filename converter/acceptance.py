@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from converter.atomic import write_atomic
 from converter.errors import ConvertError, PlanError, UsageError
 from converter.execute.folder import MANIFEST, explain
 from converter.manifest import read_manifest
@@ -56,7 +57,7 @@ def accept_output(
     if only and earlier is not None:
         report = _merged(report, earlier, [(row.name, row.runtime) for row in ROWS])
     with explain(out):
-        _write(out / REPORT, report)
+        write_atomic(out / REPORT, json_text(report))
     return report
 
 
@@ -100,8 +101,6 @@ def _merged(
     return {**report, "verdict": verdict_of(row["verdict"] for row in kept), "rows": kept}
 
 
-def _write(path: Path, report: dict[str, Any]) -> None:
-    draft = path.with_name(f".{path.name}.partial")
-    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+def json_text(report: dict[str, Any]) -> str:
+    """A report as it is written beside an output."""
+    return json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

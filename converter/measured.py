@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from converter.acceptance import identity, report_of
+from converter.acceptance import identity, json_text, report_of
+from converter.atomic import write_atomic
 from converter.execute.folder import MANIFEST, explain
 from converter.manifest import read_manifest
 from validate.checks import finite
@@ -43,10 +44,7 @@ def record(
             "rows": [{**row, "this": row["name"] == name} for row in kept],
         }
         with explain(out):
-            draft = out / f".{FILE}.partial"
-            text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-            draft.write_text(text, encoding="utf-8")
-            draft.replace(out / FILE)
+            write_atomic(out / FILE, json_text(report))
         written[out] = report
     return written
 
