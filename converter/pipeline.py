@@ -140,14 +140,17 @@ class Converted:
         return fused_folder(self.release, self.fusion, beside=self.folder, workers=workers)
 
 
-def plan_request(request: Request, console: Console | None = None) -> Planned:
+def plan_request(
+    request: Request, console: Console | None = None, *, release: Release | None = None
+) -> Planned:
     """Decide everything from headers; raises PlanError with every problem.
 
-    Only a recipe with a target size reads weights, and says so on ``console``.
+    Only a recipe with a target size reads weights, and says so on ``console``. ``release`` is what
+    the request names, where its headers have been read already.
     """
     torch = any(recipe.target == "torch" for recipe in request.recipes)
     back = request.dequantize or torch
-    release = open_release(
+    release = release or open_release(
         request.hf_path,
         revision=request.revision,
         allow_mlx=back,

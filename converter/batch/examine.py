@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from converter.batch.believed import believed
 from converter.batch.failures import classify
+from converter.batch.needs import needs_of
 from converter.batch.orders import Answer, Order, Part
 from converter.batch.published import find_published
 from converter.batch.recipes import digest
 from converter.errors import GateError, PlanError, UsageError
 from converter.execute.parts import most_parts
 from converter.hub import HubSnapshot, download, resolve_revision
-from converter.pipeline import Planned, Request, plan_request
+from converter.pipeline import Request, plan_request
 from converter.plan import Plan
+from converter.release import Release, open_release
 from converter.twin_proof import judge_twin
-from converter.ui import memory_estimate
-
-PROOF_BYTES_PER_PARAMETER = 8
-"""The reference and the runtime hold the model in float32 each."""
-_BASE_BYTES = 1_000_000_000
-"""Interpreter and libraries of a proof."""
 
 
 def examine(order: Order) -> Answer:
@@ -35,8 +32,8 @@ def examine(order: Order) -> Answer:
     answer = Answer()
     if any(part.policy.twin for part in order.parts):
         _judge_twin(config, order, answer)
-    plans = _plans(order, answer)
-    weights = output = memory = parameters = 0
+    plans, shapes = _plans(order, answer)
+    todo: list[Plan] = []
     for part, plan in plans:
         address = find_published(part.target, plan.hash, order.folder / "remote")
         facts: dict[str, Any] = {
@@ -47,22 +44,19 @@ def examine(order: Order) -> Answer:
             "parameters": plan.parameters,
         }
         answer.facts[part.job] = facts
-        if address is not None:
+        if address is None:
+            todo.append(plan)
+        else:
             answer.published[part.job] = address.url
             facts |= address.facts
-            continue
-        weights = sum(file.size for file in snapshot.files)
-        output += plan.output_bytes
-        parameters = max(parameters, plan.parameters)
-        memory = max(memory, memory_estimate(plan, order.workers))
-    answer.needs = {
-        "disk": weights + output + 4 * parameters,  # a float32 reference of one output at a time
-        "memory": max(memory, PROOF_BYTES_PER_PARAMETER * parameters + _BASE_BYTES),
-        "convert": memory,
-    }
+    answer.needs = needs_of(
+        todo,
+        shapes,
+        source_bytes=sum(file.size for file in snapshot.files),
+        workers=order.workers,
+    )
     for facts in answer.facts.values():
-        facts["needs"] = {name: answer.needs[name] for name in ("disk", "memory")}
-    todo = [plan for part, plan in plans if part.job not in answer.published]
+        facts["needs"] = answer.needs
     if todo and not any(plan.options.calibration or plan.options.targeted for plan in todo):
         answer.cuts = most_parts(todo)
     return answer
@@ -102,30 +96,66 @@ def _judge_twin(config: dict[str, Any], order: Order, answer: Answer) -> None:
         raise GateError(f"a twin of {order.repo} does not compute what torch computes: {text}")
 
 
-def _plans(order: Order, answer: Answer) -> list[tuple[Part, Plan]]:
-    """Plans of all jobs; a job whose own recipe does not fit is put into ``answer.failed``."""
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What one reading of the headers comes to: plans, refusals by job, the tensors' shapes."""
+
+    plans: list[tuple[Part, Plan]]
+    refused: dict[int, PlanError | UsageError]
+    shapes: dict[str, tuple[int, ...]]
+
+
+class _RefusedError(PlanError):
+    """Some jobs are refused by a reading of the headers, which is still to be believed."""
+
+    def __init__(self, reading: _Reading) -> None:
+        super().__init__(f"{job}: {error}" for job, error in sorted(reading.refused.items()))
+        self.reading = reading
+
+
+def _plans(
+    order: Order, answer: Answer
+) -> tuple[list[tuple[Part, Plan]], dict[str, tuple[int, ...]]]:
+    """Plans of all jobs, and the shapes of the plain release's tensors.
+
+    A job that does not fit is put into ``answer.failed``.
+    """
     try:
-        planned = believed(order.repo, lambda: _plan(order, order.parts))
-        return list(zip(order.parts, planned.plans, strict=True))
+        reading = believed(order.repo, partial(_read, order))
+    except _RefusedError as error:
+        reading = error.reading
+        answer.failed |= {job: classify(why) for job, why in reading.refused.items()}
+    return reading.plans, reading.shapes
+
+
+def _read(order: Order) -> _Reading:
+    """All jobs planned from one reading of the headers; _RefusedError where some do not fit."""
+    release = open_release(order.repo, revision=order.commit, cache=order.cache)
+    try:
+        return _planned(order, order.parts, release)
     except (PlanError, UsageError):
         if len(order.parts) == 1:
             raise
-    plans = []
+    plans: list[tuple[Part, Plan]] = []
+    refused: dict[int, PlanError | UsageError] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for part in order.parts:
         try:
-            planned = believed(order.repo, partial(_plan, order, (part,)))
-            plans.append((part, planned.plans[0]))
+            one = _planned(order, (part,), release)
         except (PlanError, UsageError) as error:
-            answer.failed[part.job] = classify(error)
-    return plans
+            refused[part.job] = error
+        else:
+            plans += one.plans
+            shapes = one.shapes
+    whole = _Reading(plans, refused, shapes)
+    if refused:
+        raise _RefusedError(whole)
+    return whole
 
 
-def _plan(order: Order, parts: tuple[Part, ...]) -> Planned:
-    return plan_request(
-        Request(
-            hf_path=order.repo,
-            revision=order.commit,
-            recipes=tuple(part.options for part in parts),
-            cache=order.cache,
-        )
-    )
+def _planned(order: Order, parts: tuple[Part, ...], release: Release) -> _Reading:
+    recipes = tuple(part.options for part in parts)
+    request = Request(hf_path=order.repo, revision=order.commit, recipes=recipes)
+    planned = plan_request(request, release=release)
+    shapes = {name: info.shape for name, info in planned.source.tensors.items()}
+    return _Reading(list(zip(parts, planned.plans, strict=True)), {}, shapes)

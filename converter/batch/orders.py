@@ -72,9 +72,9 @@ class Answer:
     published: dict[int, str] = field(default_factory=dict)
     """By job: the address, where the stage ended it."""
     needs: dict[str, int] = field(default_factory=dict)
-    """Bytes of ``disk`` and ``memory`` that the rest will take, and of memory to ``convert``."""
+    """Bytes that the rest will take (`converter.batch.needs`)."""
     cuts: int = 1
-    """Into how many pieces the conversion can be cut."""
+    """Into how many pieces the conversion can be cut at the most."""
     twin: tuple[str, str, str] | None = None
     """A newly judged twin: hash of the config, verdict, text."""
     bytes: int | None = None

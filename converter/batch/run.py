@@ -25,6 +25,8 @@ from converter.batch.discover import Found, discover
 from converter.batch.engine import Engine, Outcome, Stages
 from converter.batch.ledger import Ledger
 from converter.batch.log import logging_to
+from converter.batch.pieces import Pieces
+from converter.batch.sweep import sweep
 from converter.batch.tags import measured
 from converter.batch.watchlist import Digest, WatchList
 from converter.errors import UsageError
@@ -98,6 +100,66 @@ def run(
     The work is done here, or by the workers of the fleet that ``scheduler`` knows. Raises
     UsageError when another run is at work in this state folder.
     """
+    with at_work(watchlist, place, tags=measured(), echo=echo) as site:
+        catalogue, say = site.catalogue, site.say
+        catalogue.began(site.run_id, name)
+        status: int = FAILED
+        summary: dict[str, Any] = {}
+        try:
+            site.sweep()
+            if renewed := catalogue.renew():
+                say(f"{renewed} unfinished jobs start anew with other tool versions")
+            engine: Engine | Fleet
+            if scheduler is None:
+                settings = engine_settings(watchlist, stages)
+                engine = Engine(site.ledger, site.work, say=say, preload=preload, **settings)
+            else:
+                engine = _fleet(site.ledger, scheduler, shared=site.shared, say=say)
+            with stopping(engine):
+                found = discover(watchlist, catalogue, say=say, now=time.time())
+                say(f"{found.seen} releases seen, {found.matched} wanted, {found.added} new")
+                outcome = engine.run()
+            site.sweep()
+            status = status_of(found, outcome)
+            summary = summarise(found, outcome, catalogue)
+        finally:
+            catalogue.ended(site.run_id, status, summary)
+        say(f"ended with status {status}: {told(summary)}")
+        _tell(watchlist.digest, name, status, summary, say)
+        return status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """What a run or a worker has while it lasts: a ledger, a folder, and somebody to tell."""
+
+    run_id: str
+    worker: str
+    """How the names of this state folder's leases begin."""
+    ledger: Ledger
+    catalogue: Catalogue
+    work: Path
+    shared: bool
+    """Whether other machines work in the same folder."""
+    say: Callable[[str], None]
+
+    def sweep(self) -> None:
+        """Remove what nothing more is to be done for."""
+        sweep(self.work, self.catalogue, shared=self.shared)
+
+
+@contextmanager
+def at_work(
+    watchlist: WatchList,
+    place: Place,
+    *,
+    tags: frozenset[str],
+    echo: Callable[[str], None] | None,
+) -> Iterator[Site]:
+    """Hold a state folder and its ledger, what a run that was killed there held being free again.
+
+    Raises UsageError when another run or worker is at work in it.
+    """
     run_id = uuid.uuid4().hex
     with (
         alone(place.state),
@@ -108,37 +170,19 @@ def run(
         try:
             worker = worker_name(place.state)
             owner = f"{worker}{run_id[:8]}"
-            ledger = Ledger(database, retries=watchlist.retries, owner=owner, tags=measured())
+            ledger = Ledger(database, retries=watchlist.retries, owner=owner, tags=tags)
+            Pieces(ledger).expire(worker)
             if gone := ledger.expire(worker):  # nobody else can hold this folder's lock
                 say(f"the last run here was killed with {gone} releases in hand")
-            catalogue = Catalogue(ledger)
-            catalogue.began(run_id, name)
-            status: int = FAILED
-            summary: dict[str, Any] = {}
-            try:
-                work = work_folder(watchlist, place)
-                shared = watchlist.fleet.shared is not None
-                sweep(work, catalogue, shared=shared)
-                if renewed := catalogue.renew():
-                    say(f"{renewed} unfinished jobs start anew with other tool versions")
-                engine: Engine | Fleet
-                if scheduler is None:
-                    settings = engine_settings(watchlist, stages)
-                    engine = Engine(ledger, work, say=say, preload=preload, **settings)
-                else:
-                    engine = _fleet(ledger, scheduler, shared=shared, say=say)
-                with stopping(engine):
-                    found = discover(watchlist, catalogue, say=say, now=time.time())
-                    say(f"{found.seen} releases seen, {found.matched} wanted, {found.added} new")
-                    outcome = engine.run()
-                sweep(work, catalogue, shared=shared)
-                status = status_of(found, outcome)
-                summary = summarise(found, outcome, catalogue)
-            finally:
-                catalogue.ended(run_id, status, summary)
-            say(f"ended with status {status}: {told(summary)}")
-            _tell(watchlist.digest, name, status, summary, say)
-            return status
+            yield Site(
+                run_id=run_id,
+                worker=worker,
+                ledger=ledger,
+                catalogue=Catalogue(ledger),
+                work=work_folder(watchlist, place),
+                shared=watchlist.fleet.shared is not None,
+                say=say,
+            )
         finally:
             database.close()
 
@@ -236,22 +280,6 @@ def stopping(engine: Engine | Fleet) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def sweep(work: Path, catalogue: Catalogue, *, shared: bool = False) -> None:
-    """Remove the folders of releases that nothing more is to be done for here.
-
-    What another worker has in hand is its own, unless the folder is ``shared``.
-    """
-    kept = {
-        f"{entry.release.repo.replace('/', '--')}@{entry.release.commit[:12]}"
-        for entry in catalogue.entries()
-        if (shared if entry.running else entry.job.state == "queued")
-        or (shared and entry.job.state == "waiting" and entry.job.needs is not None)
-    }
-    for folder in work.iterdir():
-        if folder.name not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def status_of(found: Found, outcome: Outcome) -> int:

@@ -205,9 +205,7 @@ def renew_card(order: Order) -> Answer:
     if target is None or MANIFEST not in target.by_path:
         raise UsageError(f"{part.target}: has been removed, or is no output of this program")
     try:
-        names = [
-            n for n in ("config.json", MANIFEST, PARITY, "kv_cache.json") if n in target.by_path
-        ]
+        names = [name for name in _TOLD if name in target.by_path]
         held = download(target, names, cache_dir=folder / "target")
         text = None
         if _CARD in source.by_path:
