@@ -141,12 +141,17 @@ class Converted:
 
 
 def plan_request(
-    request: Request, console: Console | None = None, *, release: Release | None = None
+    request: Request,
+    console: Console | None = None,
+    *,
+    release: Release | None = None,
+    measure: bool = True,
 ) -> Planned:
     """Decide everything from headers; raises PlanError with every problem.
 
-    Only a recipe with a target size reads weights, and says so on ``console``. ``release`` is what
-    the request names, where its headers have been read already.
+    Only a recipe with a target size reads weights, and says so on ``console``; unless they are to
+    ``measure``, its plan is a draft with one format for all. ``release`` is what the request names,
+    where its headers have been read already.
     """
     torch = any(recipe.target == "torch" for recipe in request.recipes)
     back = request.dequantize or torch
@@ -192,7 +197,7 @@ def plan_request(
             given_up = options.dequantize and view.settings is not None
             options = replace(options, dequantize=given_up)
             plan = build_plan(source, match, options, origin=origin, view=view)
-            if options.targeted:
+            if options.targeted and measure:
                 console = console or Console(quiet=True)
                 with console.progress("download", unit="bytes") as tick:
                     release = fetch(release, progress=tick)

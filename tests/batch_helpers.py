@@ -18,7 +18,7 @@ from converter.batch.database import Database
 from converter.batch.failures import Failure
 from converter.batch.ledger import Ledger
 from converter.batch.orders import Answer, Order
-from converter.batch.recipes import Policy
+from converter.batch.recipes import Asked, Policy
 from converter.batch.watchlist import Retries, WatchList, read_watchlist
 from converter.plan import Options
 from quant.recipe import QuantSpec
@@ -26,8 +26,8 @@ from quant.recipe import QuantSpec
 TESTS = Path(__file__).parent
 PATHS = os.pathsep.join([str(TESTS.parent), str(TESTS)])
 RECIPES = {
-    "bf16": Options(dtype="bfloat16"),
-    "4bit": Options(quant=QuantSpec.make("affine", 4, 64)),
+    "bf16": Asked(options=Options(dtype="bfloat16")),
+    "4bit": Asked(options=Options(quant=QuantSpec.make("affine", 4, 64))),
 }
 
 
@@ -52,7 +52,7 @@ def wanted(repo="acme/model", *variants, policy=None) -> list[Wanted]:
     return [
         Wanted(
             variant=name,
-            options=RECIPES[name],
+            asked=RECIPES[name],
             target=f"night/{repo.split('/')[1]}-{name}",
             policy=policy or Policy(),
         )

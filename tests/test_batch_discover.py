@@ -8,27 +8,41 @@ from types import SimpleNamespace
 import pytest
 from batch_helpers import RECIPES, close_ledgers, ledger, watch
 from huggingface_hub import HfApi
-from release_helpers import LLAMA, llama_shapes, llama_tensors, write_release
+from release_helpers import (
+    FOUR_BIT,
+    LLAMA,
+    factors,
+    llama_shapes,
+    llama_tensors,
+    make,
+    peft_config,
+    peft_pair,
+    write_adapter,
+    write_release,
+)
 
+from converter.adapter import read_adapter
 from converter.batch import discover as discover_module
 from converter.batch import examine as examine_module
+from converter.batch import work
 from converter.batch.believed import believed
 from converter.batch.catalogue import Catalogue
 from converter.batch.discover import content_of, discover, wanted
 from converter.batch.examine import examine
 from converter.batch.failures import Failure
-from converter.batch.needs import PROCESS_BYTES, guessed, needs_of
+from converter.batch.needs import PROCESS_BYTES, guessed, needs_of, output_bytes, proof_bytes
 from converter.batch.orders import Order, Part
-from converter.batch.recipes import Policy
+from converter.batch.recipes import Asked, Policy
 from converter.batch.watchlist import Filters
-from converter.batch.work import convert_release, fetch_release
+from converter.batch.work import convert_release, fetch_release, prove_output
 from converter.errors import HubError, PlanError
 from converter.execute.parts import Part as Shards
 from converter.hub import api as hub_api
 from converter.hub import fetch as fetch_module
 from converter.hub import resolve_revision
-from converter.plan import layout
+from converter.plan import Options, layout
 from converter.staging import Fault, Faults, StagingOptions, Weather, running_hub
+from quant.recipe import QuantSpec
 from validate.streamed.tensors import whole_run_bytes
 
 TOKEN = "hf_sentinelsentinelsentinel"
@@ -218,12 +232,12 @@ def order_of(api, tmp_path, monkeypatch):
     place = api.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", place)
 
-    def order(source, *variants):
+    def order(source, *variants, recipes=RECIPES):
         api.create_repo("acme/small")
         api.upload_folder(repo_id="acme/small", folder_path=source)
         policy = Policy(twin=False)
         parts = [
-            Part(job=n, variant=v, target=f"n/small-{v}", options=RECIPES[v], policy=policy)
+            Part(job=n, variant=v, target=f"n/small-{v}", asked=recipes[v], policy=policy)
             for n, v in enumerate(variants, start=1)
         ]
         return Order(
@@ -290,6 +304,64 @@ def test_a_variant_that_does_not_fit_leaves_the_others(order_of, tmp_path, monke
     assert answer.facts[1]["needs"] == answer.needs
 
 
+WIDER = LLAMA | {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 1024}
+TARGET = Options(quant=QuantSpec.make("affine"), target_bits=6.0)
+
+
+def test_targets_and_adapters_are_made_as_by_hand(order_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = write_release(tmp_path / "small", WIDER)
+    pairs = peft_pair("model.layers.0.mlp.down_proj", *factors((128, 384), 2, 2))
+    lora = write_adapter(tmp_path / "lora", peft_config(r=2), pairs)
+    record = read_adapter(lora).record()
+    asked = {
+        "bf16": RECIPES["bf16"],
+        "target": Asked(options=TARGET),
+        "tuned": Asked(options=FOUR_BIT, adapter=record, adapter_path=str(lora)),
+        "never": Asked(options=replace(TARGET, target_bits=1.0)),
+    }
+    order = order_of(source, "bf16", "target", "tuned", "never", recipes=asked)
+    looked = examine(order)
+    assert looked.failed == {}
+    assert ["plan" in looked.facts[job] for job in (1, 2, 3, 4)] == [True, False, True, False]
+    parameters = looked.facts[2]["parameters"]
+    assert looked.facts[2]["output_bytes"] == int(6 * parameters / 8)
+    assert not any(path.suffix == ".safetensors" for path in order.folder.rglob("*"))
+    answer = convert_release(order)
+    (reason,) = answer.failed.items()
+    assert (reason[0], reason[1].kind) == (4, "usage")
+    assert "--q-target-bpw 1" in reason[1].text
+    outputs = {part.variant: order.out(part) for part in order.parts if part.job != 4}
+    make(source, tmp_path / "by-hand", asked["bf16"].options, TARGET)
+    make(source, tmp_path / "by-hand" / "tuned", FOUR_BIT, adapter_path=lora)
+    by_hand = dict(zip(outputs, ("small-bf16", "small-6bpw", "tuned"), strict=True))
+    for name, out in outputs.items():
+        weights = (tmp_path / "by-hand" / by_hand[name] / "model.safetensors").read_bytes()
+        assert (out / "model.safetensors").read_bytes() == weights, name
+    # What was made is known again, and what is not to be had is not measured for again.
+    plans = {job: facts["plan"] for job, facts in answer.facts.items()}
+    again = replace(order, parts=tuple(replace(p, plan=plans.get(p.job)) for p in order.parts[:3]))
+    monkeypatch.setattr("converter.pipeline.allocated", None)
+    assert convert_release(again).bytes == 0
+    proved = {}
+
+    def prove(out, *, source, plan, **given):
+        proved[out.name] = (source, (source / "config.json").is_file())
+
+    monkeypatch.setattr(work, "prove", prove)
+    monkeypatch.setattr(work, "write_card", lambda out, **given: None)
+    monkeypatch.setattr(work, "require_proof", lambda out, **given: {})
+    monkeypatch.setattr(work, "_read", lambda path: {"verdict": "pass", "checks": []})
+    for part in again.parts:
+        prove_output(replace(again, parts=(part,)))
+    found = {name: (folder == order.source, there) for name, (folder, there) in proved.items()}
+    assert found == {
+        "small-bf16": (True, True),
+        "small-target": (True, True),
+        "small-tuned": (False, True),
+    }
+
+
 def test_files_that_were_checked_are_not_read_for_that_again(order_of, tmp_path, monkeypatch):
     monkeypatch.setitem(layout.lay_out.__kwdefaults__, "shard_bytes", 100_000)
     order = order_of(write_release(tmp_path / "source"), "bf16")
@@ -314,11 +386,15 @@ def test_files_that_were_checked_are_not_read_for_that_again(order_of, tmp_path,
 
 
 def test_what_a_release_needs_is_guessed_from_its_size_as_from_its_plans():
-    plan = SimpleNamespace(parameters=10**9, output_bytes=2 * 10**9, outputs=())
-    found = needs_of([plan], {"all": (10**9,)}, source_bytes=2 * 10**9, workers=1)
+    plan = SimpleNamespace(parameters=10**9, output_bytes=2 * 10**9, outputs=(), options=Options())
+    source = SimpleNamespace(tensors={"all": SimpleNamespace(shape=(10**9,))})
+    given = {"proof": proof_bytes(source), "source_bytes": 2 * 10**9, "workers": 1}
+    found = needs_of([plan], fused=False, **given)
     assert guessed(2 * 10**9, 1) == {name: found[name] for name in ("disk", "memory")}
-    nothing = needs_of([], {}, source_bytes=2 * 10**9, workers=1)
-    assert set(nothing.values()) == {0}
+    assert needs_of([plan], fused=True, **given)["disk"] == found["disk"] + 4 * 10**9
+    assert set(needs_of([], fused=False, **given).values()) == {0}
+    plan.options = Options(quant=QuantSpec.make("affine"), target_bits=4.5)
+    assert output_bytes(plan) == 4.5e9 / 8
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from converter.batch.engine import Engine, Outcome
 from converter.batch.orders import Order, Part
 from converter.batch.pieces import Pieces
 from converter.batch.progress import Step
-from converter.batch.recipes import Policy
+from converter.batch.recipes import Asked, Policy
 from converter.batch.run import status_of
 from converter.batch.schema import piece
 from converter.batch.sweep import sweep
@@ -440,7 +440,13 @@ def test_a_missed_gate_leaves_its_report(tmp_path, monkeypatch):
     from converter.batch import work
     from converter.errors import GateError
 
-    part = Part(job=7, variant="4bit", target="night/m-4bit", options=Options(), policy=Policy())
+    part = Part(
+        job=7,
+        variant="4bit",
+        target="night/m-4bit",
+        asked=Asked(options=Options()),
+        policy=Policy(),
+    )
     order = Order(repo="a/m", commit="c", folder=tmp_path / "work" / "a--m@c", parts=(part,))
     out = order.out(part)
     out.mkdir(parents=True)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from converter.batch.believed import believed
 from converter.batch.failures import classify
-from converter.batch.needs import needs_of
-from converter.batch.orders import Answer, Order, Part
+from converter.batch.needs import needs_of, output_bytes, proof_bytes
+from converter.batch.orders import Answer, Order, Part, together
 from converter.batch.published import find_published
 from converter.batch.recipes import digest
 from converter.errors import GateError, PlanError, UsageError
 from converter.execute.parts import most_parts
 from converter.hub import HubSnapshot, download, resolve_revision
-from converter.pipeline import Request, plan_request
+from converter.pipeline import Planned, Request, plan_request
 from converter.plan import Plan
 from converter.release import Release, open_release
 from converter.twin_proof import judge_twin
@@ -32,18 +33,20 @@ def examine(order: Order) -> Answer:
     answer = Answer()
     if any(part.policy.twin for part in order.parts):
         _judge_twin(config, order, answer)
-    plans, shapes = _plans(order, answer)
+    reading = _plans(order, answer)
     todo: list[Plan] = []
-    for part, plan in plans:
-        address = find_published(part.target, plan.hash, order.folder / "remote")
+    for part, plan in reading.plans:
         facts: dict[str, Any] = {
-            "plan": plan.hash,
             "model_type": plan.model_type,
-            "output_bytes": plan.output_bytes,
-            "bits_per_weight": round(plan.bits_per_weight, 4),
+            "output_bytes": output_bytes(plan),
+            "bits_per_weight": round(8 * output_bytes(plan) / max(1, plan.parameters), 4),
             "parameters": plan.parameters,
         }
         answer.facts[part.job] = facts
+        address = None
+        if not plan.options.targeted:  # else the plan is known when the weights are
+            facts |= {"plan": plan.hash, "bits_per_weight": round(plan.bits_per_weight, 4)}
+            address = find_published(part.target, plan.hash, order.folder / "remote")
         if address is None:
             todo.append(plan)
         else:
@@ -51,8 +54,9 @@ def examine(order: Order) -> Answer:
             facts |= address.facts
     answer.needs = needs_of(
         todo,
-        shapes,
+        proof=reading.proof,
         source_bytes=sum(file.size for file in snapshot.files),
+        fused=any(part.asked.adapter is not None for part in order.parts),
         workers=order.workers,
     )
     for facts in answer.facts.values():
@@ -96,13 +100,20 @@ def _judge_twin(config: dict[str, Any], order: Order, answer: Answer) -> None:
         raise GateError(f"a twin of {order.repo} does not compute what torch computes: {text}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Reading:
-    """What one reading of the headers comes to: plans, refusals by job, the tensors' shapes."""
+    """What one reading of the headers comes to."""
 
-    plans: list[tuple[Part, Plan]]
-    refused: dict[int, PlanError | UsageError]
-    shapes: dict[str, tuple[int, ...]]
+    plans: list[tuple[Part, Plan]] = field(default_factory=list)
+    refused: dict[int, PlanError | UsageError] = field(default_factory=dict)
+    """By job."""
+    proof: int = 0
+    """Bytes of memory that a proof needs."""
+
+    def add(self, parts: Sequence[Part], planned: Planned) -> None:
+        """Take the plans of some jobs over."""
+        self.plans += zip(parts, planned.plans, strict=True)
+        self.proof = max(self.proof, proof_bytes(planned.source))
 
 
 class _RefusedError(PlanError):
@@ -113,49 +124,41 @@ class _RefusedError(PlanError):
         self.reading = reading
 
 
-def _plans(
-    order: Order, answer: Answer
-) -> tuple[list[tuple[Part, Plan]], dict[str, tuple[int, ...]]]:
-    """Plans of all jobs, and the shapes of the plain release's tensors.
-
-    A job that does not fit is put into ``answer.failed``.
-    """
+def _plans(order: Order, answer: Answer) -> _Reading:
+    """Plans of all jobs; one that does not fit is put into ``answer.failed``."""
     try:
-        reading = believed(order.repo, partial(_read, order))
+        return believed(order.repo, partial(_read, order))
     except _RefusedError as error:
-        reading = error.reading
-        answer.failed |= {job: classify(why) for job, why in reading.refused.items()}
-    return reading.plans, reading.shapes
+        refused = error.reading.refused
+        answer.failed |= {job: classify(why) for job, why in refused.items()}
+        return error.reading
 
 
 def _read(order: Order) -> _Reading:
     """All jobs planned from one reading of the headers; _RefusedError where some do not fit."""
     release = open_release(order.repo, revision=order.commit, cache=order.cache)
-    try:
-        return _planned(order, order.parts, release)
-    except (PlanError, UsageError):
-        if len(order.parts) == 1:
-            raise
-    plans: list[tuple[Part, Plan]] = []
-    refused: dict[int, PlanError | UsageError] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for part in order.parts:
+    reading = _Reading()
+    for group in together(order.parts):
         try:
-            one = _planned(order, (part,), release)
-        except (PlanError, UsageError) as error:
-            refused[part.job] = error
-        else:
-            plans += one.plans
-            shapes = one.shapes
-    whole = _Reading(plans, refused, shapes)
-    if refused:
-        raise _RefusedError(whole)
-    return whole
+            reading.add(group, _planned(order, group, release))
+        except (PlanError, UsageError):
+            if len(order.parts) == 1:
+                raise
+            for part in group:
+                try:
+                    reading.add((part,), _planned(order, (part,), release))
+                except (PlanError, UsageError) as error:
+                    reading.refused[part.job] = error
+    if reading.refused:
+        raise _RefusedError(reading)
+    return reading
 
 
-def _planned(order: Order, parts: tuple[Part, ...], release: Release) -> _Reading:
-    recipes = tuple(part.options for part in parts)
-    request = Request(hf_path=order.repo, revision=order.commit, recipes=recipes)
-    planned = plan_request(request, release=release)
-    shapes = {name: info.shape for name, info in planned.source.tensors.items()}
-    return _Reading(list(zip(parts, planned.plans, strict=True)), {}, shapes)
+def _planned(order: Order, parts: tuple[Part, ...], release: Release) -> Planned:
+    request = Request(
+        hf_path=order.repo,
+        revision=order.commit,
+        recipes=tuple(part.asked.options for part in parts),
+        adapter_path=parts[0].asked.checked_adapter(),
+    )
+    return plan_request(request, release=release, measure=False)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from converter.plan import Plan
+from converter.source import Source
 from converter.ui import memory_estimate
 from validate.streamed.tensors import whole_run_bytes
 
@@ -22,25 +23,38 @@ _PARAMETER_BYTES: Final = 2
 
 
 def needs_of(
-    plans: Sequence[Plan],
-    shapes: Mapping[str, tuple[int, ...]],
-    *,
-    source_bytes: int,
-    workers: int,
+    plans: Sequence[Plan], *, proof: int, source_bytes: int, fused: bool, workers: int
 ) -> dict[str, int]:
-    """From plans and the shapes of the plain release; nothing of memory where no plan is left.
+    """From plans and the memory of a ``proof``; nothing where no plan is left.
 
-    The reference lies on the disk for one output at a time; a proof holds one model at a time.
+    A reference lies on the disk for one output at a time, and the release itself once more where an
+    adapter is ``fused`` into it.
     """
     if not plans:
         return {DISK: 0, MEMORY: 0, CONVERT: 0}
-    reference = _REFERENCE_BYTES * max(plan.parameters for plan in plans)
+    reference = (1 + fused) * _REFERENCE_BYTES * max(plan.parameters for plan in plans)
     convert = max(memory_estimate(plan, workers) for plan in plans)
     return {
-        DISK: source_bytes + sum(plan.output_bytes for plan in plans) + reference,
-        MEMORY: max(convert, whole_run_bytes(shapes) + PROCESS_BYTES),
+        DISK: source_bytes + sum(map(output_bytes, plans)) + reference,
+        MEMORY: max(convert, proof),
         CONVERT: convert,
     }
+
+
+def proof_bytes(source: Source) -> int:
+    """Memory of a proof against a plain release, of which it holds one model at a time."""
+    shapes = {name: info.shape for name, info in source.tensors.items()}
+    return whole_run_bytes(shapes) + PROCESS_BYTES
+
+
+def output_bytes(plan: Plan) -> int:
+    """Bytes of an output's weight files; those of its target where formats are yet to be chosen."""
+    options = plan.options
+    if options.target_bytes is not None:
+        return options.target_bytes
+    if options.target_bits is not None:
+        return int(options.target_bits * plan.parameters / 8)
+    return plan.output_bytes
 
 
 def guessed(weight_bytes: int, outputs: int) -> dict[str, int]:

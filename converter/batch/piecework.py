@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -85,15 +84,11 @@ class PieceWork:
             self.running.append((start(STAGE, order, self._work, self._context), one))
 
     def _order(self, one: Piece) -> Order:
-        parts = [
-            replace(part, plan=task.facts.get("plan"))
-            for part, task in zip(parts_of(one.tasks), one.tasks, strict=True)
-        ]
         return Order(
             repo=one.repo,
             commit=one.commit,
             folder=self._folder_of(one.repo, one.commit),
-            parts=tuple(parts),
+            parts=parts_of(one.tasks),
             workers=self._workers,
             shards=Shards(one.number, one.count),
         )
