@@ -16,6 +16,7 @@ from batch_helpers import (
     start_forkserver,
     start_run,
     story,
+    used,
     wait_for,
 )
 from sqlalchemy import select
@@ -27,7 +28,7 @@ from converter.batch.budget import Budget
 from converter.batch.catalogue import Catalogue
 from converter.batch.discover import Found
 from converter.batch.engine import Engine, Outcome
-from converter.batch.orders import Order, Part
+from converter.batch.orders import Answer, Order, Part
 from converter.batch.pieces import Pieces
 from converter.batch.progress import Step
 from converter.batch.recipes import Asked, Policy
@@ -249,9 +250,13 @@ def test_pieces_that_are_made_outlive_a_stop(place):
     first.stop()
     first.run()
     assert (hand.claim.release in first._hands, states(place)) == (False, {"cut-4-bf16": "queued"})
-    again = offered(engine(place, shared=True, split=1000))
+    second = engine(place, shared=True, split=1000)
+    again = offered(second)
     assert helper.left(again.claim) == 1
     assert helper.heartbeat([going_on]) == set()
+    # Once the outputs are whole nobody is to go on from them, whatever becomes of their proofs.
+    second._settle(again, Step("convert", again.order.parts), used(), Answer())
+    assert helper.heartbeat([going_on]) == {going_on.id}
 
 
 def test_transient_failures_back_off_within_the_run(place):
