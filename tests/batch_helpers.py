@@ -187,13 +187,14 @@ from converter.batch import run as module
 from converter.batch.dask import Scheduler
 from converter.batch.discover import Found
 from converter.batch.fleet_worker import serve
+from converter.batch.site import Place
 from converter.batch.tags import with_own
 from converter.batch.watchlist import read_watchlist
 module.discover = lambda *arguments, **named: Found()
 if __name__ == "__main__":
     helpers, role, state, ledger, address, watchlist, *tags = sys.argv[1:]
     helpers = importlib.import_module(helpers)
-    place = module.Place.of(None, state=Path(state), ledger=ledger or None)
+    place = Place.of(None, state=Path(state), ledger=ledger or None)
     read = read_watchlist(Path(watchlist))
     files = dict.fromkeys(("ca_file", "cert", "key"))
     scheduler = Scheduler.of(address, **files) if address else None

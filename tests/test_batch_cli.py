@@ -17,7 +17,7 @@ from converter.batch.failures import Failure
 from converter.batch.install import schedule, write_files
 from converter.batch.log import KEPT, logging_to
 from converter.batch.report import trend
-from converter.batch.run import Place
+from converter.batch.site import Place
 from converter.batch.watchlist import Digest, Mail
 from converter.cli.app import cli
 from converter.errors import UsageError

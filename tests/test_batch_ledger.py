@@ -158,12 +158,19 @@ def test_an_older_ledger_is_brought_up_step_by_step(tmp_path):
     assert database.do(lambda c: c.scalar(select(version_table.c.version))) == 5
 
 
-def test_a_ledger_of_the_first_version_keeps_its_jobs(ledger_url):
+@pytest.mark.parametrize(
+    ("version", "undone"),
+    [
+        (1, ("DROP TABLE piece", "ALTER TABLE job DROP COLUMN needs")),
+        (2, ("ALTER TABLE piece DROP COLUMN memory",)),
+    ],
+)
+def test_a_ledger_of_an_older_version_keeps_its_jobs(ledger_url, version, undone):
     add(Catalogue(ledger(ledger_url)))
     database = ledger(ledger_url).database
-    for statement in ("DROP TABLE piece", "ALTER TABLE job DROP COLUMN needs"):
+    for statement in undone:
         database.do(lambda c, statement=statement: c.execute(text(statement)))
-    database.do(lambda c: c.execute(update(version_table).values(version=1)))
+    database.do(lambda c: c.execute(update(version_table).values(version=version)))
     mine = ledger(ledger_url)
     (task,) = mine.claim().tasks
     assert (task.target, task.needs) == ("night/model-bf16", None)

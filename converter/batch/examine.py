@@ -43,10 +43,13 @@ def examine(order: Order) -> Answer:
             "parameters": plan.parameters,
         }
         answer.facts[part.job] = facts
-        address = None
-        if not plan.options.targeted:  # else the plan is known when the weights are
+        known = part.plan  # for a target size what an earlier conversion came to, if any did
+        if not plan.options.targeted:
+            known = plan.hash
             facts |= {"plan": plan.hash, "bits_per_weight": round(plan.bits_per_weight, 4)}
-            address = find_published(part.target, plan.hash, order.folder / "remote")
+        address = None
+        if known is not None:
+            address = find_published(part.target, known, order.folder / "remote")
         if address is None:
             todo.append(plan)
         else:

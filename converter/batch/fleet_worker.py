@@ -25,15 +25,8 @@ from converter.batch.dask import Scheduler, distributed, offered
 from converter.batch.engine import TICK_S, Engine, Stages
 from converter.batch.ledger import Ledger
 from converter.batch.progress import InHand
-from converter.batch.run import (
-    FAILED,
-    TERMINATED,
-    Place,
-    Site,
-    at_work,
-    engine_settings,
-    stopping,
-)
+from converter.batch.run import FAILED, TERMINATED, engine_settings, stopping
+from converter.batch.site import Place, Site, at_work
 from converter.batch.sweep import sweep
 from converter.batch.watchlist import Budgets, WatchList
 
