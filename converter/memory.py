@@ -38,10 +38,22 @@ def available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def installed_memory() -> int:
+    """Bytes of memory of this machine, or of the container (control groups v2) that this is in."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not sys.platform.startswith("linux"):
+        return whole
+    return min([whole, *(most for _, most in _groups(_CGROUP, _membership()))])
+
+
 def _linux() -> Iterator[int]:
     text = Path("/proc/meminfo").read_text(encoding="ascii")
     yield int(re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024  # type: ignore[index]
-    yield from group_room(_CGROUP, Path("/proc/self/cgroup").read_text(encoding="utf-8"))
+    yield from group_room(_CGROUP, _membership())
+
+
+def _membership() -> str:
+    return Path("/proc/self/cgroup").read_text(encoding="utf-8")
 
 
 def group_room(root: Path, membership: str) -> Iterator[int]:
@@ -49,6 +61,16 @@ def group_room(root: Path, membership: str) -> Iterator[int]:
 
     What the kernel can drop from a group's page cache counts as left.
     """
+    for group, most in _groups(root, membership):
+        used = group / "memory.current"
+        if used.is_file():
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            cached = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
+            yield max(0, most - int(used.read_text()) + cached)
+
+
+def _groups(root: Path, membership: str) -> Iterator[tuple[Path, int]]:
+    """The control groups of a process that have a limit, and its bytes."""
     own = next((ln[3:] for ln in membership.splitlines() if ln.startswith("0::")), None)
     if own is None:
         return
@@ -56,11 +78,9 @@ def group_room(root: Path, membership: str) -> Iterator[int]:
     for group in (folder, *folder.parents):
         if not group.is_relative_to(root):
             return
-        limit, used = group / "memory.max", group / "memory.current"
-        if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            cached = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
-            yield max(0, int(most) - int(used.read_text()) + cached)
+        limit = group / "memory.max"
+        if limit.is_file() and (most := limit.read_text().strip()) != "max":
+            yield group, int(most)
 
 
 def _vm_stat(text: str) -> int:

@@ -140,14 +140,22 @@ class Converted:
         return fused_folder(self.release, self.fusion, beside=self.folder, workers=workers)
 
 
-def plan_request(request: Request, console: Console | None = None) -> Planned:
+def plan_request(
+    request: Request,
+    console: Console | None = None,
+    *,
+    release: Release | None = None,
+    measure: bool = True,
+) -> Planned:
     """Decide everything from headers; raises PlanError with every problem.
 
-    Only a recipe with a target size reads weights, and says so on ``console``.
+    Only a recipe with a target size reads weights, and says so on ``console``; unless they are to
+    ``measure``, its plan is a draft with one format for all. ``release`` is what the request names,
+    where its headers have been read already.
     """
     torch = any(recipe.target == "torch" for recipe in request.recipes)
     back = request.dequantize or torch
-    release = open_release(
+    release = release or open_release(
         request.hf_path,
         revision=request.revision,
         allow_mlx=back,
@@ -189,7 +197,7 @@ def plan_request(request: Request, console: Console | None = None) -> Planned:
             given_up = options.dequantize and view.settings is not None
             options = replace(options, dequantize=given_up)
             plan = build_plan(source, match, options, origin=origin, view=view)
-            if options.targeted:
+            if options.targeted and measure:
                 console = console or Console(quiet=True)
                 with console.progress("download", unit="bytes") as tick:
                     release = fetch(release, progress=tick)

@@ -18,16 +18,16 @@ from converter.batch.database import Database
 from converter.batch.failures import Failure
 from converter.batch.ledger import Ledger
 from converter.batch.orders import Answer, Order
-from converter.batch.recipes import Policy
-from converter.batch.watchlist import Retries
+from converter.batch.recipes import Asked, Policy
+from converter.batch.watchlist import Retries, WatchList, read_watchlist
 from converter.plan import Options
 from quant.recipe import QuantSpec
 
 TESTS = Path(__file__).parent
 PATHS = os.pathsep.join([str(TESTS.parent), str(TESTS)])
 RECIPES = {
-    "bf16": Options(dtype="bfloat16"),
-    "4bit": Options(quant=QuantSpec.make("affine", 4, 64)),
+    "bf16": Asked(options=Options(dtype="bfloat16")),
+    "4bit": Asked(options=Options(quant=QuantSpec.make("affine", 4, 64))),
 }
 
 
@@ -52,7 +52,7 @@ def wanted(repo="acme/model", *variants, policy=None) -> list[Wanted]:
     return [
         Wanted(
             variant=name,
-            options=RECIPES[name],
+            asked=RECIPES[name],
             target=f"night/{repo.split('/')[1]}-{name}",
             policy=policy or Policy(),
         )
@@ -62,6 +62,12 @@ def wanted(repo="acme/model", *variants, policy=None) -> list[Wanted]:
 
 def add(catalogue: Catalogue, repo="acme/model", *variants, policy=None, **settings) -> int:
     return catalogue.enqueue(seen(repo, **settings), wanted(repo, *variants, policy=policy))
+
+
+def watch(tmp_path, text="", models='organisations = ["acme"]') -> WatchList:
+    path = tmp_path / "watch.toml"
+    path.write_text(f'namespace = "night"\n[[watch]]\n{models}\nvariants = ["4bit"]\n{text}')
+    return read_watchlist(path)
 
 
 def used(**settings) -> Used:
@@ -160,42 +166,67 @@ class Named:
 
 STAGES = {name: Named(name) for name in NAMES}
 
+PRELOAD = ["batch_helpers"]
+
 WATCHLIST = """
 namespace = "night"
 [[watch]]
 organisations = ["nobody"]
 variants = ["bf16"]
 [retries]
-lease = "10m"
+lease = "{lease}"
 first_wait = 0.05
-patience = "1s"
+patience = "{patience}"
+{extra}
 """
-
-RUN = """
+PROGRAM = """
+import importlib
 import sys
 from pathlib import Path
-from batch_helpers import STAGES
 from converter.batch import run as module
+from converter.batch.dask import Scheduler
 from converter.batch.discover import Found
+from converter.batch.fleet_worker import serve
+from converter.batch.site import Place
+from converter.batch.tags import with_own
 from converter.batch.watchlist import read_watchlist
 module.discover = lambda *arguments, **named: Found()
 if __name__ == "__main__":
-    state = Path(sys.argv[1])
-    place = module.Place.of(None, state=state, ledger=None)
-    watchlist = read_watchlist(state / "watch.toml")
-    told = dict(name="watch.toml", echo=print, stages=STAGES, preload=["batch_helpers"])
-    sys.exit(module.run(watchlist, place, **told))
+    helpers, role, state, ledger, address, watchlist, *tags = sys.argv[1:]
+    helpers = importlib.import_module(helpers)
+    place = Place.of(None, state=Path(state), ledger=ledger or None)
+    read = read_watchlist(Path(watchlist))
+    files = dict.fromkeys(("ca_file", "cert", "key"))
+    scheduler = Scheduler.of(address, **files) if address else None
+    told = dict(stages=helpers.STAGES, preload=helpers.PRELOAD)
+    told |= dict(echo=lambda line: print(line, flush=True))
+    if role == "worker":
+        sys.exit(serve(read, place, scheduler, tags=with_own(tags), **told))
+    sys.exit(module.run(read, place, name="watch.toml", scheduler=scheduler, **told))
 """
 
 
+def write_program(folder: Path, *, lease: str, patience: str, extra: str = "") -> None:
+    """``convert batch`` with stages that only pretend and no hub, and its watch list."""
+    (folder / "program.py").write_text(PROGRAM)
+    watchlist = WATCHLIST.format(lease=lease, patience=patience, extra=extra)
+    (folder / "watch.toml").write_text(watchlist)
+
+
+def command(
+    folder: Path, state: Path, *, helpers: str, role="run", ledger="", address="", tags=()
+) -> list[str]:
+    """The command of a run or worker; ``helpers`` is the module with its stages."""
+    told = [helpers, role, state, ledger, address, folder / "watch.toml", *tags]
+    return [sys.executable, *map(str, [folder / "program.py", *told])]
+
+
 def start_run(state: Path) -> subprocess.Popen:
-    """``convert batch run`` with pretended stages and no hub, in a process of its own."""
-    script = state / "program.py"
+    """A run in a process of its own."""
     state.mkdir(exist_ok=True)
-    script.write_text(RUN)
-    (state / "watch.toml").write_text(WATCHLIST)
+    write_program(state, lease="10m", patience="1s")
     return subprocess.Popen(
-        [sys.executable, str(script), str(state)],
+        command(state, state, helpers="batch_helpers"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

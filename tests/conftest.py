@@ -62,3 +62,20 @@ def program() -> list[str]:
     """The command line of this checkout, whether it is installed or not."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from converter.cli import main; main()"
     return [sys.executable, "-c", code]
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A PostgreSQL server of one's own."""
+    from benchmarks.postgres import running_postgres
+
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def ledger_url(request, tmp_path):
+    """The address of an empty ledger, on both databases."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'ledger.db'}"
+    return request.getfixturevalue("postgres").database().replace(":", "+psycopg:", 1)

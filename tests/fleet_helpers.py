@@ -8,42 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-from batch_helpers import NAMES, PATHS, Named, note
+from batch_helpers import NAMES, PATHS, Named, command, note, write_program
 
+from converter.batch import pieces
 from converter.batch.orders import Answer, Order
 
-WATCHLIST = """
-namespace = "night"
-[[watch]]
-organisations = ["nobody"]
-variants = ["bf16"]
-[retries]
-lease = "8s"
-first_wait = 0.05
-patience = "30s"
-"""
-PROGRAM = """
-import sys
-from pathlib import Path
-from fleet_helpers import PRELOAD, STAGES
-from converter.batch import run as module
-from converter.batch.dask import Scheduler
-from converter.batch.discover import Found
-from converter.batch.fleet_worker import serve
-from converter.batch.tags import with_own
-from converter.batch.watchlist import read_watchlist
-module.discover = lambda *arguments, **named: Found()
-if __name__ == "__main__":
-    role, state, ledger, address, watchlist, *tags = sys.argv[1:]
-    place = module.Place.of(None, state=Path(state), ledger=ledger)
-    read = read_watchlist(Path(watchlist))
-    scheduler = Scheduler.of(address, ca_file=None, cert=None, key=None)
-    preload = ["fleet_helpers", *PRELOAD]
-    told = dict(echo=lambda line: print(line, flush=True), stages=STAGES, preload=preload)
-    if role == "worker":
-        sys.exit(serve(read, place, scheduler, tags=with_own(tags), **told))
-    sys.exit(module.run(read, place, name="watch.toml", scheduler=scheduler, **told))
-"""
 SLOW_S = 0.05
 
 
@@ -60,8 +29,7 @@ class Cluster:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.address = f"tcp://127.0.0.1:{self.port}"
-        (root / "program.py").write_text(PROGRAM)
-        (root / "watch.toml").write_text(WATCHLIST + extra)
+        write_program(root, lease="8s", patience="30s", extra=extra)
         self.processes: list[subprocess.Popen] = []
         self.scheduler = self.start_scheduler()
 
@@ -70,15 +38,19 @@ class Cluster:
         return self._start("scheduler", [*command, "--port", str(self.port), "--no-dashboard"])
 
     def worker(self, name: str, *tags: str, **environment: str) -> subprocess.Popen:
-        return self._start(name, self._command("worker", name, *tags), **environment)
+        return self._start(name, self._command("worker", name, tags), **environment)
 
     def run(self, name: str = "run") -> subprocess.Popen:
         return self._start(name, self._command("run", name))
 
-    def _command(self, role: str, name: str, *tags: str) -> list[str]:
-        program, watchlist = self.root / "program.py", self.root / "watch.toml"
-        told = [role, self.root / name, self.url, self.address, watchlist, *tags]
-        return [sys.executable, *map(str, [program, *told])]
+    def plain_worker(self, name: str) -> subprocess.Popen:
+        """A worker of somebody else's at the same scheduler."""
+        words = [sys.executable, "-m", "distributed.cli.dask_worker", self.address]
+        return self._start(name, [*words, "--no-dashboard", "--no-nanny"])
+
+    def _command(self, role: str, name: str, tags: tuple[str, ...] = ()) -> list[str]:
+        told = {"role": role, "ledger": self.url, "address": self.address, "tags": tags}
+        return command(self.root, self.root / name, helpers="fleet_helpers", **told)
 
     def _start(self, name: str, command: list[str], **environment: str) -> subprocess.Popen:
         with (self.root / f"{name}.log").open("a") as log:
@@ -162,6 +134,9 @@ class Real:
         return globals()[self.name](order)
 
 
-PRELOAD = ["converter.batch.work", "quant.floats"] if os.environ.get("REAL") else []
+if os.environ.get("REAL"):
+    pieces.PIECE_BYTES = 1  # a piece for every shard
+PRELOAD = ["fleet_helpers"]
+PRELOAD += ["converter.batch.work", "quant.floats"] if os.environ.get("REAL") else []
 REAL = ("examine", "fetch", "convert", "prove") if os.environ.get("REAL") else ()
 STAGES = {name: Real(name) if name in REAL else Named(name) for name in NAMES}

@@ -76,6 +76,31 @@ def write_release(
     return root
 
 
+def write_adapter(root, config, tensors, file="adapter_model.safetensors"):
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "adapter_config.json").write_text(json.dumps(config))
+    save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, root / file)
+    return root
+
+
+def peft_config(**settings):
+    return {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "base"} | (
+        settings
+    )
+
+
+def factors(shape, rank, seed):
+    """A [rank, in] and B [out, rank] of a matrix [out, in], large enough to matter."""
+    rng = np.random.default_rng(seed)
+    a = rng.standard_normal((rank, shape[1]), np.float32)
+    return a, rng.standard_normal((shape[0], rank), np.float32)
+
+
+def peft_pair(module, a, b):
+    prefix = f"base_model.model.{module}"
+    return {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
+
+
 def make(source: Path, out: Path, *recipes: Options, **settings: Any) -> list[Path]:
     """Convert in this process; returns the output folders."""
     request = Request(

@@ -4,8 +4,19 @@ import json
 
 import numpy as np
 import pytest
-from release_helpers import LLAMA, llama_tensors, make, status, stored, write_release
-from safetensors.numpy import load_file, save_file
+from release_helpers import (
+    LLAMA,
+    factors,
+    llama_tensors,
+    make,
+    peft_config,
+    peft_pair,
+    status,
+    stored,
+    write_adapter,
+    write_release,
+)
+from safetensors.numpy import load_file
 
 from converter.errors import PlanError, UsageError
 from converter.pipeline import Request, convert, plan_request
@@ -18,31 +29,6 @@ QUIET = Console(quiet=True)
 WIDE = Options(dtype="float32")
 Q = "model.layers.1.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"
-
-
-def write_adapter(root, config, tensors, file="adapter_model.safetensors"):
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "adapter_config.json").write_text(json.dumps(config))
-    save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, root / file)
-    return root
-
-
-def peft_config(**settings):
-    return {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "base"} | (
-        settings
-    )
-
-
-def factors(shape, rank, seed):
-    """A [rank, in] and B [out, rank] of a matrix [out, in], large enough to matter."""
-    rng = np.random.default_rng(seed)
-    a = rng.standard_normal((rank, shape[1]), np.float32)
-    return a, rng.standard_normal((shape[0], rank), np.float32)
-
-
-def peft_pair(module, a, b):
-    prefix = f"base_model.model.{module}"
-    return {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
 
 
 @pytest.fixture

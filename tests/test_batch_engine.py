@@ -16,18 +16,25 @@ from batch_helpers import (
     start_forkserver,
     start_run,
     story,
+    used,
     wait_for,
 )
+from sqlalchemy import select
 
+from converter import memory as memory_module
+from converter.batch import budget as budget_module
 from converter.batch import engine as engine_module
 from converter.batch.budget import Budget
 from converter.batch.catalogue import Catalogue
 from converter.batch.discover import Found
 from converter.batch.engine import Engine, Outcome
-from converter.batch.orders import Order, Part
+from converter.batch.orders import Answer, Order, Part
 from converter.batch.pieces import Pieces
-from converter.batch.recipes import Policy
-from converter.batch.run import status_of, sweep
+from converter.batch.progress import Step
+from converter.batch.recipes import Asked, Policy
+from converter.batch.run import status_of
+from converter.batch.schema import piece
+from converter.batch.sweep import sweep
 from converter.batch.watchlist import Budgets
 from converter.batch.work import Throttle
 from converter.plan import Options
@@ -201,7 +208,8 @@ def test_acceptance_goes_to_whoever_has_the_tag_from_what_the_folder_holds(place
     assert [path.name for path in place[1].iterdir()] == ["story.jsonl"]
 
 
-def test_a_large_conversion_is_in_pieces_that_other_engines_help_with(place):
+def test_a_large_conversion_is_in_pieces_that_other_engines_help_with(place, monkeypatch):
+    monkeypatch.setattr("converter.batch.pieces.PIECE_BYTES", 250)
     add(catalogue_of(place), "acme/cut-4")
     lines, helped = [], []
     helper = engine(place, helped, shared=True, patience=1000)
@@ -218,7 +226,37 @@ def test_a_large_conversion_is_in_pieces_that_other_engines_help_with(place):
     assert any("convert in 4 pieces" in line for line in lines)
     converted = [s for _, s, what, _, _ in story(place[1]) if (s, what) == ("convert", "end")]
     assert len(converted) == 5  # and once to finish
-    assert Pieces(mine.ledger).open() == []
+    found = mine.ledger.database.do(lambda connection: connection.execute(select(piece)).all())
+    assert found == []
+
+
+def test_pieces_that_are_made_outlive_a_stop(place):
+    add(catalogue_of(place), "acme/cut-4")
+    first, helper = engine(place, shared=True, split=1000), Pieces(ledger(place[0]))
+
+    def offered(mine):
+        mine._claim()
+        (hand,) = mine._hands.values()
+        hand.cuts = 4
+        hand.needs = {"convert": 7}
+        assert mine._with_others(hand, Step("convert", hand.order.parts))
+        return hand
+
+    hand = offered(first)
+    made = helper.claim()
+    assert made.memory == 7
+    helper.settle(made, "done")
+    going_on = helper.claim([made.id])
+    first.stop()
+    first.run()
+    assert (hand.claim.release in first._hands, states(place)) == (False, {"cut-4-bf16": "queued"})
+    second = engine(place, shared=True, split=1000)
+    again = offered(second)
+    assert helper.left(again.claim) == 1
+    assert helper.heartbeat([going_on]) == set()
+    # Once the outputs are whole nobody is to go on from them, whatever becomes of their proofs.
+    second._settle(again, Step("convert", again.order.parts), used(), Answer())
+    assert helper.heartbeat([going_on]) == {going_on.id}
 
 
 def test_transient_failures_back_off_within_the_run(place):
@@ -374,6 +412,17 @@ def test_budget():
     assert budget.reserve("b", 100)
 
 
+def test_memory_is_that_of_the_container(tmp_path, monkeypatch):
+    whole = memory_module.installed_memory()
+    assert budget_module.memory(None).limit == whole * 4 // 5
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "memory.max").write_text("1000\n")
+    monkeypatch.setattr(memory_module, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory_module, "_membership", lambda: "0::/job\n")
+    assert budget_module.memory(None).limit == 800
+    assert budget_module.memory(5).limit == 5
+
+
 def test_throttle_holds_a_download_to_its_rate():
     now, slept = [0.0], []
 
@@ -396,7 +445,13 @@ def test_a_missed_gate_leaves_its_report(tmp_path, monkeypatch):
     from converter.batch import work
     from converter.errors import GateError
 
-    part = Part(job=7, variant="4bit", target="night/m-4bit", options=Options(), policy=Policy())
+    part = Part(
+        job=7,
+        variant="4bit",
+        target="night/m-4bit",
+        asked=Asked(options=Options()),
+        policy=Policy(),
+    )
     order = Order(repo="a/m", commit="c", folder=tmp_path / "work" / "a--m@c", parts=(part,))
     out = order.out(part)
     out.mkdir(parents=True)

@@ -4,17 +4,21 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from batch_helpers import add, close_ledgers, ledger, seen, story, used, wait_for, wanted
-from fleet_helpers import WATCHLIST, Cluster
+from batch_helpers import add, close_ledgers, ledger, seen, story, used, wait_for, wanted, watch
+from fleet_helpers import Cluster
 from release_helpers import LLAMA, hashes, make, status, write_release
+from sqlalchemy import event, update
 
+from converter.batch import fleet as fleet_module
 from converter.batch.catalogue import Catalogue
-from converter.batch.dask import Scheduler, asked, fits, offered
-from converter.batch.fleet import Fleet
+from converter.batch.dask import Scheduler, asked, fits, is_ours, offered, tags_of
+from converter.batch.fleet import Fleet, _Given
 from converter.batch.fleet_worker import work_on
+from converter.batch.pieces import Pieces
 from converter.batch.recipes import Policy
+from converter.batch.schema import job
 from converter.batch.tags import measured, with_own
-from converter.errors import UsageError
+from converter.errors import ConvertError, UsageError
 from converter.plan import Options, layout
 
 LIMIT_S = 120
@@ -52,6 +56,7 @@ def test_what_is_lost_is_done_again_and_nothing_is_done_twice(cluster):
     catalogue = Catalogue(ledger(fleet.url))
     for name in ("once-convert-600", "slow-publish-1", "good", "better", "flaky-fetch"):
         add(catalogue, f"acme/{name}", "bf16", "4bit")
+    fleet.plain_worker("stranger")
     workers = {name: fleet.worker(name) for name in ("w1", "w2")}
     runs = [fleet.run("run"), fleet.run("other")]  # two runs with one fleet do one job once
     wait_for(lambda: begun(fleet, "convert", "w1", "w2").count("acme/once-convert-600"))
@@ -71,6 +76,7 @@ def test_what_is_lost_is_done_again_and_nothing_is_done_twice(cluster):
     assert twice in ((0, 1) if "acme/slow-publish-1" in begun(fleet, "publish", stuck) else (0,))
     assert len(published) == len(found) + twice
     assert "the scheduler is away; what is in hand goes on" in fleet.said(left)
+    assert "1 workers are not of `convert batch worker`" in fleet.said("run")
     assert "Traceback" not in fleet.said(left) + fleet.said("run") + fleet.said("other")
     workers[left].terminate()
     assert workers[left].wait(LIMIT_S) == 143
@@ -81,11 +87,12 @@ class Handed(Fleet):
     """A fleet that only notes what it would hand out."""
 
     def _submit(self, key, repo, commit, wanted):
-        self._given[key] = wanted
+        self._given[key] = _Given(SimpleNamespace(status="pending"), wanted)
 
 
 @pytest.fixture
-def handed(tmp_path):
+def handed(tmp_path, monkeypatch):
+    monkeypatch.setattr(fleet_module, "UNFIT_S", 0.0)
     mine = ledger(f"sqlite:///{tmp_path / 'ledger.db'}", gated_wait=1000)
     scheduler = Scheduler.of("tcp://h:1", ca_file=None, cert=None, key=None)
     yield Handed(mine, scheduler, shared=False, say=lambda line: None)
@@ -95,11 +102,11 @@ def handed(tmp_path):
 def hand_out(fleet, *workers):
     """What is asked for each release that is handed out when there are these workers."""
     known = {str(number): offered(**worker) for number, worker in enumerate(workers)}
-    fleet.ledger.tags = frozenset(name for one in known.values() for name in one)
+    fleet.ledger.tags = frozenset(tag for one in known.values() for tag in tags_of(one))
     fleet._given.clear()
     fleet._hand_out(known)
     repos = {e.release.id: e.release.repo for e in fleet.catalogue.entries()}
-    return {repos[number]: wanted for (_, number), wanted in fleet._given.items()}
+    return {repos[number]: given.wanted for (_, number), given in fleet._given.items()}
 
 
 SMALL = {"memory": 3 * 10**9, "disk": 10**9, "tags": ["linux"]}
@@ -109,16 +116,16 @@ APPLE = {"memory": 2 * 10**9, "disk": 10**9, "tags": ["metal"]}
 def test_a_release_goes_to_a_worker_that_has_what_it_needs(handed):
     policy = Policy(accept="metal")
     add(handed.catalogue, "acme/model", "bf16", policy=policy)
-    estimate = {"memory": 4000 + 1e9, "disk": 4000.0}
+    estimate = {"memory": 2500 + 1e9, "disk": 4000.0}
     assert hand_out(handed) == {}
     # Who has no Metal hands it over, and says so in the ledger.
     assert hand_out(handed, SMALL) == {"acme/model": estimate}
-    assert hand_out(handed, SMALL, APPLE) == {"acme/model": estimate | {"metal": 1.0}}
+    assert hand_out(handed, SMALL, APPLE) == {"acme/model": estimate | {"tag:metal": 1.0}}
     claim = handed.ledger.claim()
     handed.ledger.hand_over(claim, claim.tasks[0].id, "metal")
     handed.ledger.give_back(claim)
     assert hand_out(handed, SMALL) == {}
-    assert hand_out(handed, SMALL, APPLE) == {"acme/model": estimate | {"metal": 1.0}}
+    assert hand_out(handed, SMALL, APPLE) == {"acme/model": estimate | {"tag:metal": 1.0}}
 
 
 def test_a_release_that_no_worker_is_large_enough_for_waits(handed):
@@ -139,6 +146,118 @@ def test_a_release_that_no_worker_is_large_enough_for_waits(handed):
     assert entry.job.error == (
         "acme/large: needs 5.0 GB of memory where the largest worker has 3.0 GB"
     )
+
+
+def planned(catalogue, repo, *variants, memory, kind="convert"):
+    """A release whose plans need so much memory; its jobs are of a kind."""
+    add(catalogue, repo, *variants)
+    mine = catalogue.ledger
+    claim = mine.claim(only=max(e.release.id for e in catalogue.entries()))
+    for task in claim.tasks:
+        facts = {"needs": {"disk": 10, "memory": memory, "convert": 10}}
+        mine.passed(claim, task.id, "examine", used(), facts=facts)
+    mine.give_back(claim)
+    return claim
+
+
+class Client:
+    """Dask's client, as far as it is asked about workers."""
+
+    status = "running"
+
+    def __init__(self, **workers):
+        self.workers = {name: {"resources": found} for name, found in workers.items()}
+
+    def scheduler_info(self, n_workers):
+        return {"workers": self.workers}
+
+
+def test_what_waits_for_a_worker_that_left_is_judged_anew(handed, monkeypatch):
+    monkeypatch.setattr(fleet_module, "UNFIT_S", 0.05)
+    claim = planned(handed.catalogue, "acme/large", memory=5 * 10**9)
+    large = offered(**SMALL | {"memory": 6 * 10**9})
+    handed._hand_out({"w0": large})
+    (given,) = handed._given.values()
+    released = []
+    given.future.release = lambda: released.append(1)
+    handed._collect({"w0": large})
+    assert list(handed._given) == [("release", claim.release)]
+    others = {"w1": offered(**SMALL)}
+    handed._collect(others)
+    assert (handed._given, released) == ({}, [1])
+    handed._hand_out(others)  # it may be back soon, as after a restart of the scheduler
+    assert handed.catalogue.entries()[0].state == "queued"
+    wait_for(lambda: handed._hand_out(others) or handed.catalogue.entries()[0].state == "waiting")
+    assert "where the largest worker has 3.0 GB" in handed.catalogue.entries()[0].job.error
+
+
+def test_an_answer_that_its_worker_took_along_is_not_waited_for(handed):
+    def result(timeout=None):
+        raise TimeoutError if timeout is not None else AssertionError("waits for ever")
+
+    future = SimpleNamespace(status="finished", result=result, release=lambda: None)
+    handed._given["release", 1] = _Given(future, {})
+    handed._collect({})
+    assert handed._given == {}
+    assert handed._resting(("release", 1))  # and handed out again, if it still is due
+
+
+def test_a_worker_that_is_not_ours_is_handed_nothing(handed):
+    said = []
+    handed.say = said.append
+    planned(handed.catalogue, "acme/large", memory=5 * 10**9)
+    handed._client = Client(plain={}, other={"GPU": 2}, ours=offered(**SMALL))
+    for _ in range(2):
+        assert list(handed._workers()) == ["ours"]
+    assert said == ["tcp://h:1: 2 workers are not of `convert batch worker` and are handed nothing"]
+    assert not is_ours({"memory": 1.0})
+    handed._client = Client(plain={})
+    assert handed._turn()
+    assert handed._given == {}
+    assert handed.catalogue.entries()[0].state == "queued"
+
+
+def test_a_fleet_without_workers_is_said(handed):
+    add(handed.catalogue, "acme/model")
+    handed._client = Client()
+    assert handed._turn()
+    handed._manned_at -= handed.ledger.retries.patience
+    with pytest.raises(ConvertError, match="h:1: has had no worker; start one with"):
+        handed._turn()
+    claim = ledger(f"{handed.ledger.database.engine.url}").claim()  # one that lost the scheduler
+    handed._jobs = {claim.tasks[0].id}
+    assert handed._turn()
+
+
+def test_what_needs_nothing_goes_on_beside_what_is_too_large(handed):
+    claim = planned(handed.catalogue, "acme/large", "bf16", "4bit", memory=5 * 10**9)
+    card, _ = (task.id for task in claim.tasks)
+    change = update(job).where(job.c.id == card).values(kind="card", facts={})
+    handed.ledger.database.do(lambda connection: connection.execute(change))
+    assert hand_out(handed, SMALL) == {}
+    assert [e.job.state for e in handed.catalogue.entries()] == ["queued", "waiting"]
+    assert hand_out(handed, SMALL) == {"acme/large": {"memory": 0.0, "disk": 0.0}}
+
+
+def test_a_piece_goes_to_a_worker_that_has_its_memory(handed):
+    add(handed.catalogue, "acme/model")
+    other = ledger(f"{handed.ledger.database.engine.url}")
+    claim = other.claim()
+    Pieces(other).cut(claim, [claim.tasks[0].id], 2, memory=4 * 10**9)
+    assert hand_out(handed, SMALL) == {}
+    handed._hand_out({"w0": offered(**SMALL | {"memory": 6 * 10**9})})
+    assert [kind for kind, _ in handed._given] == ["piece", "piece"]
+    assert {given.wanted["memory"] for given in handed._given.values()} == {4e9}
+
+
+def test_handing_out_asks_the_ledger_a_few_times_however_much_is_due(handed):
+    for number in range(30):
+        add(handed.catalogue, f"acme/m{number}", "bf16", "4bit")
+    asked_for = []
+    engine = handed.ledger.database.engine
+    event.listen(engine, "before_cursor_execute", lambda *given: asked_for.append(given[2]))
+    assert len(hand_out(handed, SMALL)) == 30
+    assert len([text for text in asked_for if text.startswith("SELECT")]) < 10
 
 
 def test_a_task_names_its_release_and_nothing_else(handed):
@@ -235,6 +354,11 @@ def test_tags_and_resources():
     assert fits(asked(memory=100, disk=50, tag="metal"), worker)
     assert not fits(asked(memory=101, disk=50, tag=None), worker)
     assert not fits(asked(memory=1, disk=1, tag="linux"), worker)
+    odd = offered(memory=100, disk=50, tags={"memory", "disk"})  # are names as good as any
+    assert fits(asked(memory=100, disk=50, tag="memory"), odd)
+    assert not fits(asked(memory=101, disk=50, tag="disk"), odd)
+    assert not fits(asked(memory=0, disk=0, tag=None), {})
+    assert tags_of(odd) == {"memory", "disk"}
 
 
 @pytest.mark.parametrize(
@@ -266,8 +390,8 @@ def test_certificates_go_to_dask():
     ],
 )
 def test_the_command_line_says_what_is_wrong(tmp_path, capsys, command, text):
+    watch(tmp_path)
     watchlist = tmp_path / "watch.toml"
-    watchlist.write_text(WATCHLIST)
     verb, *rest = command
     at = 1 if verb == "worker" else 0
     told = [*rest[:at], watchlist, *rest[at:], "--state", tmp_path / "state"]

@@ -4,7 +4,6 @@ import multiprocessing
 import sqlite3
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from batch_helpers import (
@@ -19,38 +18,22 @@ from batch_helpers import (
 )
 from sqlalchemy import select, text, update
 
-from benchmarks.postgres import running_postgres
 from converter.batch import ledger as ledger_module
 from converter.batch.catalogue import Catalogue, choose
 from converter.batch.claims import LeaseLostError
 from converter.batch.database import Database
-from converter.batch.failures import Failure, classify, verdict
+from converter.batch.failures import Failure
 from converter.batch.ledger import Ledger
 from converter.batch.pieces import Pieces
 from converter.batch.recipes import Policy
 from converter.batch.schema import attempt, job, migrate, release, version_table
-from converter.batch.watchlist import Retries
-from converter.errors import ConvertError, GateError, HubError, PlanError, UsageError
-from converter.execute.folder import BusyError
+from converter.errors import ConvertError, UsageError
 
 
 @pytest.fixture(autouse=True)
 def _closed():
     yield
     close_ledgers()
-
-
-@pytest.fixture(scope="session")
-def postgres():
-    with running_postgres() as server:
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request, tmp_path):
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'ledger.db'}"
-    return request.getfixturevalue("postgres").database().replace(":", "+psycopg:", 1)
 
 
 @pytest.fixture
@@ -67,14 +50,14 @@ def states(catalogue):
     return {entry.job.target.split("/")[1]: entry.state for entry in catalogue.entries()}
 
 
-def test_each_release_is_claimed_once_by_many_processes(url):
+def test_each_release_is_claimed_once_by_many_processes(ledger_url):
     context = multiprocessing.get_context("forkserver")
     start_forkserver()
-    catalogue = Catalogue(ledger(url))
+    catalogue = Catalogue(ledger(ledger_url))
     for number in range(30):
         add(catalogue, f"acme/m{number}", "bf16", "4bit")
     results = context.Queue()
-    workers = [context.Process(target=claims_of, args=(url, results)) for _ in range(4)]
+    workers = [context.Process(target=claims_of, args=(ledger_url, results)) for _ in range(4)]
     for worker in workers:
         worker.start()
     taken = [results.get(timeout=180) for _ in workers]
@@ -83,8 +66,8 @@ def test_each_release_is_claimed_once_by_many_processes(url):
     assert sorted(one for some in taken for one in some) == list(range(1, 31))
 
 
-def test_a_claim_brings_all_variants_and_keeps_others_out(url):
-    first, second = ledger(url), ledger(url)
+def test_a_claim_brings_all_variants_and_keeps_others_out(ledger_url):
+    first, second = ledger(ledger_url), ledger(ledger_url)
     add(Catalogue(first), "acme/model", "bf16", "4bit")
     claim = first.claim()
     assert claim is not None
@@ -96,8 +79,8 @@ def test_a_claim_brings_all_variants_and_keeps_others_out(url):
     assert second.claim() is not None
 
 
-def test_a_lease_that_ran_out_passes_on_and_fences_its_old_owner(url):
-    slow, other = ledger(url), ledger(url)
+def test_a_lease_that_ran_out_passes_on_and_fences_its_old_owner(ledger_url):
+    slow, other = ledger(ledger_url), ledger(ledger_url)
     catalogue = Catalogue(slow)
     add(catalogue)
     old = slow.claim()
@@ -157,40 +140,47 @@ def test_a_database_that_stays_away_is_said(tmp_path):
 
 
 def test_a_newer_ledger_is_left_alone(tmp_path):
-    url = f"sqlite:///{tmp_path / 'ledger.db'}"
-    database = Database(url)
+    ledger_url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    database = Database(ledger_url)
     database.do(lambda c: c.execute(update(version_table).values(version=99)))
-    with pytest.raises(UsageError, match="schema version 99 and this program knows 2"):
-        Database(url)
-    database.do(lambda c: c.execute(update(version_table).values(version=2)))
-    Database(url).do(lambda c: migrate(c, (lambda _: pytest.fail("run twice"),) * 2))
+    with pytest.raises(UsageError, match="schema version 99 and this program knows 3"):
+        Database(ledger_url)
+    database.do(lambda c: c.execute(update(version_table).values(version=3)))
+    Database(ledger_url).do(lambda c: migrate(c, (lambda _: pytest.fail("run twice"),) * 3))
 
 
 def test_an_older_ledger_is_brought_up_step_by_step(tmp_path):
     database = Database(f"sqlite:///{tmp_path / 'ledger.db'}")
     done = []
-    steps = tuple(lambda c, number=number: done.append(number) for number in (1, 2, 3, 4))
+    steps = tuple(lambda c, number=number: done.append(number) for number in (1, 2, 3, 4, 5))
     database.do(lambda c: migrate(c, steps))
-    assert done == [3, 4]
-    assert database.do(lambda c: c.scalar(select(version_table.c.version))) == 4
+    assert done == [4, 5]
+    assert database.do(lambda c: c.scalar(select(version_table.c.version))) == 5
 
 
-def test_a_ledger_of_the_first_version_keeps_its_jobs(url):
-    add(Catalogue(ledger(url)))
-    database = ledger(url).database
-    for statement in ("DROP TABLE piece", "ALTER TABLE job DROP COLUMN needs"):
+@pytest.mark.parametrize(
+    ("version", "undone"),
+    [
+        (1, ("DROP TABLE piece", "ALTER TABLE job DROP COLUMN needs")),
+        (2, ("ALTER TABLE piece DROP COLUMN memory",)),
+    ],
+)
+def test_a_ledger_of_an_older_version_keeps_its_jobs(ledger_url, version, undone):
+    add(Catalogue(ledger(ledger_url)))
+    database = ledger(ledger_url).database
+    for statement in undone:
         database.do(lambda c, statement=statement: c.execute(text(statement)))
-    database.do(lambda c: c.execute(update(version_table).values(version=1)))
-    mine = ledger(url)
+    database.do(lambda c: c.execute(update(version_table).values(version=version)))
+    mine = ledger(ledger_url)
     (task,) = mine.claim().tasks
     assert (task.target, task.needs) == ("night/model-bf16", None)
     assert Pieces(mine).open() == []
 
 
-def test_a_job_that_needs_a_tag_is_left_to_those_who_have_it(url):
-    catalogue = Catalogue(ledger(url))
+def test_a_job_that_needs_a_tag_is_left_to_those_who_have_it(ledger_url):
+    catalogue = Catalogue(ledger(ledger_url))
     add(catalogue, "acme/model", "bf16", "4bit")
-    plain = ledger(url, lease=60, gated_wait=1000)
+    plain = ledger(ledger_url, lease=60, gated_wait=1000)
     claim = plain.claim()
     said = plain.hand_over(claim, claim.tasks[0].id, "metal")
     assert said.startswith("waits for a worker tagged metal")
@@ -211,148 +201,16 @@ def test_a_job_that_needs_a_tag_is_left_to_those_who_have_it(url):
     assert (entry.state, entry.job.needs, entry.job.error) == ("published", None, None)
 
 
-def test_each_piece_is_claimed_once_by_workers_that_hurry(url):
-    add(Catalogue(ledger(url)))
-    mine = ledger(url, lease=60)
-    claim = mine.claim()
-    Pieces(mine).cut(claim, [task.id for task in claim.tasks], 40)
-    workers = [Pieces(ledger(url, lease=60)) for _ in range(4)]
-    together = threading.Barrier(len(workers))
-
-    def take(pieces):
-        together.wait()
-        return [one.number for one in iter(pieces.claim, None)]
-
-    with ThreadPoolExecutor(len(workers)) as pool:
-        taken = list(pool.map(take, workers))
-    assert sorted(number for some in taken for number in some) == list(range(1, 41))
-
-
-def test_pieces_are_claimed_once_each_and_only_while_their_release_is_held(url):
-    add(Catalogue(ledger(url)), "acme/model", "bf16", "4bit")
-    mine, other = ledger(url, lease=60), ledger(url, lease=60)
-    claim = mine.claim()
-    pieces, theirs = Pieces(mine), Pieces(other)
-    jobs = [task.id for task in claim.tasks]
-    pieces.cut(claim, jobs, 3)
-    first, second = pieces.claim(), theirs.claim()
-    assert [(p.number, p.count, p.repo) for p in (first, second)] == [
-        (1, 3, "acme/model"),
-        (2, 3, "acme/model"),
-    ]
-    assert [task.variant for task in second.tasks] == ["bf16", "4bit"]
-    assert theirs.claim(only=first.id) is None
-    assert theirs.claim(of=[claim.release + 1]) is None
-    theirs.settle(first, "done")  # is not theirs to say
-    pieces.settle(first, "done")
-    theirs.settle(second, "failed")
-    assert pieces.left(claim) == 1
-    pieces.cut(claim, jobs, 3)  # the same again: what is done stays done, what failed is open
-    assert pieces.left(claim) == 2
-    third = theirs.claim()
-    theirs.expire(other.owner)
-    assert pieces.heartbeat([third]) == {third.id}
-    taken = pieces.claim(only=third.id)
-    assert (taken.number, taken.fence) == (third.number, third.fence + 1)
-    assert theirs.heartbeat([third]) == {third.id}
-    assert pieces.heartbeat([taken]) == set()
-    mine.give_back(claim)
-    assert theirs.open() == []
-    with pytest.raises(LeaseLostError):
-        pieces.cut(claim, jobs, 5)
-    claim = other.claim()
-    theirs.cut(claim, jobs, 2)
-    assert (theirs.left(claim), len(theirs.open())) == (2, 2)
-    theirs.clear(claim)
-    assert theirs.left(claim) == 0
-
-
 @pytest.mark.parametrize(
     ("url", "message"),
     [
         ("mysql://x/y", "mysql is neither sqlite nor postgresql"),
-        ("no url", "not an SQLAlchemy URL"),
+        ("no ledger_url", "not an SQLAlchemy URL"),
     ],
 )
 def test_a_ledger_that_cannot_be_is_refused(url, message):
     with pytest.raises(UsageError, match=message):
         Database(url)
-
-
-RETRIES = Retries(first_wait=10, longest_wait=45, gated_wait=1000)
-
-
-@pytest.mark.parametrize(
-    ("kind", "attempts", "crashes", "state", "wait"),
-    [
-        ("hub", 1, 0, "queued", 10),
-        ("hub", 2, 0, "queued", 20),
-        ("hub", 4, 0, "queued", 45),
-        ("hub", 5, 0, "parked", 0),
-        ("disk", 4, 0, "queued", 45),
-        ("refused", 2, 0, "queued", 20),
-        ("refused", 3, 0, "parked", 0),
-        ("unsupported", 1, 0, "parked", 0),
-        ("gate", 1, 0, "parked", 0),
-        ("usage", 1, 0, "parked", 0),
-        ("failed", 1, 0, "parked", 0),
-        ("gated", 9, 0, "waiting", 1000),
-        ("resources", 9, 0, "waiting", 1000),
-        ("crash", 1, 1, "queued", 10),
-        ("crash", 1, 2, "quarantined", 0),
-        ("internal", 1, 2, "quarantined", 0),
-    ],
-)
-def test_what_a_failure_means(kind, attempts, crashes, state, wait):
-    found = verdict(kind, attempts=attempts, crashes=crashes, lost=0, retries=RETRIES)
-    assert (found.state, found.wait) == (state, wait)
-
-
-def hub_error(status: int | None, gated: bool = False) -> HubError:
-    import httpx2
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-
-    error = HubError("said")
-    if status is not None:
-        response = httpx2.Response(status, request=httpx2.Request("GET", "http://hub"))
-        error.__cause__ = (GatedRepoError if gated else HfHubHTTPError)("x", response=response)
-    return error
-
-
-def caused(error: BaseException, cause: BaseException) -> BaseException:
-    error.__cause__ = cause
-    return error
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (PlanError(["x"]), "unsupported"),
-        (GateError("x"), "gate"),
-        (UsageError("x"), "usage"),
-        (BusyError("another process is at it"), "disk"),
-        (ConvertError("x"), "failed"),
-        (caused(ConvertError("x"), OSError(28, "full")), "disk"),
-        (OSError(5, "failing"), "disk"),
-        (hub_error(None), "hub"),
-        (hub_error(503), "hub"),
-        (hub_error(409), "hub"),
-        (hub_error(429), "hub"),
-        (hub_error(404), "refused"),
-        (hub_error(403), "refused"),
-        (hub_error(403, gated=True), "gated"),
-        (caused(HubError("x"), OSError(28, "full")), "disk"),
-        (MemoryError(), "crash"),
-        (KeyError("x"), "internal"),
-    ],
-    ids=repr,
-)
-def test_classes_of_failures(error, kind):
-    assert classify(error).kind == kind
-
-
-def test_failures_hide_tokens():
-    assert "abcdefgh" not in classify(RuntimeError("token hf_abcdefghijkl")).text
 
 
 def test_failures_of_a_stage_add_up_until_it_goes_well(mine, catalogue):

@@ -8,7 +8,7 @@ from benchmarks.night import Night, simulate
 from benchmarks.night_report import summary
 from converter.batch.examine import examine
 from converter.batch.orders import Order, Part
-from converter.batch.recipes import Policy
+from converter.batch.recipes import Asked, Policy
 from converter.batch.work import renew_card
 from converter.plan import Options
 from quant.recipe import QuantSpec
@@ -19,7 +19,7 @@ def part(target: str) -> Part:
         job=1,
         variant="4bit",
         target=target,
-        options=Options(quant=QuantSpec.make("affine", 4, 64)),
+        asked=Asked(options=Options(quant=QuantSpec.make("affine", 4, 64))),
         policy=Policy(twin=False),
     )
 

@@ -1,12 +1,14 @@
 """Watch lists: what they may say, and every way of saying it wrong."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from release_helpers import factors, peft_config, peft_pair, write_adapter
 
-from converter.batch.recipes import options_from, policy_of, recipe_hash, recipes_of
+from converter.batch.recipes import Asked, digest, policy_of, recipes_of
 from converter.batch.watchlist import WatchList, read_watchlist
 from converter.errors import UsageError
 from converter.plan import Options
@@ -70,7 +72,8 @@ def test_every_key_is_documented():
 def test_the_least_watch_list(tmp_path):
     watchlist = read_watchlist(write(tmp_path, LEAST))
     (entry,) = watchlist.watch
-    assert recipes_of(watchlist, entry) == {"4bit": Options(quant=QuantSpec.make("affine", 4))}
+    (asked,) = recipes_of(watchlist, entry).values()
+    assert asked == Asked(options=Options(quant=QuantSpec.make("affine", 4)))
     assert watchlist.target("a/b", "4bit") == "night/b-4bit"
     assert policy_of(watchlist, entry).twin
 
@@ -148,6 +151,93 @@ def test_other_files_are_refused(tmp_path):
         read_watchlist(tmp_path / "none.toml")
 
 
+OWN = LEAST.replace('variants = ["4bit"]', 'recipes = ["own"]') + "[recipes.own]\n"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("q_target_bpw = 4.5\nq_bits = 4", "q_bits: q_target_bpw and q_target_size choose it"),
+        ('q_target_bpw = 4.5\nq_mode = "mxfp4"', "q_mode: q_target_bpw and q_target_size choose"),
+        ('q_target_bpw = 4.5\nq_target_size = "4GB"', "are two targets; give one"),
+        ("q_group_size = 32", "q_group_size and q_method have no effect without q_bits, q_mode or"),
+    ],
+)
+def test_recipes_that_contradict_themselves(tmp_path, keys, message):
+    (line,) = problems(tmp_path, OWN + keys)
+    assert line.startswith("recipes.own: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("q_target_bpw = 0.5", "q_target_bpw: Input should be greater than or equal to 1"),
+        ('q_target_size = "large"', "q_target_size: 'large' is not a size such as"),
+        ('adapter_path = "/no/such"', "adapter_path: /no/such: no such folder"),
+        ('adapter_path = "{here}"', "adapter_path: {here}: holds no adapter; there must be"),
+        ("q_target = 4", "q_target: unknown key; did you mean q_target_"),
+        ("mtp = true", "mtp: unknown key"),
+    ],
+)
+def test_keys_of_recipes_are_checked_when_they_are_read(tmp_path, keys, message):
+    (line,) = problems(tmp_path, OWN + keys.format(here=tmp_path))
+    assert line.startswith(f"recipes.own.{message.format(here=tmp_path)}")
+
+
+def adapter(folder, scale=1.0):
+    pairs = peft_pair(
+        "model.layers.0.mlp.down_proj", *(scale * one for one in factors((64, 128), 2, 2))
+    )
+    return write_adapter(folder, peft_config(r=2), pairs)
+
+
+def test_a_target_and_an_adapter_tell_recipes_apart(tmp_path):
+    def asked(keys):
+        watchlist = read_watchlist(write(tmp_path, OWN + keys))
+        return recipes_of(watchlist, watchlist.watch[0])["own"]
+
+    lora = adapter(tmp_path / "lora")
+    made = [
+        asked(keys)
+        for keys in (
+            "q_bits = 4",
+            "q_target_bpw = 4.5",
+            "q_target_bpw = 4.5\nq_group_size = 64",
+            'q_target_size = "4GB"',
+            'q_target_bpw = 4.5\nq_method = "imatrix"',
+            f'q_bits = 4\nadapter_path = "{lora}"',
+        )
+    ]
+    assert made[1].options == Options(quant=QuantSpec.make("affine"), target_bits=4.5)
+    assert made[2].options.target_group_size == 64
+    assert made[3].options.target_bytes == 4 * 10**9
+    assert made[4].options.calibration is not None
+    for one in made:
+        assert Asked.from_json(json.loads(json.dumps(one.to_json()))) == one
+    assert len({one.hash for one in made}) == len(made)
+    moved = tmp_path / "elsewhere" / "lora"
+    moved.parent.mkdir()
+    lora.rename(moved)
+    assert asked(f'q_bits = 4\nadapter_path = "{moved}"').hash == made[-1].hash
+    with pytest.raises(UsageError, match="no such folder"):
+        made[-1].checked_adapter()
+    other = adapter(lora, scale=2.0)
+    with pytest.raises(UsageError, match="has changed since the watch list was read"):
+        made[-1].checked_adapter()
+    assert asked(f'q_bits = 4\nadapter_path = "{other}"').hash != made[-1].hash
+
+
+def test_calibration_text_serves_a_target(tmp_path):
+    (tmp_path / "notes.txt").write_text("some text, and more of it. " * 4000)
+    data = f'calibration_data = "{tmp_path / "notes.txt"}"\n[recipes.own]'
+    watchlist = read_watchlist(
+        write(tmp_path, OWN.replace("[recipes.own]", data) + "q_target_bpw = 4.5")
+    )
+    asked = recipes_of(watchlist, watchlist.watch[0])["own"]
+    assert asked.options.calibration is not None
+
+
 def test_recipes_survive_the_ledger(tmp_path):
     text = LEAST.replace('variants = ["4bit"]', 'recipes = ["own", "plain", "seen"]') + (
         '[recipes.own]\nq_bits = 4\nq_group_size = 32\nq_method = "search"\n'
@@ -156,7 +246,8 @@ def test_recipes_survive_the_ledger(tmp_path):
     )
     watchlist = read_watchlist(write(tmp_path, text))
     recipes = recipes_of(watchlist, watchlist.watch[0])
-    assert recipes["seen"].calibration is not None
-    for options in recipes.values():
-        assert options_from(options.to_json()) == options
-    assert len({recipe_hash(options) for options in recipes.values()}) == 3
+    assert recipes["seen"].options.calibration is not None
+    for asked in recipes.values():
+        assert Asked.from_json(asked.to_json()) == asked
+        assert asked.hash == digest(asked.options.to_json())  # as ledgers have known them always
+    assert len({asked.hash for asked in recipes.values()}) == 3

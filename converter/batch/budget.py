@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from converter.memory import installed_memory
 from converter.ui import size_text
 
 
@@ -23,6 +23,11 @@ class Budget:
     def limit(self) -> int:
         """Bytes that may be used when nothing is reserved."""
         return self._limit()
+
+    @property
+    def left(self) -> int:
+        """Bytes of it that nobody has reserved now."""
+        return max(0, self._limit() - sum(self._held.values()))
 
     def reserve(self, key: object, size: int) -> bool:
         """Set bytes aside; False when others have too much of it now."""
@@ -55,6 +60,6 @@ def disk(folder: Path, budget: int | None) -> Budget:
 
 
 def memory(budget: int | None) -> Budget:
-    """The machine's memory: ``budget``, or four fifths of all there is."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Budget("memory", lambda: budget if budget is not None else whole * 4 // 5)
+    """The memory of this machine or container: ``budget``, or four fifths of all there is."""
+    limit = installed_memory() * 4 // 5 if budget is None else budget
+    return Budget("memory", lambda: limit)

@@ -11,9 +11,8 @@ from typing import Any
 from sqlalchemy import Connection, Row, and_, delete, select, update
 
 from converter.batch.ledger import OPEN, Ledger, insert_new
-from converter.batch.recipes import Policy, recipe_hash
+from converter.batch.recipes import Asked, Policy, digest
 from converter.batch.schema import attempt, job, piece, release, run, watermark
-from converter.plan import Options
 
 UNFINISHED = (*OPEN, "parked", "quarantined")
 
@@ -34,7 +33,7 @@ class Wanted:
     """One variant of a release, and where it is published."""
 
     variant: str
-    options: Options
+    asked: Asked
     target: str
     policy: Policy
 
@@ -83,7 +82,7 @@ class Catalogue:
     def _want(
         self, connection: Connection, seen: Seen, release_id: int, one: Wanted, now: float
     ) -> bool:
-        recipe = recipe_hash(one.options)
+        recipe = one.asked.hash
         rows = connection.execute(
             select(job, release.c.repo, release.c.content)
             .join(release, release.c.id == job.c.release_id)
@@ -92,7 +91,7 @@ class Catalogue:
         mine = [row for row in rows if row.release_id == release_id and row.recipe_hash == recipe]
         for row in mine:
             if row.state == "published" or row.tools == self.ledger.tools:
-                self._renew_policy(connection, row, one.policy, now)
+                self._renew_policy(connection, row, one, now)
                 return False
         strangers = sorted({row.repo for row in rows if row.repo != seen.repo})
         older = [row for row in rows if row.repo == seen.repo]
@@ -115,7 +114,7 @@ class Catalogue:
                 "target": one.target,
                 "kind": "card" if current else "convert",
                 "variant": one.variant,
-                "recipe": one.options.to_json(),
+                "recipe": one.asked.to_json(),
                 "policy": one.policy.to_json(),
                 "state": "parked" if strangers else "queued",
                 "attempts": {},
@@ -131,12 +130,13 @@ class Catalogue:
             },
         )
 
-    def _renew_policy(
-        self, connection: Connection, row: Row[Any], policy: Policy, now: float
-    ) -> None:
-        if Policy(**row.policy) == policy:
+    def _renew_policy(self, connection: Connection, row: Row[Any], one: Wanted, now: float) -> None:
+        if digest(row.recipe) != digest(one.asked.to_json()):  # its adapter has been moved
+            changed = update(job).where(job.c.id == row.id)
+            connection.execute(changed.values(recipe=one.asked.to_json(), updated=now))
+        if Policy(**row.policy) == one.policy:
             return
-        values: dict[str, Any] = {"policy": policy.to_json(), "updated": now}
+        values: dict[str, Any] = {"policy": one.policy.to_json(), "updated": now}
         waits = row.state == "waiting" and row.needs is not None
         if waits or (row.state == "parked" and row.error_class == "gate"):
             values |= _fresh(now)

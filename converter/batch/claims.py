@@ -35,18 +35,6 @@ def task_of(row: Row[Any]) -> Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
-    """A release that a worker holds, with the jobs that are due."""
-
-    release: int
-    repo: str
-    commit: str
-    weight_bytes: int
-    fence: int
-    tasks: tuple[Task, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Due:
     """A release that could be claimed now, with the jobs that are due."""
 
@@ -55,6 +43,18 @@ class Due:
     commit: str
     weight_bytes: int
     tasks: tuple[Task, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim(Due):
+    """A release that a worker holds, until somebody holds it with a higher ``fence``."""
+
+    fence: int
+
+    @classmethod
+    def of(cls, due: Due, *, fence: int) -> Claim:
+        """A release that was due and has been taken."""
+        return cls(**{item.name: getattr(due, item.name) for item in fields(Due)}, fence=fence)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

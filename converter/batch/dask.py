@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from converter.batch.needs import DISK, MEMORY
 from converter.errors import UsageError
 
-MEMORY: Final = "memory"
-DISK: Final = "disk"
+_TAG: Final = "tag:"
+"""How the names of tags begin, so that one called ``memory`` is no amount of memory."""
 _ANY: Final = 1_000_000.0
 """A tag is a resource of which a worker has more than tasks could ever use up."""
 
@@ -70,14 +71,24 @@ def distributed() -> Any:
 
 def offered(*, memory: int, disk: int, tags: Collection[str]) -> dict[str, float]:
     """A worker's resources: bytes of memory and disk, and its tags."""
-    return {MEMORY: float(memory), DISK: float(disk), **dict.fromkeys(sorted(tags), _ANY)}
+    return {MEMORY: float(memory), DISK: float(disk), **{_TAG + tag: _ANY for tag in sorted(tags)}}
 
 
 def asked(*, memory: int, disk: int, tag: str | None) -> dict[str, float]:
     """A task's resources."""
-    return {MEMORY: float(memory), DISK: float(disk), **({} if tag is None else {tag: 1.0})}
+    return {MEMORY: float(memory), DISK: float(disk), **({} if tag is None else {_TAG + tag: 1.0})}
+
+
+def tags_of(resources: Collection[str]) -> frozenset[str]:
+    """The tags among the names of resources."""
+    return frozenset(name.removeprefix(_TAG) for name in resources if name.startswith(_TAG))
+
+
+def is_ours(resources: Collection[str]) -> bool:
+    """Whether a Dask worker is one of ``convert batch worker``, which offer memory and disk."""
+    return MEMORY in resources and DISK in resources
 
 
 def fits(wanted: Mapping[str, float], worker: Mapping[str, float]) -> bool:
     """Whether an idle worker could do a task."""
-    return all(worker.get(name, 0.0) >= size for name, size in wanted.items())
+    return all(name in worker and worker[name] >= size for name, size in wanted.items())

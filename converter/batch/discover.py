@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Final
 
 from converter.batch.catalogue import Catalogue, Seen, Wanted
 from converter.batch.failures import classify
-from converter.batch.recipes import Policy, digest, policy_of, recipes_of
+from converter.batch.recipes import Asked, Policy, digest, policy_of, recipes_of
 from converter.batch.watchlist import Filters, Watch, WatchList
 from converter.errors import HubError
 from converter.hub import HubSnapshot, hub_errors, resolve_revision
 from converter.hub.api import client, patiently
-from converter.plan import Options
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -74,12 +73,12 @@ def _follow(
     catalogue: Catalogue,
     found: Found,
     organisation: str,
-    recipes: dict[str, Options],
+    recipes: dict[str, Asked],
     policy: Policy,
     say: Callable[[str], None],
     now: float,
 ) -> None:
-    key = watermark_key(watchlist, entry)
+    key = watermark_key(watchlist, entry, recipes)
     mark = catalogue.watermark(key, organisation)
     infos: list[ModelInfo] = []
     with _noting(found, say, f"organisations: {organisation}"):
@@ -102,11 +101,13 @@ def _follow(
         catalogue.set_watermark(key, organisation, reached)
 
 
-def watermark_key(watchlist: WatchList, entry: Watch) -> str:
+def watermark_key(watchlist: WatchList, entry: Watch, recipes: Mapping[str, Asked]) -> str:
     """Names a watermark after all that decides what is made, so that a change looks at all anew."""
     asked = entry.model_dump(mode="json", exclude={"organisations", "models", "gates"})
     chosen = {name: watchlist.recipes[name].model_dump(mode="json") for name in entry.recipes}
-    return digest([watchlist.namespace, watchlist.names, asked, chosen])
+    adapters = {name: one.adapter for name, one in recipes.items() if one.adapter is not None}
+    told = [watchlist.namespace, watchlist.names, asked, chosen]
+    return digest([*told, adapters] if adapters else told)
 
 
 def list_changed(organisation: str, *, since: float | None) -> list[ModelInfo]:
@@ -174,7 +175,7 @@ def _enqueue(
     catalogue: Catalogue,
     found: Found,
     snapshot: HubSnapshot,
-    recipes: dict[str, Options],
+    recipes: dict[str, Asked],
     policy: Policy,
 ) -> None:
     found.matched += 1
@@ -190,11 +191,11 @@ def _enqueue(
         [
             Wanted(
                 variant=name,
-                options=options,
+                asked=asked,
                 target=watchlist.target(snapshot.repo_id, name),
                 policy=policy,
             )
-            for name, options in recipes.items()
+            for name, asked in recipes.items()
         ],
     )
 

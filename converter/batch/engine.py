@@ -23,10 +23,13 @@ from converter.batch.child import WARM, Child, context, start
 from converter.batch.claims import Claim, LeaseLostError, Used
 from converter.batch.failures import Failure
 from converter.batch.ledger import Ledger
+from converter.batch.needs import CONVERT, DISK, MEMORY
 from converter.batch.orders import Answer, Order, Part
+from converter.batch.pieces import pieces_of
 from converter.batch.piecework import STAGE as PIECE_STAGE
 from converter.batch.piecework import PieceWork
 from converter.batch.progress import InHand, Step, parts_of
+from converter.batch.sweep import folder_name
 from converter.batch.watchlist import Budgets
 
 TICK_S: Final = 0.2
@@ -89,16 +92,17 @@ class Engine:
         self._context = context(preload)
         self.shared = shared
         self.split = split
+        self._disk = budget.disk(folder, budgets.disk)
+        self._memory = budget.memory(budgets.memory)
         self._piecework = PieceWork(
             ledger,
             self._folder_of,
             work=stages[PIECE_STAGE],
             context=self._context,
             workers=workers,
+            memory=self._memory,
             say=say,
         )
-        self._disk = budget.disk(folder, budgets.disk)
-        self._memory = budget.memory(budgets.memory)
         self._twins = ledger.twins()
         self._beat = time.monotonic()
         self._stopped_at = 0.0
@@ -212,7 +216,7 @@ class Engine:
             self._abandon(hand)
 
     def _folder_of(self, repo: str, commit: str) -> Path:
-        return self.folder / f"{repo.replace('/', '--')}@{commit[:12]}"
+        return self.folder / folder_name(repo, commit)
 
     def _order(self, claim: Claim) -> Order:
         return Order(
@@ -257,9 +261,11 @@ class Engine:
         try:
             if not hand.cut:
                 jobs = [part.job for part in step.parts]
-                self._piecework.pieces.cut(hand.claim, jobs, hand.cuts)
+                count = pieces_of(hand.claim.weight_bytes, hand.cuts)
+                memory = hand.needs.get(CONVERT, 0)
+                self._piecework.pieces.cut(hand.claim, jobs, count, memory=memory)
                 hand.cut = True
-                self.say(f"{hand.name}: convert in {hand.cuts} pieces")
+                self.say(f"{hand.name}: convert in {count} pieces")
             return bool(self._piecework.pieces.left(hand.claim))
         except LeaseLostError:
             self._abandon(hand)
@@ -269,11 +275,12 @@ class Engine:
         """Whether disk and memory can be set aside; what could never be is a failure."""
         wanted = []
         if step.stage == "fetch":
-            wanted = [(self._disk, hand.claim.release, hand.needs.get("disk", 0))]
-            if (why := self._memory.refusal(hand.needs.get("memory", 0))) is not None:
+            wanted = [(self._disk, hand.claim.release, hand.needs.get(DISK, 0))]
+            if (why := self._memory.refusal(hand.needs.get(MEMORY, 0))) is not None:
                 return self._refuse(hand, step, why)  # before anything is downloaded
         elif step.stage in _LARGE:
-            wanted = [(self._memory, hand.claim.release, hand.needs.get("memory", 0))]
+            needed = CONVERT if step.stage == "convert" else MEMORY
+            wanted = [(self._memory, hand.claim.release, hand.needs.get(needed, 0))]
         for resource, key, size in wanted:
             if not resource.reserve(key, size):
                 why = resource.refusal(size)
@@ -354,6 +361,8 @@ class Engine:
             self._abandon(hand)
             return
         hand.settled(step, ended)
+        if hand.cut and step.stage == "convert" and not ended.failed:
+            self._clear_pieces(hand)
 
     def _note(self, hand: InHand, target: str, state: str, failure: Failure) -> None:
         told = {"target": target, "repo": hand.claim.repo, "commit": hand.claim.commit}
@@ -362,14 +371,19 @@ class Engine:
         self.say(f"{hand.name}: {target} is {state} ({failure.kind}): {failure.text}")
 
     def _drop(self, hand: InHand) -> None:
-        """Give a release back; its folder stays only for jobs that will be tried again soon."""
+        """Give a release back; folder and pieces stay for jobs that will be tried again soon."""
         if hand.finished():
             shutil.rmtree(hand.order.folder, ignore_errors=True)
-        if hand.cut:
-            with contextlib.suppress(LeaseLostError):
-                self._piecework.pieces.clear(hand.claim)
+            if hand.cut:
+                self._clear_pieces(hand)
         self.ledger.give_back(hand.claim)
         self._forget(hand)
+
+    def _clear_pieces(self, hand: InHand) -> None:
+        """The outputs are whole, or given up, and so are their pieces."""
+        with contextlib.suppress(LeaseLostError):
+            self._piecework.pieces.clear(hand.claim)
+        hand.cut = False
 
     def _forget(self, hand: InHand) -> None:
         self._hands.pop(hand.claim.release, None)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from converter.batch.believed import believed
 from converter.batch.failures import classify
-from converter.batch.orders import Answer, Order, Part
+from converter.batch.needs import needs_of, output_bytes, proof_bytes
+from converter.batch.orders import Answer, Order, Part, together
 from converter.batch.published import find_published
 from converter.batch.recipes import digest
 from converter.errors import GateError, PlanError, UsageError
@@ -15,13 +18,8 @@ from converter.execute.parts import most_parts
 from converter.hub import HubSnapshot, download, resolve_revision
 from converter.pipeline import Planned, Request, plan_request
 from converter.plan import Plan
+from converter.release import Release, open_release
 from converter.twin_proof import judge_twin
-from converter.ui import memory_estimate
-
-PROOF_BYTES_PER_PARAMETER = 8
-"""The reference and the runtime hold the model in float32 each."""
-_BASE_BYTES = 1_000_000_000
-"""Interpreter and libraries of a proof."""
 
 
 def examine(order: Order) -> Answer:
@@ -35,34 +33,37 @@ def examine(order: Order) -> Answer:
     answer = Answer()
     if any(part.policy.twin for part in order.parts):
         _judge_twin(config, order, answer)
-    plans = _plans(order, answer)
-    weights = output = memory = parameters = 0
-    for part, plan in plans:
-        address = find_published(part.target, plan.hash, order.folder / "remote")
+    reading = _plans(order, answer)
+    todo: list[Plan] = []
+    for part, plan in reading.plans:
         facts: dict[str, Any] = {
-            "plan": plan.hash,
             "model_type": plan.model_type,
-            "output_bytes": plan.output_bytes,
-            "bits_per_weight": round(plan.bits_per_weight, 4),
+            "output_bytes": output_bytes(plan),
+            "bits_per_weight": round(8 * output_bytes(plan) / max(1, plan.parameters), 4),
             "parameters": plan.parameters,
         }
         answer.facts[part.job] = facts
-        if address is not None:
+        known = part.plan  # for a target size what an earlier conversion came to, if any did
+        if not plan.options.targeted:
+            known = plan.hash
+            facts |= {"plan": plan.hash, "bits_per_weight": round(plan.bits_per_weight, 4)}
+        address = None
+        if known is not None:
+            address = find_published(part.target, known, order.folder / "remote")
+        if address is None:
+            todo.append(plan)
+        else:
             answer.published[part.job] = address.url
             facts |= address.facts
-            continue
-        weights = sum(file.size for file in snapshot.files)
-        output += plan.output_bytes
-        parameters = max(parameters, plan.parameters)
-        memory = max(memory, memory_estimate(plan, order.workers))
-    answer.needs = {
-        "disk": weights + output + 4 * parameters,  # a float32 reference of one output at a time
-        "memory": max(memory, PROOF_BYTES_PER_PARAMETER * parameters + _BASE_BYTES),
-        "convert": memory,
-    }
+    answer.needs = needs_of(
+        todo,
+        proof=reading.proof,
+        source_bytes=sum(file.size for file in snapshot.files),
+        fused=any(part.asked.adapter is not None for part in order.parts),
+        workers=order.workers,
+    )
     for facts in answer.facts.values():
-        facts["needs"] = {name: answer.needs[name] for name in ("disk", "memory")}
-    todo = [plan for part, plan in plans if part.job not in answer.published]
+        facts["needs"] = answer.needs
     if todo and not any(plan.options.calibration or plan.options.targeted for plan in todo):
         answer.cuts = most_parts(todo)
     return answer
@@ -102,30 +103,65 @@ def _judge_twin(config: dict[str, Any], order: Order, answer: Answer) -> None:
         raise GateError(f"a twin of {order.repo} does not compute what torch computes: {text}")
 
 
-def _plans(order: Order, answer: Answer) -> list[tuple[Part, Plan]]:
-    """Plans of all jobs; a job whose own recipe does not fit is put into ``answer.failed``."""
+@dataclass(slots=True)
+class _Reading:
+    """What one reading of the headers comes to."""
+
+    plans: list[tuple[Part, Plan]] = field(default_factory=list)
+    refused: dict[int, PlanError | UsageError] = field(default_factory=dict)
+    """By job."""
+    proof: int = 0
+    """Bytes of memory that a proof needs."""
+
+    def add(self, parts: Sequence[Part], planned: Planned) -> None:
+        """Take the plans of some jobs over."""
+        self.plans += zip(parts, planned.plans, strict=True)
+        self.proof = max(self.proof, proof_bytes(planned.source))
+
+
+class _RefusedError(PlanError):
+    """Some jobs are refused by a reading of the headers, which is still to be believed."""
+
+    def __init__(self, reading: _Reading) -> None:
+        super().__init__(f"{job}: {error}" for job, error in sorted(reading.refused.items()))
+        self.reading = reading
+
+
+def _plans(order: Order, answer: Answer) -> _Reading:
+    """Plans of all jobs; one that does not fit is put into ``answer.failed``."""
     try:
-        planned = believed(order.repo, lambda: _plan(order, order.parts))
-        return list(zip(order.parts, planned.plans, strict=True))
-    except (PlanError, UsageError):
-        if len(order.parts) == 1:
-            raise
-    plans = []
-    for part in order.parts:
+        return believed(order.repo, partial(_read, order))
+    except _RefusedError as error:
+        refused = error.reading.refused
+        answer.failed |= {job: classify(why) for job, why in refused.items()}
+        return error.reading
+
+
+def _read(order: Order) -> _Reading:
+    """All jobs planned from one reading of the headers; _RefusedError where some do not fit."""
+    release = open_release(order.repo, revision=order.commit, cache=order.cache)
+    reading = _Reading()
+    for group in together(order.parts):
         try:
-            planned = believed(order.repo, partial(_plan, order, (part,)))
-            plans.append((part, planned.plans[0]))
-        except (PlanError, UsageError) as error:
-            answer.failed[part.job] = classify(error)
-    return plans
+            reading.add(group, _planned(order, group, release))
+        except (PlanError, UsageError):
+            if len(order.parts) == 1:
+                raise
+            for part in group:
+                try:
+                    reading.add((part,), _planned(order, (part,), release))
+                except (PlanError, UsageError) as error:
+                    reading.refused[part.job] = error
+    if reading.refused:
+        raise _RefusedError(reading)
+    return reading
 
 
-def _plan(order: Order, parts: tuple[Part, ...]) -> Planned:
-    return plan_request(
-        Request(
-            hf_path=order.repo,
-            revision=order.commit,
-            recipes=tuple(part.options for part in parts),
-            cache=order.cache,
-        )
+def _planned(order: Order, parts: tuple[Part, ...], release: Release) -> Planned:
+    request = Request(
+        hf_path=order.repo,
+        revision=order.commit,
+        recipes=tuple(part.asked.options for part in parts),
+        adapter_path=parts[0].asked.checked_adapter(),
     )
+    return plan_request(request, release=release, measure=False)

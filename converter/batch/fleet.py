@@ -10,27 +10,31 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any, Final
 
 from converter.batch.catalogue import Catalogue
 from converter.batch.claims import Due, Used
-from converter.batch.dask import DISK, MEMORY, Scheduler, asked, distributed, fits
+from converter.batch.dask import Scheduler, asked, distributed, fits, is_ours, tags_of
 from converter.batch.engine import Outcome
 from converter.batch.failures import Failure
 from converter.batch.fleet_worker import PIECE, RELEASE, work_on
 from converter.batch.ledger import Ledger
+from converter.batch.needs import DISK, MEMORY, guessed
 from converter.batch.pieces import Pieces
 from converter.errors import ConvertError
 from converter.ui import size_text
 
 TURN_S: Final = 0.5
 CONNECT_S: Final = 5.0
-_PIECE_BYTES: Final = 1_000_000_000
-"""Memory of one streaming conversion."""
+ANSWER_S: Final = 5.0
+UNFIT_S: Final = 30.0
+"""How long a worker that is large enough may be away, as all are when the scheduler restarts."""
 _LONGEST_REST_S: Final = 60.0
-_BASE_BYTES: Final = 1_000_000_000
 Key = tuple[str, int]
+Workers = Mapping[str, Mapping[str, float]]
+"""The resources of workers, by address."""
 
 
 @dataclass(slots=True)
@@ -39,6 +43,14 @@ class _Rest:
 
     until: float
     wait: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A task that was handed out, and the resources that it asks for."""
+
+    future: Any
+    wanted: Mapping[str, float]
 
 
 class Fleet:
@@ -62,10 +74,14 @@ class Fleet:
         self.stopping = 0
         self._client: Any = None
         self._lost_at = time.monotonic()
-        self._given: dict[Key, Any] = {}
+        self._given: dict[Key, _Given] = {}
         self._rests: dict[Key, _Rest] = {}
+        self._unfit: dict[int, float] = {}
+        """Since when no worker has been large enough for a release."""
         self._jobs: set[int] = set()
         self._silent = False
+        self._manned_at = time.monotonic()
+        self._strangers = 0
 
     def stop(self) -> None:
         """Hand out nothing more; workers finish what they have."""
@@ -85,14 +101,28 @@ class Fleet:
             return False
         if not self._connected():
             return True
-        self._collect()
         workers = self._workers()
-        self.ledger.tags = frozenset(name for one in workers.values() for name in one)
+        if workers:
+            self._manned_at = time.monotonic()
+        self._collect(workers)
+        self.ledger.tags = frozenset(tag for one in workers.values() for tag in tags_of(one))
         self._hand_out(workers)
         if self._given:
             return True
         due = self.ledger.next_due()
-        return (due is not None and due <= self.ledger.retries.patience) or self._others_at_work()
+        if due is None or due > self.ledger.retries.patience:
+            return self._others_at_work()
+        self._require_workers()
+        return True
+
+    def _require_workers(self) -> None:
+        """ConvertError when for as long as a retry is waited for nobody has been there to work."""
+        away = time.monotonic() - self._manned_at > self.ledger.retries.patience
+        if away and not self._others_at_work():
+            raise ConvertError(
+                f"{self.scheduler.address}: has had no worker; start one with `convert batch "
+                "worker`. What is due is left to the next run"
+            )
 
     def _connected(self) -> bool:
         """Whether there is a scheduler; one that is away is waited for as long as a retry is."""
@@ -123,74 +153,90 @@ class Fleet:
     def _disconnect(self) -> None:
         if self._client is not None:
             self._lost_at = time.monotonic()
-            for future in self._given.values():
-                future.release()
+            for given in self._given.values():
+                given.future.release()
             self._client.close(timeout=5)
         self._client = None
         self._given.clear()
 
     def _workers(self) -> dict[str, dict[str, float]]:
-        """The resources of every worker that the scheduler knows, by address."""
+        """The resources of every worker of ours that the scheduler knows, by address."""
         known = self._client.scheduler_info(n_workers=-1)["workers"]
-        return {address: dict(one.get("resources") or {}) for address, one in known.items()}
+        every = {address: dict(one.get("resources") or {}) for address, one in known.items()}
+        ours = {address: one for address, one in every.items() if is_ours(one)}
+        if len(every) - len(ours) > self._strangers:
+            count = len(every) - len(ours)
+            self.say(
+                f"{self.scheduler.address}: {count} workers are not of `convert batch worker` and "
+                "are handed nothing"
+            )
+        self._strangers = len(every) - len(ours)
+        return ours
 
-    def _collect(self) -> None:
-        """Let go of what has ended, however it did: the ledger knows what it came to."""
-        for key, future in list(self._given.items()):
-            if future.status == "pending":
+    def _collect(self, workers: Workers) -> None:
+        """Let go of what has ended, however it did: the ledger knows what it came to.
+
+        So is what waits for a worker that has left, and is judged anew.
+        """
+        for key, given in list(self._given.items()):
+            if given.future.status == "pending":
+                if not _taken_by_one(given.wanted, workers):
+                    del self._given[key]
+                    given.future.release()
                 continue
             del self._given[key]
-            taken = future.status == "finished" and future.result()
-            if taken:
+            if _was_free(given.future):
                 self._rests.pop(key, None)
             else:  # somebody else has it, or the worker was lost while its lease goes on
                 wait = min(2 * self._rests[key].wait, _LONGEST_REST_S) if key in self._rests else 1
                 self._rests[key] = _Rest(time.monotonic() + wait, wait)
-            future.release()
+            given.future.release()
 
-    def _hand_out(self, workers: Mapping[str, Mapping[str, float]]) -> None:
+    def _hand_out(self, workers: Workers) -> None:
         if not workers:
             return
+        unfit, now = {}, time.monotonic()
         for due in self.ledger.due():
             self._jobs |= {task.id for task in due.tasks}
-            if not self._resting((RELEASE, due.release)):
-                wanted, planned = self._wanted(due, workers)
-                if not any(fits(wanted, one) for one in workers.values()):
-                    if planned:
+            if self._resting((RELEASE, due.release)):
+                continue
+            wanted, planned = self._wanted(due, workers)
+            if not _taken_by_one(wanted, workers):
+                if planned:
+                    unfit[due.release] = since = self._unfit.get(due.release, now)
+                    if now - since >= UNFIT_S:
                         self._refuse(due, wanted, workers)
-                        continue
-                    wanted |= {MEMORY: 0.0, DISK: 0.0}  # somebody has to plan it, to know
-                self._submit((RELEASE, due.release), due.repo, due.commit, wanted)
-        for number, repo, commit in self.pieces.open():
-            if not self._resting((PIECE, number)):
-                wanted = asked(memory=_PIECE_BYTES, disk=0, tag=None)
-                self._submit((PIECE, number), repo, commit, wanted)
+                    continue
+                wanted |= {MEMORY: 0.0, DISK: 0.0}  # somebody has to plan it, to know
+            self._submit((RELEASE, due.release), due.repo, due.commit, wanted)
+        self._unfit = unfit
+        for one in self.pieces.open():
+            wanted = asked(memory=one.memory, disk=0, tag=None)
+            if not self._resting((PIECE, one.id)) and _taken_by_one(wanted, workers):
+                self._submit((PIECE, one.id), one.repo, one.commit, wanted)
 
     def _resting(self, key: Key) -> bool:
         rest = self._rests.get(key)
         return key in self._given or (rest is not None and time.monotonic() < rest.until)
 
-    def _wanted(
-        self, due: Due, workers: Mapping[str, Mapping[str, float]]
-    ) -> tuple[dict[str, float], bool]:
+    def _wanted(self, due: Due, workers: Workers) -> tuple[dict[str, float], bool]:
         """Memory, disk and tag that a release needs, and whether that is known from its plans."""
         tasks = [task for task in due.tasks if task.kind != "card"]  # a card needs nothing
         planned = [task.facts["needs"] for task in tasks if "needs" in task.facts]
         if planned:
             needs = {name: max(int(one[name]) for one in planned) for name in (MEMORY, DISK)}
-        else:  # 2 bytes a parameter there, two models of 4 bytes each in a proof
-            size = due.weight_bytes if tasks else 0
-            needs = {MEMORY: 4 * size + _BASE_BYTES, DISK: (3 + len(tasks)) * size}
+        else:
+            needs = guessed(due.weight_bytes, len(tasks)) if tasks else {MEMORY: 0, DISK: 0}
         tags = {task.needs for task in tasks} - {None}
         if not self.shared:
             tags |= {task.policy.get("accept") for task in tasks} - {None}
-        there = {name for one in workers.values() for name in one}
+        there = {tag for one in workers.values() for tag in tags_of(one)}
         tag = min((str(tag) for tag in tags if tag in there), default=None)
         return asked(memory=needs[MEMORY], disk=needs[DISK], tag=tag), bool(planned)
 
     def _submit(self, key: Key, repo: str, commit: str, wanted: dict[str, float]) -> None:
         kind, number = key
-        self._given[key] = self._client.submit(
+        future = self._client.submit(
             work_on,
             kind,
             number,
@@ -200,11 +246,10 @@ class Fleet:
             pure=False,
             resources=wanted,
         )
+        self._given[key] = _Given(future, wanted)
 
-    def _refuse(
-        self, due: Due, wanted: Mapping[str, float], workers: Mapping[str, Mapping[str, float]]
-    ) -> None:
-        """Say in the ledger that no worker is large enough."""
+    def _refuse(self, due: Due, wanted: Mapping[str, float], workers: Workers) -> None:
+        """Say in the ledger that no worker is large enough; cards, and what has no plan, go on."""
         claim = self.ledger.claim(only=due.release)
         if claim is None:
             return
@@ -222,7 +267,8 @@ class Fleet:
         failure = Failure("resources", f"{claim.repo}: needs {needs}")
         used = Used(started=time.time(), ended=time.time())
         for task in claim.tasks:
-            self.ledger.failed(claim, task.id, "fetch", used, failure)
+            if task.kind != "card" and "needs" in task.facts:
+                self.ledger.failed(claim, task.id, "fetch", used, failure)
         self.ledger.give_back(claim)
         self.say(failure.text)
 
@@ -244,3 +290,16 @@ class Fleet:
                 told |= {"commit": entry.release.commit, "state": job.state}
                 outcome.failed.append(told | {"class": job.error_class, "reason": job.error})
         return outcome
+
+
+def _taken_by_one(wanted: Mapping[str, float], workers: Workers) -> bool:
+    """Whether some worker could do a task, if not now then when it is idle."""
+    return any(fits(wanted, one) for one in workers.values())
+
+
+def _was_free(future: Any) -> bool:
+    """Whether the worker that a task was handed to got the claim, as far as its answer arrived."""
+    try:
+        return future.status == "finished" and bool(future.result(timeout=ANSWER_S))
+    except (OSError, TimeoutError, CancelledError):  # the worker that holds the answer has gone
+        return False

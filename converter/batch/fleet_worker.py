@@ -22,25 +22,13 @@ from converter.batch import budget
 from converter.batch.catalogue import Catalogue
 from converter.batch.child import WARM
 from converter.batch.dask import Scheduler, distributed, offered
-from converter.batch.database import Database
 from converter.batch.engine import TICK_S, Engine, Stages
 from converter.batch.ledger import Ledger
-from converter.batch.log import logging_to
-from converter.batch.pieces import Pieces
 from converter.batch.progress import InHand
-from converter.batch.run import (
-    FAILED,
-    TERMINATED,
-    Place,
-    alone,
-    engine_settings,
-    stopping,
-    sweep,
-    temporary,
-    work_folder,
-    worker_name,
-)
-from converter.batch.watchlist import WatchList
+from converter.batch.run import FAILED, TERMINATED, engine_settings, stopping
+from converter.batch.site import Place, Site, at_work
+from converter.batch.sweep import sweep
+from converter.batch.watchlist import Budgets, WatchList
 
 RELEASE: Final = "release"
 PIECE: Final = "piece"
@@ -153,48 +141,21 @@ def serve(
     Raises UsageError when another run or worker is at work in this state folder.
     """
     distributed()
-    run_id = uuid.uuid4().hex
-    with (
-        alone(place.state),
-        temporary(place.state),
-        logging_to(place.state / "logs", run_id, echo=echo) as say,
-    ):
-        database = Database(place.url)
-        try:
-            worker = worker_name(place.state)
-            ledger = Ledger(
-                database, retries=watchlist.retries, owner=f"{worker}{run_id[:8]}", tags=tags
-            )
-            Pieces(ledger).expire(worker)
-            if gone := ledger.expire(worker):  # nobody else can hold this folder's lock
-                say(f"the last worker here was killed with {gone} releases in hand")
-            work = work_folder(watchlist, place)
-            sweep(work, Catalogue(ledger), shared=watchlist.fleet.shared is not None)
-            service = Service(
-                ledger, work, say=say, **engine_settings(watchlist, stages), preload=preload
-            )
-            ended = _attended(service, scheduler, watchlist, work, tags, name=worker, say=say)
-            sweep(work, Catalogue(ledger), shared=service.shared)
-            return TERMINATED if ended else FAILED
-        finally:
-            database.close()
+    with at_work(watchlist, place, tags=tags, echo=echo) as site:
+        site.sweep()
+        settings = engine_settings(watchlist, stages)
+        service = Service(site.ledger, site.work, say=site.say, preload=preload, **settings)
+        ended = _attended(service, scheduler, watchlist.budgets, site)
+        site.sweep()
+        return TERMINATED if ended else FAILED
 
 
-def _attended(
-    service: Service,
-    scheduler: Scheduler,
-    watchlist: WatchList,
-    work: Path,
-    tags: frozenset[str],
-    *,
-    name: str,
-    say: Callable[[str], None],
-) -> bool:
+def _attended(service: Service, scheduler: Scheduler, budgets: Budgets, site: Site) -> bool:
     """Run the engine beside Dask's worker; whether it ended as it was asked to."""
     resources = offered(
-        memory=budget.memory(watchlist.budgets.memory).limit,
-        disk=budget.disk(work, watchlist.budgets.disk).limit,
-        tags=tags,
+        memory=budget.memory(budgets.memory).limit,
+        disk=budget.disk(site.work, budgets.disk).limit,
+        tags=site.ledger.tags,
     )
     errors: list[BaseException] = []
 
@@ -209,7 +170,7 @@ def _attended(
     try:
         with stopping(service):
             thread.start()
-            asyncio.run(_attend(service, scheduler, thread, resources, name=name, say=say))
+            asyncio.run(_attend(service, scheduler, thread, resources, site))
     finally:
         service.stop()
         service.stop()
@@ -226,19 +187,18 @@ async def _attend(
     scheduler: Scheduler,
     thread: threading.Thread,
     resources: dict[str, float],
-    *,
-    name: str,
-    say: Callable[[str], None],
+    site: Site,
 ) -> None:
     """Keep a Dask worker at the scheduler for as long as the engine lives."""
-    library = distributed()
-    say(f"looking for the fleet at {scheduler.address}, tagged {', '.join(sorted(resources))}")
+    library, say = distributed(), site.say
+    tags = ", ".join(sorted(site.ledger.tags))
+    say(f"looking for the fleet at {scheduler.address}, tagged {tags}")
     while thread.is_alive():
         worker = library.Worker(
             scheduler.address,
             nthreads=service.limit,
             resources=resources,
-            name=f"{name}{uuid.uuid4().hex[:4]}",
+            name=f"{site.worker}{uuid.uuid4().hex[:4]}",
             security=scheduler.security(),
             memory_limit=0,  # the engine counts memory, and its children use it
             dashboard=False,

@@ -91,31 +91,13 @@ class Ledger:
             .limit(20)
         ).all()
         for row in candidates:
-            taken = connection.execute(
-                update(release)
-                .where(release.c.id == row.id, free, release.c.claims == row.claims)
-                .values(
-                    owner=self.owner,
-                    host=self.host,
-                    lease_until=now + self.retries.lease,
-                    heartbeat=now,
-                    claims=row.claims + 1,
-                )
-            )
-            if taken.rowcount != 1:
+            if not self.take(connection, row, free, now):
                 continue  # somebody else was quicker
             if row.owner not in (None, self.owner):
                 self._count_lost(connection, row, now)
-            tasks = self._due_tasks(connection, row.id, now)
-            if tasks:
-                return Claim(
-                    release=row.id,
-                    repo=row.repo,
-                    commit=row.commit,
-                    weight_bytes=row.weight_bytes,
-                    fence=row.claims + 1,
-                    tasks=tasks,
-                )
+            (due,) = self._with_tasks(connection, [row], now)
+            if due.tasks:
+                return Claim.of(due, fence=row.claims + 1)
             self._free(connection, row.id, row.claims + 1)
         return None
 
@@ -125,16 +107,7 @@ class Ledger:
         def look(connection: Connection) -> list[Due]:
             now = self.database.now(connection)
             rows = connection.execute(self._due_releases(now).limit(_SHOWN)).all()
-            return [
-                Due(
-                    release=row.id,
-                    repo=row.repo,
-                    commit=row.commit,
-                    weight_bytes=row.weight_bytes,
-                    tasks=self._due_tasks(connection, row.id, now),
-                )
-                for row in rows
-            ]
+            return self._with_tasks(connection, rows, now)
 
         return self.database.do(look)
 
@@ -168,19 +141,34 @@ class Ledger:
             .order_by(oldest, release.c.modified, release.c.id)
         )
 
-    def _due_tasks(self, connection: Connection, release_id: int, now: float) -> tuple[Task, ...]:
+    def _with_tasks(
+        self, connection: Connection, rows: Sequence[Row[Any]], now: float
+    ) -> list[Due]:
+        """Rows of releases with the jobs of each that are due."""
         soon = now + self.retries.first_wait  # variants that failed together are read together
-        rows = connection.execute(
+        tasks: dict[int, list[Task]] = {row.id: [] for row in rows}
+        found = connection.execute(
             select(job)
             .where(
-                job.c.release_id == release_id,
+                job.c.release_id.in_(list(tasks)),
                 job.c.state.in_(OPEN),
                 job.c.not_before <= soon,
                 self._able(),
             )
             .order_by(job.c.id)
-        ).all()
-        return tuple(map(task_of, rows))
+        )
+        for one in found:
+            tasks[one.release_id].append(task_of(one))
+        return [
+            Due(
+                release=row.id,
+                repo=row.repo,
+                commit=row.commit,
+                weight_bytes=row.weight_bytes,
+                tasks=tuple(tasks[row.id]),
+            )
+            for row in rows
+        ]
 
     def _able(self) -> ColumnElement[bool]:
         """Jobs for these versions of the tools, whose next stage these tags are enough for."""
@@ -213,6 +201,23 @@ class Ledger:
                     updated=now,
                 )
             )
+
+    def take(
+        self, connection: Connection, row: Row[Any], free: ColumnElement[bool], now: float
+    ) -> bool:
+        """Make a release this worker's if it still is as it was read, and ``free``."""
+        taken = connection.execute(
+            update(release)
+            .where(release.c.id == row.id, free, release.c.claims == row.claims)
+            .values(
+                owner=self.owner,
+                host=self.host,
+                lease_until=now + self.retries.lease,
+                heartbeat=now,
+                claims=row.claims + 1,
+            )
+        )
+        return bool(taken.rowcount == 1)
 
     def expire(self, owners: str) -> int:
         """End the leases of owners whose name begins so and who are known to be gone."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from converter.batch.failures import Failure
-from converter.batch.recipes import Policy
+from converter.batch.recipes import Asked, Policy, digest
 from converter.execute.parts import Part as Shards
-from converter.plan import Options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,10 +19,10 @@ class Part:
     job: int
     variant: str
     target: str
-    options: Options
+    asked: Asked
     policy: Policy
     plan: str | None = None
-    """Hash of the plan, once it has been made."""
+    """Hash of the plan, once it is known: for a target size once its weights were measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +71,18 @@ class Answer:
     published: dict[int, str] = field(default_factory=dict)
     """By job: the address, where the stage ended it."""
     needs: dict[str, int] = field(default_factory=dict)
-    """Bytes of ``disk`` and ``memory`` that the rest will take, and of memory to ``convert``."""
+    """Bytes that the rest will take (`converter.batch.needs`)."""
     cuts: int = 1
-    """Into how many pieces the conversion can be cut."""
+    """Into how many pieces the conversion can be cut at the most."""
     twin: tuple[str, str, str] | None = None
     """A newly judged twin: hash of the config, verdict, text."""
     bytes: int | None = None
     """Bytes downloaded, written or uploaded."""
+
+
+def together(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
+    """The parts that can be made from one read of the source, those with each adapter."""
+    groups: dict[str, list[Part]] = {}
+    for part in parts:
+        groups.setdefault(digest(part.asked.adapter), []).append(part)
+    return [tuple(group) for group in groups.values()]

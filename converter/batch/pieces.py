@@ -10,23 +10,53 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, or_, select, true, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    and_,
+    delete,
+    exists,
+    func,
+    or_,
+    select,
+    true,
+    update,
+)
 
 from converter.batch.claims import Claim, Task, task_of
 from converter.batch.ledger import Ledger
 from converter.batch.schema import job, piece, release
 
+PIECE_BYTES: Final = 16_000_000_000
+"""Bytes of weights in a piece: about a minute of a disk, where starting one takes seconds."""
+
+
+def pieces_of(weight_bytes: int, most: int) -> int:
+    """Into how many pieces a conversion is cut that could be cut into ``most``.
+
+    By size and not by who is there, so that whoever goes on with a release cuts it the same, and
+    small enough that however many workers come find something to do.
+    """
+    return min(most, max(2, -(-weight_bytes // PIECE_BYTES)))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """A piece that a worker holds, with the release and the jobs that it is of."""
+class OpenPiece:
+    """A piece that could be claimed now; ``memory`` is the bytes that it needs."""
 
     id: int
-    release: int
     repo: str
     commit: str
+    memory: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece(OpenPiece):
+    """A piece that a worker holds, with the release and the jobs that it is of."""
+
+    release: int
     number: int
     count: int
     fence: int
@@ -40,10 +70,11 @@ class Pieces:
         self.ledger = ledger
         self.database = ledger.database
 
-    def cut(self, claim: Claim, jobs: Sequence[int], count: int) -> None:
+    def cut(self, claim: Claim, jobs: Sequence[int], count: int, *, memory: int = 0) -> None:
         """Offer the conversion of these jobs in so many pieces; safe to repeat.
 
-        Pieces that an earlier holder of the release cut in the same way keep their state.
+        ``memory`` is the bytes that making one takes. Pieces that an earlier holder of the release
+        cut in the same way keep their state.
         """
 
         def work(connection: Connection) -> None:
@@ -59,7 +90,7 @@ class Pieces:
             connection.execute(delete(piece).where(mine))
             for number in range(1, count + 1):
                 values = {"release_id": claim.release, "jobs": list(jobs), "number": number}
-                values |= {"total": count, "state": "open", "lease_until": 0.0}
+                values |= {"total": count, "memory": memory, "state": "open", "lease_until": 0.0}
                 connection.execute(piece.insert().values(claims=0, updated=now, **values))
 
         self.database.do(work)
@@ -79,30 +110,45 @@ class Pieces:
         count = select(func.count()).select_from(piece).where(mine)
         return int(self.database.do(lambda connection: connection.scalar(count)) or 0)
 
-    def open(self) -> list[tuple[int, str, str]]:
-        """Id, repo and commit of every piece that could be claimed now."""
+    def open(self) -> list[OpenPiece]:
+        """Every piece that could be claimed now."""
 
-        def look(connection: Connection) -> list[tuple[int, str, str]]:
-            now = self.database.now(connection)
-            rows = connection.execute(self._free(now)).all()
-            return [(row.id, row.repo, row.commit) for row in rows]
+        def look(connection: Connection) -> list[OpenPiece]:
+            rows = connection.execute(self._listed(self.database.now(connection))).all()
+            return [
+                OpenPiece(id=row.id, repo=row.repo, commit=row.commit, memory=row.memory)
+                for row in rows
+            ]
 
         return self.database.do(look)
 
-    def claim(self, *, only: int | None = None, of: Collection[int] | None = None) -> Piece | None:
-        """Take a piece, ``only`` that one or one ``of`` these releases; None when none is free."""
-        return self.database.do(lambda connection: self._claim(connection, only, of))
-
-    def _claim(
-        self, connection: Connection, only: int | None, of: Collection[int] | None
+    def claim(
+        self,
+        held: Collection[int] = (),
+        *,
+        only: int | None = None,
+        of: Collection[int] | None = None,
+        memory: int | None = None,
     ) -> Piece | None:
+        """Take a piece that needs at most ``memory`` bytes; None when none is free.
+
+        ``held`` are the pieces in hand already; ``only`` is the one that may be taken, ``of`` are
+        the releases of which one may be.
+        """
+        wanted = [
+            piece.c.id.not_in(held),
+            piece.c.id == only if only is not None else true(),
+            piece.c.release_id.in_(of) if of is not None else true(),
+            piece.c.memory <= memory if memory is not None else true(),
+        ]
+        return self.database.do(lambda connection: self._claim(connection, and_(*wanted)))
+
+    def _claim(self, connection: Connection, wanted: ColumnElement[bool]) -> Piece | None:
         now = self.database.now(connection)
-        wanted = piece.c.id == only if only is not None else true()
-        wanted = wanted if of is None else and_(wanted, piece.c.release_id.in_(of))
-        for row in connection.execute(self._free(now).where(wanted).limit(20)).all():
+        for row in connection.execute(self._listed(now).where(wanted).limit(20)).all():
             taken = connection.execute(
                 update(piece)
-                .where(piece.c.id == row.id, piece.c.claims == row.claims)
+                .where(piece.c.id == row.id, self._free(now), piece.c.claims == row.claims)
                 .values(
                     owner=self.ledger.owner,
                     host=self.ledger.host,
@@ -119,6 +165,7 @@ class Pieces:
                     release=row.release_id,
                     repo=row.repo,
                     commit=row.commit,
+                    memory=row.memory,
                     number=row.number,
                     count=row.total,
                     fence=row.claims + 1,
@@ -126,18 +173,31 @@ class Pieces:
                 )
         return None
 
-    def _free(self, now: float) -> Any:
-        """Open pieces whose worker is gone, or had none, of releases that somebody holds."""
+    def _listed(self, now: float) -> Any:
+        """The free pieces, with what names their release."""
         return (
             select(piece, release.c.repo, release.c.commit)
             .join(release, release.c.id == piece.c.release_id)
-            .where(
-                piece.c.state == "open",
-                or_(piece.c.owner.is_(None), piece.c.lease_until < now),
-                release.c.owner.is_not(None),
-                release.c.lease_until >= now,
-            )
+            .where(self._free(now))
             .order_by(piece.c.id)
+        )
+
+    def _free(self, now: float) -> ColumnElement[bool]:
+        """Open pieces whose worker is gone, or had none, of releases that somebody holds."""
+        home = release.alias()
+        return and_(
+            piece.c.state == "open",
+            # One that is mine and not in hand: the answer to an earlier claim was lost.
+            or_(
+                piece.c.owner.is_(None),
+                piece.c.lease_until < now,
+                piece.c.owner == self.ledger.owner,
+            ),
+            exists().where(
+                home.c.id == piece.c.release_id,
+                home.c.owner.is_not(None),
+                home.c.lease_until >= now,
+            ),
         )
 
     def heartbeat(self, pieces: Collection[Piece]) -> set[int]:

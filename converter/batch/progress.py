@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from converter.batch.claims import Claim, Task
 from converter.batch.orders import Answer, Order, Part
-from converter.batch.recipes import Policy, options_from
+from converter.batch.recipes import Asked, Policy
 
 NEXT = {
     "examine": "fetch",
@@ -37,8 +37,9 @@ def parts_of(tasks: Sequence[Task]) -> tuple[Part, ...]:
             job=task.id,
             variant=task.variant,
             target=task.target,
-            options=options_from(task.recipe),
+            asked=Asked.from_json(task.recipe),
             policy=Policy(**task.policy),
+            plan=task.facts.get("plan"),
         )
         for task in tasks
     )

@@ -6,8 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converter.adapter import read_adapter
 from converter.errors import UsageError
 from converter.plan import Options
 from converter.variants import named_variant
@@ -21,7 +23,7 @@ from quant.calibrate.text import (
 from quant.recipe import CALIBRATED, QuantSpec
 
 if TYPE_CHECKING:
-    from converter.batch.watchlist import Watch, WatchList
+    from converter.batch.watchlist import Recipe, Watch, WatchList
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,25 +44,80 @@ class Policy:
         return asdict(self)
 
 
-def recipes_of(watchlist: WatchList, entry: Watch) -> dict[str, Options]:
-    """The options of every variant and recipe of an entry, by name; UsageError naming both."""
-    made: dict[str, Options] = {}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What is made of a release: a plan's options, and the adapter that is fused in before."""
+
+    options: Options
+    adapter: Mapping[str, Any] | None = None
+    """What the adapter is, by the sha256 of its files (`converter.adapter.read`)."""
+    adapter_path: str | None = None
+    """Where it lies, which tells nothing about what is made."""
+
+    @property
+    def hash(self) -> str:
+        """Tells recipes apart by what they make, whatever they are called."""
+        made = self.to_json()
+        made.pop("adapter_path", None)
+        return digest(made)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the ledger stores it."""
+        data = self.options.to_json()
+        if self.adapter is not None:
+            data |= {"adapter": dict(self.adapter), "adapter_path": self.adapter_path}
+        return data
+
+    @classmethod
+    def from_json(cls, recipe: Mapping[str, Any]) -> Asked:
+        """What ``to_json`` gave."""
+        return cls(
+            options=_options_from(recipe),
+            adapter=recipe.get("adapter"),
+            adapter_path=recipe.get("adapter_path"),
+        )
+
+    def checked_adapter(self) -> Path | None:
+        """The adapter's folder; UsageError where another adapter lies there now, or none."""
+        if self.adapter_path is None:
+            return None
+        path = Path(self.adapter_path)
+        if read_adapter(path).record() != self.adapter:
+            raise UsageError(
+                f"adapter_path {path}: has changed since the watch list was read; run it again"
+            )
+        return path
+
+
+def recipes_of(watchlist: WatchList, entry: Watch) -> dict[str, Asked]:
+    """What every variant and recipe of an entry asks for, by name; UsageError naming both."""
+    made: dict[str, Asked] = {}
     for name in entry.variants:
         dtype, quant = named_variant(name)
-        made[name] = Options(dtype=dtype, quant=quant)
+        made[name] = Asked(options=Options(dtype=dtype, quant=quant))
     for name in entry.recipes:
-        recipe = watchlist.recipes[name]
-        quant = recipe.quant()
         try:
-            made[name] = Options(
-                dtype=recipe.dtype,
-                quant=quant,
-                predicate=recipe.quant_predicate,
-                calibration=_calibration(entry, quant),
-            )
+            made[name] = _asked(watchlist.recipes[name], entry)
         except (ValueError, CalibrationError) as error:
             raise UsageError(f"recipes.{name}: {error}") from error
     return made
+
+
+def _asked(recipe: Recipe, entry: Watch) -> Asked:
+    quant = recipe.quant()
+    options = Options(
+        dtype=recipe.dtype,
+        quant=quant,
+        predicate=recipe.quant_predicate,
+        calibration=_calibration(entry, quant, targeted=recipe.targeted),
+        target_bits=recipe.q_target_bpw,
+        target_bytes=recipe.q_target_size,
+        target_group_size=recipe.q_group_size if recipe.targeted else None,
+    )
+    if recipe.adapter_path is None:
+        return Asked(options=options)
+    record = read_adapter(recipe.adapter_path).record()
+    return Asked(options=options, adapter=record, adapter_path=str(recipe.adapter_path))
 
 
 def policy_of(watchlist: WatchList, entry: Watch) -> Policy:
@@ -77,20 +134,16 @@ def policy_of(watchlist: WatchList, entry: Watch) -> Policy:
     )
 
 
-def recipe_hash(options: Options) -> str:
-    """Tells recipes apart by what they make, whatever they are called."""
-    return digest(options.to_json())
-
-
 def digest(data: Any) -> str:
     """sha256 of canonical JSON."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def options_from(recipe: Mapping[str, Any]) -> Options:
+def _options_from(recipe: Mapping[str, Any]) -> Options:
     """The options that ``Options.to_json`` gave."""
     quant, calibration = recipe["quantization"], recipe.get("calibration")
+    size = recipe.get("target_size", {})
     return Options(
         dtype=recipe["dtype"],
         quant=None
@@ -98,6 +151,9 @@ def options_from(recipe: Mapping[str, Any]) -> Options:
         else QuantSpec.make(quant["mode"], quant["bits"], quant["group_size"], quant["method"]),
         predicate=recipe["predicate"],
         target=recipe["target"],
+        target_bits=size.get("bits"),
+        target_bytes=size.get("bytes"),
+        target_group_size=size.get("group_size"),
         calibration=None
         if calibration is None
         else Calibration(
@@ -109,8 +165,10 @@ def options_from(recipe: Mapping[str, Any]) -> Options:
     )
 
 
-def _calibration(entry: Watch, quant: QuantSpec | None) -> Calibration | None:
-    if quant is None or quant.method not in CALIBRATED:
+def _calibration(entry: Watch, quant: QuantSpec | None, *, targeted: bool) -> Calibration | None:
+    """Which text calibrates; a target takes some for its own sake, where it is given."""
+    asked = targeted and entry.calibration_data is not None
+    if quant is None or (quant.method not in CALIBRATED and not asked):
         return None
     return calibration_of(
         entry.calibration_data, sequences=DEFAULT_SEQUENCES, length=DEFAULT_LENGTH

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import os
-import platform
-import shutil
 import signal
-import tempfile
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from converter.batch.catalogue import Catalogue
 from converter.batch.child import WARM
-from converter.batch.database import Database, ledger_url
 from converter.batch.digest import send_digest
 from converter.batch.discover import Found, discover
 from converter.batch.engine import Engine, Outcome, Stages
 from converter.batch.ledger import Ledger
-from converter.batch.log import logging_to
+from converter.batch.site import Place, at_work
 from converter.batch.tags import measured
 from converter.batch.watchlist import Digest, WatchList
-from converter.errors import UsageError
-from converter.execute.folder import locked
 
 if TYPE_CHECKING:
     from converter.batch.dask import Scheduler
@@ -41,46 +32,11 @@ UNSUPPORTED: Final = 3
 GATE: Final = 4
 HUB: Final = 5
 TERMINATED: Final = 143
-_LONGEST_PATH: Final = 74
-"""A socket's path has 107 characters, of which multiprocessing takes 33 for its own."""
-_MULTIPROCESSING: Final = "pymp-"
-"""How the folder begins that multiprocessing removes itself, and complains when it is gone."""
 _STATUS: Final = {"unsupported": UNSUPPORTED, "usage": UNSUPPORTED, "gate": GATE} | {
     **dict.fromkeys(("hub", "refused"), HUB),
     **dict.fromkeys(("gated", "resources", "worker"), DONE),
 }
 _GRAVEST: Final = (FAILED, GATE, HUB, UNSUPPORTED)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a ledger and its work are."""
-
-    state: Path
-    url: str
-
-    @classmethod
-    def of(cls, watchlist: WatchList | None, *, state: Path | None, ledger: str | None) -> Place:
-        """From the command line, the environment, the watch list, and the defaults, in turn."""
-        told = None if watchlist is None else watchlist.state
-        where = (state or told or default_state()).expanduser().absolute()
-        url = ledger or os.environ.get("CONVERT_LEDGER")
-        url = url or (None if watchlist is None else watchlist.ledger)
-        return cls(where, ledger_url(url, where))
-
-
-def worker_name(state: Path) -> str:
-    """How the leases of runs in this state folder begin: unlike those of any other folder."""
-    path = state / "worker"
-    if not path.is_file():
-        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-    return f"{platform.node() or 'localhost'}:{path.read_text(encoding='utf-8')}:"
-
-
-def default_state() -> Path:
-    """The folder of ledger, work and logs when none is named."""
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "mlx-dayzero"
 
 
 def run(
@@ -98,98 +54,33 @@ def run(
     The work is done here, or by the workers of the fleet that ``scheduler`` knows. Raises
     UsageError when another run is at work in this state folder.
     """
-    run_id = uuid.uuid4().hex
-    with (
-        alone(place.state),
-        temporary(place.state),
-        logging_to(place.state / "logs", run_id, echo=echo) as say,
-    ):
-        database = Database(place.url)
+    with at_work(watchlist, place, tags=measured(), echo=echo) as site:
+        catalogue, say = site.catalogue, site.say
+        catalogue.began(site.run_id, name)
+        status: int = FAILED
+        summary: dict[str, Any] = {}
         try:
-            worker = worker_name(place.state)
-            owner = f"{worker}{run_id[:8]}"
-            ledger = Ledger(database, retries=watchlist.retries, owner=owner, tags=measured())
-            if gone := ledger.expire(worker):  # nobody else can hold this folder's lock
-                say(f"the last run here was killed with {gone} releases in hand")
-            catalogue = Catalogue(ledger)
-            catalogue.began(run_id, name)
-            status: int = FAILED
-            summary: dict[str, Any] = {}
-            try:
-                work = work_folder(watchlist, place)
-                shared = watchlist.fleet.shared is not None
-                sweep(work, catalogue, shared=shared)
-                if renewed := catalogue.renew():
-                    say(f"{renewed} unfinished jobs start anew with other tool versions")
-                engine: Engine | Fleet
-                if scheduler is None:
-                    settings = engine_settings(watchlist, stages)
-                    engine = Engine(ledger, work, say=say, preload=preload, **settings)
-                else:
-                    engine = _fleet(ledger, scheduler, shared=shared, say=say)
-                with stopping(engine):
-                    found = discover(watchlist, catalogue, say=say, now=time.time())
-                    say(f"{found.seen} releases seen, {found.matched} wanted, {found.added} new")
-                    outcome = engine.run()
-                sweep(work, catalogue, shared=shared)
-                status = status_of(found, outcome)
-                summary = summarise(found, outcome, catalogue)
-            finally:
-                catalogue.ended(run_id, status, summary)
-            say(f"ended with status {status}: {told(summary)}")
-            _tell(watchlist.digest, name, status, summary, say)
-            return status
+            site.sweep()
+            if renewed := catalogue.renew():
+                say(f"{renewed} unfinished jobs start anew with other tool versions")
+            engine: Engine | Fleet
+            if scheduler is None:
+                settings = engine_settings(watchlist, stages)
+                engine = Engine(site.ledger, site.work, say=say, preload=preload, **settings)
+            else:
+                engine = _fleet(site.ledger, scheduler, shared=site.shared, say=say)
+            with stopping(engine):
+                found = discover(watchlist, catalogue, say=say, now=time.time())
+                say(f"{found.seen} releases seen, {found.matched} wanted, {found.added} new")
+                outcome = engine.run()
+            site.sweep()
+            status = status_of(found, outcome)
+            summary = summarise(found, outcome, catalogue)
         finally:
-            database.close()
-
-
-@contextmanager
-def alone(state: Path) -> Iterator[None]:
-    """Hold a state folder against other runs and workers; UsageError when one has it."""
-    state.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = locked(state / "run")
-        lock.__enter__()
-    except UsageError as error:
-        raise UsageError(
-            f"{state}: another run is at work here; wait for it, or give each machine's workers a "
-            "--state of their own"
-        ) from error
-    try:
-        yield
-    finally:
-        (state / "run").rmdir()
-        lock.__exit__(None, None, None)
-
-
-@contextmanager
-def temporary(state: Path) -> Iterator[None]:
-    """Keep the temporary files of this run and its children in one place, and empty it.
-
-    What a killed run left there goes too. Sockets have short names only: where the state folder's
-    own is long, they and all else go to the system's place.
-    """
-    folder = state / "tmp"
-    shutil.rmtree(folder, ignore_errors=True)
-    if len(str(folder)) > _LONGEST_PATH:
-        yield
-        return
-    folder.mkdir()
-    before = os.environ.get("TMPDIR")
-    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
-    try:
-        yield
-    finally:
-        tempfile.tempdir = None
-        if before is None:
-            del os.environ["TMPDIR"]
-        else:
-            os.environ["TMPDIR"] = before
-        for left in folder.iterdir():
-            if left.is_dir() and not left.name.startswith(_MULTIPROCESSING):
-                shutil.rmtree(left, ignore_errors=True)
-            elif not left.is_dir():
-                left.unlink(missing_ok=True)
+            catalogue.ended(site.run_id, status, summary)
+        say(f"ended with status {status}: {told(summary)}")
+        _tell(watchlist.digest, name, status, summary, say)
+        return status
 
 
 def engine_settings(watchlist: WatchList, stages: Stages | None) -> dict[str, Any]:
@@ -204,13 +95,6 @@ def engine_settings(watchlist: WatchList, stages: Stages | None) -> dict[str, An
         "shared": watchlist.fleet.shared is not None,
         "split": watchlist.fleet.split,
     }
-
-
-def work_folder(watchlist: WatchList, place: Place) -> Path:
-    """Where releases are worked on: in the state folder, or in the one that workers share."""
-    work = (watchlist.fleet.shared or place.state).expanduser().absolute() / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    return work
 
 
 def _fleet(
@@ -236,22 +120,6 @@ def stopping(engine: Engine | Fleet) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def sweep(work: Path, catalogue: Catalogue, *, shared: bool = False) -> None:
-    """Remove the folders of releases that nothing more is to be done for here.
-
-    What another worker has in hand is its own, unless the folder is ``shared``.
-    """
-    kept = {
-        f"{entry.release.repo.replace('/', '--')}@{entry.release.commit[:12]}"
-        for entry in catalogue.entries()
-        if (shared if entry.running else entry.job.state == "queued")
-        or (shared and entry.job.state == "waiting" and entry.job.needs is not None)
-    }
-    for folder in work.iterdir():
-        if folder.name not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def status_of(found: Found, outcome: Outcome) -> int:

@@ -114,6 +114,7 @@ piece = Table(  # of a conversion that several workers share: some shards of eve
     Column("jobs", JSON, nullable=False),  # ids of the jobs that are converted together
     Column("number", Integer, nullable=False),  # from 1
     Column("total", Integer, nullable=False),  # pieces of this conversion
+    Column("memory", BigInteger, nullable=False, server_default="0"),  # bytes that one needs
     Column("state", String(8), nullable=False),  # open, done, failed
     Column("owner", String(100)),
     Column("host", String(200)),
@@ -159,11 +160,20 @@ def _first(connection: Connection) -> None:
 
 def _second(connection: Connection) -> None:
     metadata.create_all(connection)
-    if "needs" not in {column["name"] for column in inspect(connection).get_columns("job")}:
-        connection.execute(text("ALTER TABLE job ADD COLUMN needs VARCHAR(40)"))
+    _add(connection, "job", "needs", "VARCHAR(40)")
 
 
-MIGRATIONS: Final[tuple[Callable[[Connection], None], ...]] = (_first, _second)
+def _third(connection: Connection) -> None:
+    _add(connection, "piece", "memory", "BIGINT NOT NULL DEFAULT 0")
+
+
+def _add(connection: Connection, table: str, name: str, kind: str) -> None:
+    """Add a column where it is not there: tables are created as they are now."""
+    if name not in {column["name"] for column in inspect(connection).get_columns(table)}:
+        connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {name} {kind}"))
+
+
+MIGRATIONS: Final[tuple[Callable[[Connection], None], ...]] = (_first, _second, _third)
 """Step ``n`` makes version ``n + 1`` out of version ``n``; a released step never changes."""
 
 

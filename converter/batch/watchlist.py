@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from converter.batch.quantities import expanded, parse_duration, parse_rate, parse_size
-from converter.errors import UsageError
+from converter.errors import ConvertError, UsageError
 from converter.variants import named_variant
 from quant.recipe import Method, Mode, QuantSpec
 
@@ -59,6 +59,17 @@ def _template(names: str) -> str:
 def _variant(name: str) -> str:
     named_variant(name)
     return name
+
+
+def _adapter(path: Path) -> Path:
+    from converter.adapter import read_adapter
+
+    path = path.expanduser().absolute()
+    try:
+        read_adapter(path)
+    except ConvertError as error:
+        raise ValueError(str(error).removeprefix("--adapter-path ")) from error
+    return path
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
@@ -113,9 +124,26 @@ class Recipe(_Strict):
     q_group_size: int | None = None
     q_method: Method = "rtn"
     quant_predicate: str | None = None
+    q_target_bpw: float | None = Field(default=None, ge=1, le=32)
+    q_target_size: Size | None = None
+    """Bytes of the weight files."""
+    adapter_path: Annotated[Path, AfterValidator(_adapter)] | None = Field(
+        default=None, strict=False
+    )
+    """Folder of a LoRA or DoRA that is fused into every release made with this recipe."""
+
+    @property
+    def targeted(self) -> bool:
+        """Whether formats are chosen for a size."""
+        return self.q_target_bpw is not None or self.q_target_size is not None
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        own = [key for key in ("q_bits", "q_mode", "quant_predicate") if getattr(self, key)]
+        if self.targeted and own:
+            raise ValueError(f"{own[0]}: q_target_bpw and q_target_size choose it themselves")
+        if self.q_target_bpw is not None and self.q_target_size is not None:
+            raise ValueError("q_target_bpw and q_target_size are two targets; give one")
         self.quant()
         if self.quant_predicate is not None:
             from quant.mixed import MIXED_RECIPES
@@ -127,10 +155,11 @@ class Recipe(_Strict):
 
     def quant(self) -> QuantSpec | None:
         """The quantization, None for plain weights; ValueError where no runtime reads it."""
-        if self.q_mode is None and self.q_bits is None and self.quant_predicate is None:
+        plain = (self.q_mode, self.q_bits, self.quant_predicate) == (None, None, None)
+        if plain and not self.targeted:
             if self.q_group_size is not None or self.q_method != "rtn":
                 raise ValueError(
-                    "q_group_size and q_method have no effect without q_bits or q_mode"
+                    "q_group_size and q_method have no effect without q_bits, q_mode or a target"
                 )
             return None
         return QuantSpec.make(

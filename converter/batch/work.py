@@ -13,12 +13,13 @@ from typing import Any, Final
 
 from converter.acceptance import REPORT as ACCEPTANCE
 from converter.acceptance import accept_output, acceptance_report
+from converter.adapter.output import reference_of_output
 from converter.batch.believed import believed
 from converter.batch.examine import examine
-from converter.batch.failures import Failure
-from converter.batch.orders import Answer, Order, Part
+from converter.batch.failures import Failure, classify
+from converter.batch.orders import Answer, Order, Part, together
 from converter.batch.published import PARITY, facts_of, find_published, snapshot_of
-from converter.errors import GateError, HubError, UsageError
+from converter.errors import GateError, HubError, PlanError, UsageError
 from converter.execute.folder import MANIFEST
 from converter.hub import download, resolve_revision, upload
 from converter.manifest import read_manifest
@@ -74,40 +75,69 @@ def fetch_release(order: Order) -> Answer:
 
 
 def convert_release(order: Order) -> Answer:
-    """Every output that is not there yet, from one read of the source."""
+    """Every output that is not there yet, from one read of the source for each adapter."""
+    answer = Answer(bytes=0)
     todo = [part for part in order.parts if not finished(order.out(part), part)]
-    for part in todo:
-        if order.shards is None:  # a piece is no judge of what another worker has finished
+    for group in together(todo):
+        _convert(order, group, answer)
+    if order.shards is None:  # a piece makes nothing whole
+        for part in order.parts:
+            if part.job not in answer.failed:
+                made = read_manifest(order.out(part))
+                answer.facts[part.job] = {"checkpoint": made.checkpoint, "plan": made.plan}
+    return answer
+
+
+def _convert(order: Order, group: tuple[Part, ...], answer: Answer) -> None:
+    """Make some outputs together; a target size that cannot be had fails its own job alone."""
+    if len(group) > 1:
+        group = tuple(part for part in group if _target_is_met(order, part, answer))
+    if not group:
+        return
+    if order.shards is None:  # a piece is no judge of what another worker has finished
+        for part in group:
             shutil.rmtree(order.out(part), ignore_errors=True)
-    written = 0
-    if todo:
-        data = {part.policy.calibration_data for part in todo} - {None}
-        request = Request(
-            hf_path=order.repo,
-            revision=order.commit,
-            mlx_path=order.folder / "out",
-            recipes=tuple(part.options for part in todo),
-            names=tuple(order.out(part).name for part in todo),
-            workers=order.workers,
-            calibration_data=Path(str(data.pop())) if data else None,
-            cache=order.cache,
-            command=command_of(order),
-            part=order.shards,
-        )
-        planned = believed(order.repo, lambda: plan_request(request))
-        made = convert(request, _QUIET, planned=planned)
-        if order.shards is not None:
-            return Answer()
-        for part, output in zip(todo, made, strict=True):
-            written += output.plan.output_bytes
-            if part.plan is not None and output.plan.hash != part.plan:
-                raise HubError(
-                    f"{order.repo}: its headers were read differently before; the hub sends "
-                    "damaged answers"
-                )
-    return Answer(
-        facts={p.job: {"checkpoint": read_manifest(order.out(p)).checkpoint} for p in order.parts},
-        bytes=written,
+    request = _request(order, group)
+    planned = believed(order.repo, lambda: plan_request(request))
+    for part, output in zip(group, convert(request, _QUIET, planned=planned), strict=False):
+        answer.bytes = (answer.bytes or 0) + output.plan.output_bytes
+        if part.plan is not None and output.plan.hash != part.plan:
+            raise HubError(
+                f"{order.repo}: its headers were read differently before; the hub sends damaged "
+                "answers"
+            )
+
+
+def _target_is_met(order: Order, part: Part, answer: Answer) -> bool:
+    """Whether formats can be chosen for the size that a job asks for, if it asks for any.
+
+    What was measured for that is kept, so that it need not be measured again.
+    """
+    if not part.asked.options.targeted:
+        return True
+    request = _request(order, (part,))
+    try:
+        believed(order.repo, lambda: plan_request(request))
+    except (PlanError, UsageError) as error:
+        answer.failed[part.job] = classify(error)
+        return False
+    return True
+
+
+def _request(order: Order, parts: tuple[Part, ...]) -> Request:
+    data = {part.policy.calibration_data for part in parts} - {None}
+    return Request(
+        hf_path=order.repo,
+        revision=order.commit,
+        mlx_path=order.folder / "out",
+        recipes=tuple(part.asked.options for part in parts),
+        names=tuple(order.out(part).name for part in parts),
+        workers=order.workers,
+        calibration_data=Path(str(data.pop())) if data else None,
+        adapter_path=parts[0].asked.checked_adapter(),
+        cache=order.cache,
+        command=command_of(order),
+        part=order.shards,
     )
 
 
@@ -128,16 +158,22 @@ def prove_output(order: Order) -> Answer:
     (part,) = order.parts
     out = order.out(part)
     if not (out / PARITY).is_file():
-        planned = plan_request(Request(hf_path=str(order.source), recipes=(part.options,)))
-        prove(
-            out,
-            source=order.source,
-            console=_QUIET,
-            plan=planned.plans[0],
-            kl_threshold=part.policy.kl_threshold,
-            workers=order.workers,
-            arch=planned.arch,
+        release = open_release(str(order.source))
+        adapter = part.asked.checked_adapter()
+        request = Request(
+            hf_path=str(order.source), recipes=(part.asked.options,), adapter_path=adapter
         )
+        planned = plan_request(request, release=release, measure=False)
+        with reference_of_output(out, release, planned.arch, adapter) as reference:
+            prove(
+                out,
+                source=reference,
+                console=_QUIET,
+                plan=planned.plans[0],
+                kl_threshold=part.policy.kl_threshold,
+                workers=order.workers,
+                arch=planned.arch,
+            )
     card = order.source / _CARD
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
     write_card(out, repo_id=part.target, source_card=text)
@@ -205,9 +241,7 @@ def renew_card(order: Order) -> Answer:
     if target is None or MANIFEST not in target.by_path:
         raise UsageError(f"{part.target}: has been removed, or is no output of this program")
     try:
-        names = [
-            n for n in ("config.json", MANIFEST, PARITY, "kv_cache.json") if n in target.by_path
-        ]
+        names = [name for name in _TOLD if name in target.by_path]
         held = download(target, names, cache_dir=folder / "target")
         text = None
         if _CARD in source.by_path:

@@ -62,7 +62,8 @@ def batch_run(
 ) -> None:
     """Find what is new, and work until nothing is due. Safe to repeat and to interrupt."""
     from converter.batch.dask import Scheduler
-    from converter.batch.run import Place, run
+    from converter.batch.run import run
+    from converter.batch.site import Place
     from converter.batch.watchlist import read_watchlist
 
     read = read_watchlist(watchlist)
@@ -99,7 +100,7 @@ def batch_worker(
     """Work for the Dask fleet at SCHEDULER until SIGTERM, by WATCHLIST's budgets and ledger."""
     from converter.batch.dask import Scheduler
     from converter.batch.fleet_worker import serve
-    from converter.batch.run import Place
+    from converter.batch.site import Place
     from converter.batch.tags import with_own
     from converter.batch.watchlist import read_watchlist
 
@@ -207,7 +208,7 @@ def _catalogue(state: Path | None, ledger: str | None) -> Catalogue:
     from converter.batch.catalogue import Catalogue
     from converter.batch.database import Database
     from converter.batch.ledger import Ledger
-    from converter.batch.run import Place
+    from converter.batch.site import Place
 
     place = Place.of(None, state=state, ledger=ledger)
     if place.url.startswith("sqlite:///") and not Path(place.url[len("sqlite:///") :]).exists():

@@ -12,15 +12,15 @@ from typing import Any
 
 import click
 
+from converter.cli.proving import memory_limit, prove_and_publish, require_pass
 from converter.cli.tools import write_text
-from converter.errors import GateError, UsageError
+from converter.errors import UsageError
 from converter.execute.parts import Part
 from converter.kv import KvAsked
 from converter.manifest import verify
 from converter.maps import MapChoice
 from converter.memory import size_of
-from converter.mtp import SUFFIX
-from converter.pipeline import Converted, Request, convert, plan_request
+from converter.pipeline import Request, convert, plan_request
 from converter.plan import Options
 from converter.source.header import paused_gc
 from converter.ui import Console, plan_tables, size_text, verdict_text
@@ -38,7 +38,7 @@ _CALIBRATION = ("calibration_data", "calibration_sequences", "calibration_length
 
 def convert_command(given: dict[str, Any]) -> None:
     """convert --hf-path ...: everything, in order."""
-    _memory_limit(given)  # a misspelt size is refused before hours of work
+    memory_limit(given)  # a misspelt size is refused before hours of work
     if given["upload_repo"] is not None and given["no_validate"]:
         raise UsageError("--no-validate: nothing is uploaded without a passing report")
     console = Console(quiet=given["quiet"])
@@ -54,7 +54,7 @@ def convert_command(given: dict[str, Any]) -> None:
             _study_kv(output.folder, given, console)
     quantized = all(output.plan.decoding is not None for output in outputs)
     if not given["no_validate"] and (quantized or not _back(given)):
-        _prove_and_publish(outputs, given, console, request.thread_count)
+        prove_and_publish(outputs, given, console, request.thread_count)
     else:
         for output in outputs:
             click.echo(str(output.folder))
@@ -103,13 +103,13 @@ def validate_command(given: dict[str, Any]) -> None:
                 kl_threshold=given["kl_threshold"],
                 trust_remote_code=trust,
                 arch=arch,
-                memory_limit=_memory_limit(given),
+                memory_limit=memory_limit(given),
             )
     if given["as_json"]:
         click.echo(json.dumps(report, indent=1))
     else:
         click.echo(verdict_text(report, out))
-    _gate(report, out)
+    require_pass(report, out)
 
 
 def kv_command(out: Path, given: dict[str, Any]) -> None:
@@ -244,115 +244,6 @@ def _study_kv(out: Path, given: dict[str, Any], console: Console) -> dict[str, A
     )
     console.say(summary_text(report))
     return report
-
-
-def _prove_and_publish(
-    outputs: list[Converted], given: dict[str, Any], console: Console, workers: int
-) -> None:
-    from converter.naming import repo_name
-    from converter.proof import prove, prove_drafter, require_proof
-    from converter.publish import upload_output, write_card
-    from converter.streamed import prove_streamed
-
-    failed: list[GateError] = []
-    requested = given["upload_repo"]
-    if requested and len(outputs) > 1:
-        raise UsageError(
-            "--upload-repo REPO names one repo; with --variants or --mtp leave REPO out"
-        )
-    reports = []
-    for output in outputs:
-        out = output.folder
-        console.say(f"validate: {out}")
-        target = output.target or given["draft_for"]
-        if target is not None:
-            report = prove_drafter(out, target=target, console=console)
-        elif output.release.streamed:
-            report = prove_streamed(
-                out,
-                output.release,
-                console=console,
-                arch=output.arch,
-                workers=workers,
-                trust_remote_code=given["trust_remote_code"],
-            )
-        else:
-            with output.reference(workers=workers) as reference:
-                report = prove(
-                    out,
-                    source=reference,
-                    console=console,
-                    plan=output.plan,
-                    kl_threshold=given["kl_threshold"],
-                    trust_remote_code=given["trust_remote_code"],
-                    workers=workers,
-                    arch=output.arch,
-                    memory_limit=_memory_limit(given),
-                )
-        reports.append(report)
-    _set_side_by_side([output.folder for output in outputs if output.target is None])
-    for output, report in zip(outputs, reports, strict=True):
-        out = output.folder
-        repo = None
-        if requested is not None:
-            from converter.naming import output_name
-
-            dtype = str(output.plan.config.get("dtype"))
-            plan = output.plan
-            derived = output_name(output.release.name, plan.options, dtype=dtype, kept=plan.kept)
-            derived += SUFFIX if output.target is not None else ""
-            repo = repo_name(requested, derived)
-        write_card(
-            out,
-            repo_id=repo,
-            source_card=output.release.card(),
-            template=given["card_template"],
-        )
-        click.echo(verdict_text(report, out))
-        try:
-            _gate(report, out)
-            if repo is not None:
-                require_proof(out, allow_unproven=given["allow_unproven"])
-        except GateError as error:
-            failed.append(error)
-            continue
-        if repo is not None:
-            address = upload_output(
-                out,
-                repo,
-                console=console,
-                private=given["private"],
-                allow_gated=given["allow_gated"],
-                allow_unproven=given["allow_unproven"],
-            )
-            click.echo(f"published: {address}")
-    if failed:
-        raise GateError("\n".join(map(str, failed)))
-
-
-def _set_side_by_side(outputs: list[Path]) -> None:
-    """Show on the page of each output of a run what the others cost."""
-    from converter.measured import record_variants
-    from converter.page import draw_page
-
-    if len(outputs) > 1:
-        record_variants(outputs)
-        for out in outputs:
-            draw_page(out)
-
-
-def _memory_limit(given: dict[str, Any]) -> int | None:
-    text = given["memory_limit"]
-    return None if text is None else size_of(text, "--memory-limit")
-
-
-def _gate(report: dict[str, Any], out: Path) -> None:
-    if report["verdict"] not in ("pass", "unproven"):
-        failed = [check["name"] for check in report["checks"] if check["verdict"] == "fail"]
-        raise GateError(
-            f"{out}: parity failed ({', '.join(failed)}); it is kept for inspection and is not "
-            f"published. See {out / 'parity.html'}"
-        )
 
 
 def _back(given: dict[str, Any]) -> bool:

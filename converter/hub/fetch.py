@@ -3,6 +3,7 @@
 import hashlib
 import os
 import threading
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
@@ -28,7 +29,8 @@ def download(
     """Bring files into the hub's cache, check their hashes, and return the snapshot's folder.
 
     What is cached already is only checked. A file with the wrong hash is removed from the cache,
-    so that the next run fetches it again.
+    so that the next run fetches it again. A cache of one's own, in ``cache_dir``, remembers what
+    was checked: such a file is read again only once its size or time of change is another.
     """
     files = [snapshot.file(path) for path in dict.fromkeys(paths)]
     assert files, "nothing to download"
@@ -70,7 +72,11 @@ def _download(
             )
         )
     meter.finish(file)
-    check_hash(snapshot, file, local)
+    if cache_dir is None:
+        check_hash(snapshot, file, local)
+    elif not _is_vouched_for(file, local, cache_dir):
+        check_hash(snapshot, file, local)
+        _vouch(file, local, cache_dir)
     return local.parents[len(PurePosixPath(file.path).parts) - 1]
 
 
@@ -86,6 +92,38 @@ def check_hash(snapshot: HubSnapshot, file: HubFile, local: Path) -> None:
         f"{'sha256' if file.sha256 else 'git sha1'} is {actual}, the hub announced {expected}. "
         "The copy has been removed from the cache; run the same command again to fetch it anew."
     )
+
+
+def _is_vouched_for(file: HubFile, local: Path, cache_dir: Path) -> bool:
+    """Whether a file is as it was when its hash was found right, by size and time of change."""
+    try:
+        return _record(file, cache_dir).read_text(encoding="ascii") == _identity(local)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _vouch(file: HubFile, local: Path, cache_dir: Path) -> None:
+    """Write down that a file's hash is right, once it would outlive a power cut."""
+    descriptor = os.open(local, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    record = _record(file, cache_dir)
+    record.parent.mkdir(exist_ok=True)
+    draft = record.with_name(f"{record.name}.{uuid.uuid4().hex}")  # others may write the same
+    draft.write_text(_identity(local), encoding="ascii")
+    draft.replace(record)
+
+
+def _record(file: HubFile, cache_dir: Path) -> Path:
+    named = f"{file.path}\0{file.sha256 or file.blob_id}"  # which is the hub's word, and no name
+    return cache_dir / ".verified" / hashlib.sha256(named.encode()).hexdigest()
+
+
+def _identity(local: Path) -> str:
+    found = local.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def sha256_of(path: Path) -> str:

@@ -108,6 +108,8 @@ class Options:
             recipe["calibration"] = self.calibration.to_json()
         if self.targeted:
             recipe["target_size"] = {"bits": self.target_bits, "bytes": self.target_bytes}
+            if self.target_group_size is not None:
+                recipe["target_size"]["group_size"] = self.target_group_size
         if self.allocation is not None:
             recipe["allocation"] = self.allocation.to_json()
         if self.rotate_values:
