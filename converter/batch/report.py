@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from converter.atomic import write_atomic
 from converter.batch.catalogue import Catalogue
 from converter.batch.status import iso, rows_of
 from converter.ui import size_text
@@ -29,9 +30,7 @@ def write_report(catalogue: Catalogue, out: Path) -> None:
     environment.filters |= {"size": size_text, "number": _number}
     text = environment.get_template("report.html.j2").render(page_of(catalogue))
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.partial")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(out)
+    write_atomic(out, text)
 
 
 def page_of(catalogue: Catalogue) -> dict[str, Any]:
