@@ -29,7 +29,8 @@ def accept_output(
 ) -> dict[str, Any]:
     """Run the rows on ``out`` and write acceptance.json; its content.
 
-    Rows that ``only`` leaves out keep what an earlier run on the same files said of them. Raises
+    Rows that ``only`` leaves out keep what an earlier run said of them, where a manifest tells that
+    it was on the same files. Raises
     UsageError when no row has such a title, ConvertError when the folder is no checkpoint.
     """
     from validate.acceptance.facts import Facts
@@ -43,6 +44,7 @@ def accept_output(
     if unknown:
         titles = "; ".join(row.title for row in ROWS)
         raise UsageError(f"--only {unknown[0]}: no row has such a title. Rows: {titles}")
+    earlier = acceptance_report(out) if only else None  # a damaged one is told before hours pass
     prepare_mlx()
     try:
         facts = Facts.read(
@@ -53,8 +55,7 @@ def accept_output(
     outcomes, backend = accept(facts, only=only, progress=progress)
     plan, checkpoint = identity(out)
     report = report_json(outcomes, plan=plan, checkpoint=checkpoint, backend=backend)
-    earlier = acceptance_report(out)
-    if only and earlier is not None:
+    if earlier is not None:
         report = _merged(report, earlier, [(row.name, row.runtime) for row in ROWS])
     with explain(out):
         write_atomic(out / REPORT, json_text(report))

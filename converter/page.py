@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from converter.acceptance import acceptance_report
+from converter.errors import ConvertError
 from converter.execute.folder import MANIFEST, explain
 from converter.manifest import read_manifest
 from converter.measured import quality_report
@@ -30,10 +32,10 @@ def draw_page(
     if not (out / JSON).is_file():
         return
     data: dict[str, Any] = json.loads((out / JSON).read_text(encoding="utf-8"))
-    beside: dict[str, Any] = {
-        "acceptance": acceptance or acceptance_report(out),
-        "quality": quality or quality_report(out),
-    }
+    beside: dict[str, Any] = {"acceptance": acceptance, "quality": quality}
+    for name, report in (("acceptance", acceptance_report), ("quality", quality_report)):
+        with suppress(ConvertError):  # a damaged one ends no proof; uploading it is refused
+            beside[name] = beside[name] or report(out)
     if (out / MANIFEST).is_file():
         beside["conversion"] = conversion(out)
     with explain(out):

@@ -62,6 +62,8 @@ class ParityView:
     losses: tuple[LossView, ...]
     deviations: tuple[str, ...]
     """Faults of a runtime that the other rows are judged without, in words."""
+    remarks: tuple[str, ...]
+    """How pictures, sounds and videos were prepared where that is not the release's way."""
     checks: tuple[CheckView, ...]
 
 
@@ -94,6 +96,7 @@ def parity_view(report: Mapping[str, Any] | None, *, plan_hash: str) -> ParityVi
         summary=tuple(_summaries(report["checks"])),
         losses=tuple(_losses(report["checks"])),
         deviations=tuple(_deviations(report["checks"])),
+        remarks=tuple(_remarks(report["checks"])),
         checks=checks,
     )
 
@@ -143,7 +146,9 @@ def _losses(checks: Sequence[Mapping[str, Any]]) -> Iterator[LossView]:
         top1 = metrics.get("top1")
         yield LossView(
             inputs=kind,
-            perplexity=f"{ratio:.4f} ± {error:.4f}" if _both_numbers(ratio, error) else "-",
+            perplexity=f"{ratio:.4f} ± {error:.4f}"
+            if _both_numbers(ratio, error)
+            else number(ratio),
             kl_mean=number(metrics["kl_mean"]),
             kl_p99=number(metrics.get("kl_p99")),
             top1=f"{100 * top1:.1f} %" if isinstance(top1, int | float) else "-",
@@ -156,9 +161,22 @@ def _both_numbers(*values: object) -> bool:
 
 def _deviations(checks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for check in checks:
-        if check.get("name") == "deviation" and check.get("note"):
-            where = ", ".join(filter(None, (_runtime(check), str(check.get("modality", "")))))
-            yield f"{where}: {check['note']}"
+        if check.get("name") == "deviation" and check.get("verdict") == "info":
+            yield (
+                f"{_where(check)}, where stock outputs are off by {number(check.get('value'))}: "
+                f"{check.get('note')}"
+            )
+
+
+def _remarks(checks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for check in checks:
+        prepared = str(check.get("name", "")).endswith("/processor")
+        if prepared and check.get("verdict") == "info":
+            yield f"{_where(check)}: {check.get('note')}"
+
+
+def _where(check: Mapping[str, Any]) -> str:
+    return ", ".join(filter(None, (_runtime(check), str(check.get("modality", "")))))
 
 
 def _listed(values: Iterable[object]) -> str:

@@ -397,6 +397,8 @@ def test_a_report_is_summed_up_by_the_worst_of_each_check() -> None:
         check("decode", "mlx_lm", "nan", "fail"),
         check("noise", "mlx_lm", 3e-5, "fail"),
         check("deviation", "mlx_vlm", 0.1, "info", note="its GELU is another", modality="image"),
+        check("video/processor", "mlx_vlm", None, "info", note="prepared by the runtime")
+        | {"modality": "video"},
         check("loss", "mlx_vlm", 0.1, "info", metrics={"kl_mean": 0.01234, "top1": 0.5}),
     ]
     view = parity_view({"verdict": "fail", "plan": "p", "checks": rows}, plan_hash="p")
@@ -408,7 +410,10 @@ def test_a_report_is_summed_up_by_the_worst_of_each_check() -> None:
         ("decode", "text", "mlx-vlm, mlx-lm", "nan", "1 of 2 fail"),
         ("noise", "text", "mlx-lm", "3e-05", "fail"),
     ]
-    assert view.deviations == ("mlx-vlm, image: its GELU is another",)
+    assert view.deviations == (
+        "mlx-vlm, image, where stock outputs are off by 0.1: its GELU is another",
+    )
+    assert view.remarks == ("mlx-vlm, video: prepared by the runtime",)
     (loss,) = view.losses
     assert (loss.perplexity, loss.kl_mean, loss.kl_p99, loss.top1) == ("-", "0.0123", "-", "50.0 %")
 

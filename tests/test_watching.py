@@ -1,5 +1,6 @@
 """Videos: both models compute the same of the frames that the runtime's processor prepared."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from validate import deviations
 from validate.cases import VIDEO_FILE, film, load_cases
 from validate.checks import Check, Report
 from validate.parity import run_parity
+from validate.reference import TorchReference
 from validate.watching import video_questions
 
 
@@ -56,12 +58,39 @@ def test_an_unknown_fault_in_videos_fails(qwen, monkeypatch) -> None:
     assert report.verdict == "fail"
 
 
-def test_a_template_without_a_place_for_videos_is_told(qwen, tmp_path: Path) -> None:
-    import shutil
-
-    copy = shutil.copytree(qwen[1], tmp_path / "copy")
+def mute(folder: Path, to: Path) -> Path:
+    """A copy whose chat template has no place for a video."""
+    copy = shutil.copytree(folder, to)
     template = copy / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|video_pad|>", "a video"))
-    questions, told = video_questions(copy)
+    return copy
+
+
+def test_a_release_without_a_place_for_videos_is_not_judged_by_them(qwen, tmp_path: Path) -> None:
+    source, out = mute(qwen[0], tmp_path / "source"), mute(qwen[1], tmp_path / "out")
+    questions, (told,) = video_questions(out, source=source)
     assert questions == []
-    assert [row.note for row in told] == ["not judged: the chat template has no place for a video"]
+    assert told.note == "not judged: the chat template has no place for a video"
+    assert told.verdict == "info"
+
+
+def test_an_output_that_lost_its_place_for_videos_fails(qwen, tmp_path: Path) -> None:
+    out = mute(qwen[1], tmp_path / "out")
+    _, (told,) = video_questions(out, source=qwen[0])
+    assert told.verdict == "fail"
+    assert "the release's own files ask about a video" in told.note
+
+
+def test_what_torch_does_not_take_ends_no_proof(qwen, monkeypatch) -> None:
+    def refuse(self, inputs):
+        if "pixel_values_videos" in inputs:
+            raise RuntimeError("shape mismatch: [3, 16] and [3, 26]")
+        return stock(self, inputs)
+
+    stock = TorchReference.forward
+    monkeypatch.setattr(TorchReference, "forward", refuse)
+    report = run_parity(source=qwen[0], mlx_path=qwen[1], plan=None)
+    found = rows(report)
+    assert list(found) == ["video/processor"]
+    assert "shape mismatch" in found["video/processor"].note
+    assert report.verdict == "pass"

@@ -148,13 +148,7 @@ def _needed_deviations(
     larger than the documented fault explains.
     """
     borrowed = any(answers.exact[index].question.borrowed for index, _ in stock)
-    known = tuple(
-        item
-        for item in deviations_for(
-            found.runtime, model_type=str(model.config.get("model_type")), modality=modality
-        )
-        if not (borrowed and item.prepares)
-    )
+    known = _documented(found.runtime, model, modality, borrowed=borrowed)
     error = max(_error(answers.exact[index], steps) for index, steps in stock)
     if not known or not job.exact or error <= EXACT:
         return ()
@@ -178,6 +172,16 @@ def _needed_deviations(
         )
     )
     return known
+
+
+def _documented(
+    runtime: str, model: MlxRuntime, modality: str, *, borrowed: bool
+) -> tuple[Deviation, ...]:
+    """The known faults; not those of preparing where the runtime prepared for both sides."""
+    found = deviations_for(
+        runtime, model_type=str(model.config.get("model_type")), modality=modality
+    )
+    return tuple(item for item in found if not (borrowed and item.prepares))
 
 
 def _located(
@@ -328,9 +332,8 @@ def _noise(job: Judgement, found: Found, answers: Answers) -> None:
             media = modality in MEDIA
             if media and found.runtime == "mlx_lm":
                 continue
-            known = deviations_for(
-                found.runtime, model_type=str(model.config.get("model_type")), modality=modality
-            )
+            borrowed = any(answers.exact[index].question.borrowed for index in rows)
+            known = _documented(found.runtime, model, modality, borrowed=borrowed)
             measure = partial(_noise_of, job, found, answers, model, modality, rows)
             check = measure()
             if check.verdict == "fail" and known:

@@ -38,7 +38,7 @@ from validate.streamed.asking import ask_streamed, streamed_row
 from validate.streamed.tensors import Streaming
 from validate.templates import template_problem
 from validate.torch_faults import unbuilt
-from validate.watching import video_questions
+from validate.watching import unanswered, video_questions
 from validate.where.row import rules_of
 
 _COMPUTE: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -206,10 +206,7 @@ def _ask(
         described["rounded_to"] = judgement.dtype
     questions = text_questions(source, vocab_size=model.vocab_size, trust_remote_code=trust)
     for kind in media:
-        if kind == "video":
-            watched, rows = video_questions(judgement.mlx_path)
-            questions += watched
-            checks += rows
+        if kind == "video":  # asked after all others
             continue
         try:
             questions += media_questions(source, kind, trust_remote_code=trust)
@@ -222,6 +219,14 @@ def _ask(
                 row = Check(name=f"{kind}/input_ids", modality=kind, verdict="fail", note=note)
             checks.append(row)
     exact = answer(model, questions, say)
+    if "video" in media:
+        watched, rows = video_questions(judgement.mlx_path, source=source, trust_remote_code=trust)
+        try:
+            exact += answer(model, watched, say)
+            questions += watched
+        except Exception as error:  # the inputs are not the release's: what torch says is no fault
+            rows = [unanswered(error)]
+        checks += rows
     traced = trace_questions(model, exact, say) if judgement.rules and judgement.exact else {}
     answers = Answers(exact=exact, traced=traced)
     model.close()

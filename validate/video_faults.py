@@ -13,7 +13,7 @@ def qwen2_5_vl(model: Any, config: Config) -> list[Patch]:
 
     What follows a video goes on from its width and height, as transformers has it.
     """
-    rate = int(config["vision_config"].get("tokens_per_second", 2))
+    rate = int(config["vision_config"].get("tokens_per_second", 4))
     language = model.language_model
     timed = _timed(language.get_rope_index, config["video_token_id"], rate, pushed=False)
     return [(language, "get_rope_index", timed)]

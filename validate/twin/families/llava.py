@@ -115,7 +115,14 @@ def _onevision_files(config: Json) -> Files:
         "vision_aspect_ratio": config["vision_aspect_ratio"],
         "vision_feature_select_strategy": config["vision_feature_select_strategy"],
     }
-    return {"preprocessor_config.json": images, "processor_config.json": settings}
+    same = ("do_pad", "image_mean", "image_std", "processor_class", "resample", "size")
+    video = {name: images[name] for name in same}
+    video["video_processor_type"] = "LlavaOnevisionVideoProcessor"
+    return {
+        "preprocessor_config.json": images,
+        "processor_config.json": settings,
+        "video_preprocessor_config.json": video,
+    }
 
 
 ONEVISION = Family(
@@ -123,6 +130,7 @@ ONEVISION = Family(
     tokens=MappingProxyType({"image_token_index": IMAGE, "video_token_index": VIDEO}),
     named_tokens=MappingProxyType({"image_token": IMAGE, "video_token": VIDEO}),
     image_markup=f"{IMAGE}\n",
+    video_markup=f"{VIDEO}\n",
     adjust=_adjust_onevision,
     processor=_onevision_files,
 )
