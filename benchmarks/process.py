@@ -47,6 +47,7 @@ def run(
     """
     words = [str(word) for word in command]
     env = {**os.environ, **(environment or {})}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # a checkout has bytecode then, as what pip installed
     expired = threading.Event()
     with log.open("w+b") as file:
         start = time.perf_counter()

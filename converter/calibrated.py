@@ -81,7 +81,7 @@ def statistics_of(
     where the text is not the planned one, PlanError where the release cannot be calibrated.
     """
     calibration = plan.options.calibration
-    tasks = _tasks(plan.outputs)
+    tasks = [] if calibration is None else _tasks(plan.outputs)
     if calibration is None or not tasks:
         return None
     from converter.plain import plain_release  # which executes a plan itself

@@ -44,6 +44,8 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line; markup in it is not interpreted."""
+        if self.quiet:  # rich takes a while to load
+            return
         self.rich.print(text, markup=False)
 
     def planned(self, plans: Sequence[Plan], folders: Sequence[Path]) -> None:
@@ -60,6 +62,9 @@ class Console:
     @contextmanager
     def progress(self, what: str, *, unit: str) -> Iterator[Tick]:
         """A bar for one step; the tick takes (done, total)."""
+        if self.quiet:
+            yield lambda done, total: None
+            return
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = [TextColumn("{task.description:>9}"), BarColumn(), TextColumn("{task.fields[n]}")]

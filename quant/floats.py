@@ -22,6 +22,12 @@ def as_bits(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return array.view(f"u{array.dtype.itemsize}")
 
 
+def refuse_read_only(array: npt.NDArray[Any], name: str) -> None:
+    """Raise ValueError for an array that is to be filled and may not be: kernels do not look."""
+    if not array.flags.writeable:
+        raise ValueError(f"{name}: the array is read-only, and results are to be written to it")
+
+
 def is_finite(array: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """Which elements are neither NaN nor infinite."""
     with np.errstate(invalid="ignore"):  # signalling NaN
@@ -70,7 +76,8 @@ def cast(
 
     The results are those of torch and mlx. NaN and infinities stay what they are; a finite value
     outside the range of the new type raises CastOverflowError. Fills ``out``, C-contiguous and
-    of the same shape, where given; else returns ``array`` itself when it has the type already.
+    of the same shape, where given, and raises ValueError where that is read-only; else returns
+    ``array`` itself when it has the type already.
     """
     source = CODES[array.dtype]
     assert {source, dtype_code} <= FLOAT_CODES, f"{source} to {dtype_code} is no float cast"
@@ -80,6 +87,7 @@ def cast(
         out = np.empty(array.shape, NUMPY_DTYPES[dtype_code])
     assert out.dtype == NUMPY_DTYPES[dtype_code], f"out is {out.dtype}, not {dtype_code}"
     assert out.shape == array.shape, f"out is {out.shape}, not {array.shape}"
+    refuse_read_only(out, "out")
     start, size = -1, array.size
     if source == dtype_code:
         out[...] = array

@@ -68,11 +68,3 @@ def keep_codes(
 
 def _middle(spec: QuantSpec) -> np.float32:
     return np.float32(1 << (spec.bits - 1))
-
-
-def edges_of(w: Array, group: int) -> Array:
-    """The value of largest magnitude in each group of (rows, cols) bits: (rows, groups)."""
-    grouped = w.reshape(len(w), -1, group)
-    magnitude = grouped & np.asarray(np.iinfo(w.dtype).max >> 1, w.dtype)
-    place = magnitude.argmax(axis=-1)[..., None]
-    return np.take_along_axis(grouped, place, axis=-1)[..., 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -45,15 +46,18 @@ def find(
     """``kernel`` for arguments of ``types``: from the disk, or else made and kept there."""
     _initialise()
     key = _key(kernel, types)
-    name = f"{kernel.function.__module__}.{kernel.function.__qualname__}.{key[:24]}.o"
+    stem = f"{kernel.function.__module__}.{kernel.function.__qualname__}".replace(".<locals>", "")
+    family = f"{stem}.{_variant(kernel, types)}."
+    name = f"{family}{key[:24]}.o"
     for folder in _folders():
-        kept = _read(folder / name.replace(".<locals>", ""), key)
+        kept = _read(folder / name, key)
         if kept is not None:
             return _bind(*kept)
     text, symbol, returns = make()
     code = _emit(text, symbol)
     for folder in _folders():
-        if _write(folder / name.replace(".<locals>", ""), key, symbol, returns, code):
+        if _write(folder / name, key, symbol, returns, code):
+            _drop_older(folder, family, name)
             break
     return _bind(symbol, returns, code)
 
@@ -116,6 +120,34 @@ def _write(path: Path, key: str, symbol: str, returns: str, code: bytes) -> bool
             raise
         return False
     return True
+
+
+def _drop_older(folder: Path, family: str, name: str) -> None:
+    """Remove what the kernel of ``name`` was before its code changed.
+
+    Who still runs the older code makes its file anew; files that are being written have other ends.
+    """
+    with contextlib.suppress(OSError):
+        for other in os.listdir(folder):
+            if other.startswith(family) and other.endswith(".o") and other != name:
+                (folder / other).unlink()
+
+
+def _variant(kernel: Compiled, types: Sequence[str]) -> str:
+    """What tells the kernels that one function is compiled to apart, whatever its code says."""
+    facts = [repr((tuple(types), *_platform())), *_settings(kernel.function)]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
+
+
+def _settings(function: FunctionType) -> Iterator[str]:
+    """The numbers that a function and those that it calls were made with."""
+    from quant.compiled import Compiled
+
+    for name, value in sorted(inspect.getclosurevars(function).nonlocals.items()):
+        if isinstance(value, Compiled):
+            yield from _settings(value.function)
+        elif isinstance(value, int | float | np.generic):
+            yield f"{name} {value!r}"
 
 
 def _key(kernel: Compiled, types: Sequence[str]) -> str:

@@ -5,6 +5,8 @@ import sys
 import numpy as np
 import numpy.typing as npt
 
+from quant.floats import refuse_read_only
+
 assert sys.byteorder == "little", "packed codes are viewed, not swapped"
 
 
@@ -14,11 +16,15 @@ def pack_rows(
     *,
     out: npt.NDArray[np.uint32] | None = None,
 ) -> npt.NDArray[np.uint32]:
-    """Pack (rows, cols) codes, each below 2**bits, to (rows, cols * bits / 32); cols in 32s."""
+    """Pack (rows, cols) codes, each below 2**bits, to (rows, cols * bits / 32); cols in 32s.
+
+    Raises ValueError where ``out`` is read-only.
+    """
     rows, columns = codes.shape
     assert columns % 32 == 0, f"{columns} codes per row do not fill whole words"
     if out is None:
         out = np.empty((rows, columns * bits // 32), np.uint32)
+    refuse_read_only(out, "out")
     if bits == 8:
         out[:] = codes.view(np.uint32)
         return out

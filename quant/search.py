@@ -13,7 +13,7 @@ import numpy.typing as npt
 from arch_maps.dtypes import CODES
 from quant.errors import NonFiniteError
 from quant.floats import KINDS, as_bits, reject_group
-from quant.lattice import edges_of, keep_codes
+from quant.lattice import keep_codes
 from quant.packing import pack_rows
 from quant.recipe import QuantSpec
 
@@ -39,8 +39,10 @@ def quantize_searched(
     ``moments`` (cols / group, group, group) are second moments of the inputs, up to a factor.
     Without them no group's error exceeds that of method "rtn".
     """
+    from quant.kernels_affine import LANES
+
     rows, columns = w.shape
-    step = max(1, _SLICE // columns)
+    step = LANES * max(1, _SLICE // (LANES * columns))
     moments = None if moments is None else damped(moments)
     for row in range(0, rows, step):
         block = slice(row, min(row + step, rows))
@@ -68,7 +70,7 @@ def _search_codes(
     out: dict[str, npt.NDArray[Any]],
     first_row: int = 0,
 ) -> npt.NDArray[np.uint8]:
-    from quant import kernels_search
+    from quant import kernels_affine, kernels_search
 
     kind = KINDS[CODES[w.dtype]]
     size = spec.group_size
@@ -80,9 +82,10 @@ def _search_codes(
     levels = np.float32(2**spec.bits - 1)
     if spec.mode == "affine":
         scales, biases = as_bits(scales), as_bits(out["biases"])
-        index = kernels_search.affine_search(kind, size)(
-            bits, importance, levels, _CLIPS, moments is None, codes, scales, biases
-        )
+        edges = np.empty(scales.shape, bits.dtype)
+        kernel = kernels_affine.affine_search(kind, size)
+        given = (bits, importance, levels, _CLIPS, moments is None)
+        index = kernel(*given, codes, scales, biases, edges)
     else:
         kernel = kernels_search.microscaled_search(kind, FORMATS[spec.mode])
         index = kernel(bits, importance, codes, scales)
@@ -93,7 +96,6 @@ def _search_codes(
         )
     if moments is None:
         if spec.mode == "affine":
-            edges = edges_of(bits, size)
             keep_codes(bits, spec, kind, edges=edges, codes=codes, scales=scales, biases=biases)
         return codes
     from quant import kernels_moments

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from arch_maps.dtypes import CODES, NUMPY_DTYPES
 from quant.affine import dequantize_affine, quantize_affine
-from quant.floats import KINDS
+from quant.floats import KINDS, refuse_read_only
 from quant.microscaling import dequantize_microscaled, quantize_microscaled
 from quant.recipe import QuantSpec
 from quant.search import quantize_searched
@@ -28,7 +28,8 @@ def quantize_rows(
     ``moments`` (cols / group, group, group) are the second moments of the inputs that method
     "imatrix" minimises output errors with; of stacked matrices one for each. "gptq" quantizes
     whole matrices (``quant.gptq``). Runs in the calling thread without the GIL. Raises
-    NonFiniteError at the first NaN or infinity, its row counted over all leading axes.
+    NonFiniteError at the first NaN or infinity, its row counted over all leading axes, ValueError
+    where an array of ``out`` is read-only.
     """
     code = CODES[w.dtype]
     assert code in KINDS, f"{code} weights are not quantized directly"
@@ -39,6 +40,7 @@ def quantize_rows(
         part = np.empty(shape, NUMPY_DTYPES[part_code]) if out is None else out[suffix]
         assert part.shape == shape, f"{suffix}: {part.shape} is not {shape}"
         assert part.flags.c_contiguous, f"{suffix} must be contiguous"
+        refuse_read_only(part, suffix)
         parts[suffix] = part
     if w.size == 0:
         return parts

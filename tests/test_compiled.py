@@ -77,6 +77,52 @@ def test_damaged_object_file_is_made_anew(folder, damage, monkeypatch):
     assert run(kernel(6), np.array([[1, 0]])) == [12]
 
 
+@pytest.mark.parametrize("mode", [0o664, 0o646])
+def test_object_file_that_others_could_write_is_not_run(folder, mode, monkeypatch):
+    assert run(kernel(6), np.array([[1, 0]])) == [12]
+    [path] = folder.iterdir()
+    path.chmod(mode)
+    with monkeypatch.context() as patch:
+        patch.setattr("quant.compiled._compile", lambda *_: pytest.fail("made anew"))
+        with pytest.raises(pytest.fail.Exception, match="made anew"):
+            run(kernel(6), np.array([[1, 0]]))
+    assert run(kernel(6), np.array([[1, 0]])) == [12]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_older_code_of_the_same_kernel_is_dropped(folder):
+    """And nothing else: neither what other settings made of it, nor what is being written."""
+    values = np.array([[1, 9], [2, 9]])
+    assert run(kernel(2), values) == [4, 5]
+    assert run(kernel(4), values) == [8, 10]
+    assert run(kernel(2), values.astype(np.int32)) == [4, 5]
+    before = set(folder.iterdir())
+    draft = folder / f"{min(before).name}abc"
+    draft.touch()
+
+    def newer(factor: int, step: int) -> Compiled:
+        @jit
+        def shifted(x: int) -> int:
+            return x - step
+
+        def scaled(values: np.ndarray, size: np.float32, out: np.ndarray) -> int:
+            for i in range(values.shape[0]):
+                out[i] = shifted(values[i, 0]) * factor * size
+            return values.shape[0]
+
+        scaled.__qualname__ = kernel(2).function.__qualname__
+        return Compiled(scaled)
+
+    assert run(newer(2, 3), values) == [-2, -1]
+    after = set(folder.iterdir()) - {draft}
+    assert draft.exists()
+    assert len(after) == len(before) == 3
+    assert len(after & before) == 2
+    assert run(kernel(4), values) == [8, 10]
+    assert run(kernel(2), values.astype(np.int32)) == [4, 5]
+    assert set(folder.iterdir()) - {draft} == after
+
+
 def test_works_where_nothing_can_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(objects, "_folders", lambda: iter([tmp_path / "file"]))

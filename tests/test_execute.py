@@ -1,6 +1,7 @@
 """Executing plans: what comes out does not depend on how it is made."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -75,6 +76,29 @@ def test_source_is_read_front_to_back(release, small_units, tmp_path):
     order = units.reading_order(source, outputs, units.units_of(source, outputs))
     places = [(source.tensors[outputs[u.output].rule.target].start, u.start) for u in order]
     assert places == sorted(places)
+
+
+def test_outputs_grow_from_the_front(release, small_units, tmp_path, monkeypatch):
+    """However the source is sorted, so that hashing keeps up with what is written."""
+    path = release / "model.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, body, backwards = json.loads(data[8 : 8 + size]), data[8 + size :], b""
+    for entry in reversed([entry for name, entry in header.items() if name != "__metadata__"]):
+        start, stop = entry["data_offsets"]
+        entry["data_offsets"] = [len(backwards), len(backwards) + stop - start]
+        backwards += body[start:stop]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + backwards)
+    written, write = [], run.Job.write
+
+    def watch(job, file, offset, array):
+        written.append((file, offset))
+        write(job, file, offset, array)
+
+    monkeypatch.setattr(run.Job, "write", watch)
+    make(release, tmp_path / "out", workers=1)
+    assert written == sorted(written)
 
 
 def test_several_shards_hold_what_one_holds(release, tmp_path, monkeypatch):

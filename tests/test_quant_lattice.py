@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize, quantize
 
-from quant import lattice
+from quant import kernels_affine
+from quant.floats import KINDS
 from quant.recipe import QuantSpec
 from quant.weights import dequantize_rows, quantize_rows
 
@@ -136,6 +137,17 @@ def test_microscaled_grids_are_exact_as_they_are():
 
 
 def test_edges_keep_their_sign():
-    w = np.array([[1, -3, 2, 0, 0.5, 0.25, -0.5, 0]], ml_dtypes.bfloat16)
-    edges = lattice.edges_of(w.view(np.uint16), 4).view(ml_dtypes.bfloat16)
-    np.testing.assert_array_equal(edges.astype(np.float32), [[-3, 0.5]])
+    """A search finds the grid by the value of largest magnitude, as plain rounding does."""
+    w = np.zeros((3, 64), ml_dtypes.bfloat16)
+    w[:, :8] = [1, -3, 2, 0, 0.5, 0.25, -0.5, 3.5]
+    w[1] *= -1
+    w[:, 32:40] = [0, -0.5, 0.25, 0.375, 0, 0, 0.125, -0.125]
+    bits = w.view(np.uint16)
+    codes, (scales, biases, edges) = np.empty(w.shape, np.uint8), np.empty((3, 3, 2), np.uint16)
+    ones, levels, clips = np.ones(64, np.float32), np.float32(15), np.zeros(1, np.float32)
+    search = kernels_affine.affine_search(KINDS["BF16"], 32)
+    assert search(bits, ones, levels, clips, True, codes, scales, biases, edges) == -1
+    plain = quantize_rows(w, QuantSpec.make("affine", 4, 32))
+    np.testing.assert_array_equal(edges, plain["biases"].view(np.uint16))
+    found = edges.view(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(found, [[3.5, -0.5], [-3.5, -0.5], [3.5, -0.5]])

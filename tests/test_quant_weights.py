@@ -6,7 +6,9 @@ import pytest
 
 from arch_maps.dtypes import CODES, NUMPY_DTYPES
 from quant.errors import NonFiniteError
+from quant.floats import cast
 from quant.microscaling import ROUNDING_RULES
+from quant.packing import pack_rows
 from quant.recipe import QuantSpec
 from quant.weights import dequantize_rows, quantize_rows
 
@@ -244,6 +246,28 @@ def test_row_blocks_and_given_outputs_make_the_same_bytes():
         block = slice(start, min(start + 300, 700))
         quantize_rows(w[block], spec, out={suffix: part[block] for suffix, part in out.items()})
     assert {k: v.tobytes() for k, v in whole.items()} == {k: v.tobytes() for k, v in out.items()}
+
+
+@pytest.mark.parametrize("method", ["rtn", "search"])
+def test_read_only_arrays_are_read_and_never_written(method):
+    w = np.linspace(-1, 1, 256, dtype=np.float32).reshape(2, 128)
+    w.flags.writeable = False
+    spec = QuantSpec.make("affine", 4, 64, method)
+    parts = quantize_rows(w, spec)
+    before = {role: part.copy() for role, part in parts.items()}
+    for role in parts:
+        parts[role].flags.writeable = False
+        with pytest.raises(ValueError, match=f"{role}: the array is read-only"):
+            quantize_rows(np.zeros_like(w), spec, out=parts)
+        parts[role].flags.writeable = True
+    assert all((part == before[role]).all() for role, part in parts.items())
+    half, words = np.zeros(w.shape, np.float16), np.zeros((2, 16), np.uint32)
+    half.flags.writeable = words.flags.writeable = False
+    with pytest.raises(ValueError, match="out: the array is read-only"):
+        cast(w, "F16", out=half)
+    for bits in (4, 8):
+        with pytest.raises(ValueError, match="out: the array is read-only"):
+            pack_rows(np.zeros((2, 128 if bits == 4 else 64), np.uint8), bits, out=words)
 
 
 def test_an_empty_block_has_empty_parts():

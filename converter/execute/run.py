@@ -204,6 +204,11 @@ class _Trust:
         self._places: Mapping[int, tuple[str, int]] = {}
         self._left: Counter[str] = Counter()
 
+    @property
+    def streamed(self) -> bool:
+        """Whether files are checked while they are read."""
+        return self._reader is not None
+
     def expect(self, places: Mapping[int, tuple[str, int]]) -> None:
         """Where each unit that is to come begins."""
         self._places = places
@@ -249,7 +254,11 @@ def _run(
     trust: _Trust,
 ) -> None:
     outputs = jobs[0].plan.outputs
-    ordered = units.reading_order(source, outputs, units.units_of(source, outputs))
+    every = units.units_of(source, outputs)
+    if trust.streamed:  # what arrives out of order would have to be kept until it can be hashed
+        ordered = units.reading_order(source, outputs, every)
+    else:
+        ordered = units.writing_order(outputs, every)
     todo = [unit for unit in ordered if any(job.wants(unit) for job in jobs)]
     for job in jobs:
         job.already([unit for unit in ordered if unit.number in job.journal.done])

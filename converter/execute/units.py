@@ -50,6 +50,15 @@ def reading_order(source: Source, outputs: Sequence[Output], units: Sequence[Uni
     return sorted(units, key=lambda unit: (*place(source, outputs, unit), unit.number))
 
 
+def writing_order(outputs: Sequence[Output], units: Sequence[Unit]) -> list[Unit]:
+    """The units sorted by where they are stored, so that files are whole from the front early.
+
+    Their hashes then keep up with them: what is hashed late has left the page cache by then.
+    """
+    places = [min((part.file, part.start) for part in out.stored.values()) for out in outputs]
+    return sorted(units, key=lambda unit: (places[unit.output], unit.number))
+
+
 def place(source: Source, outputs: Sequence[Output], unit: Unit) -> tuple[str, int]:
     """File and byte at which a unit's first row lies; of a file without a name, where none does."""
     found = _first(outputs[unit.output].expr, unit.start)
