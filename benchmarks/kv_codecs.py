@@ -89,11 +89,11 @@ def _chosen(rotation: Any, shown: Array, bits: int) -> tuple[Apply, float]:
     from quant.kv.split import layout
 
     dim = shown.shape[-1]
-    found = layout(shown, bits)
+    found = layout(shown, bits, rotation)
     tensor = found.tensor(found.widest(bits * dim + 16))
     codec = tensor.codec(dim, rotation)
     settings = {"bits": tensor.bits, "tries": tensor.tries, "top": tensor.top}
-    apply = _ours(rotation, dim=dim, norm="least", aside=tensor.aside, **settings)
+    apply = _ours(rotation.first(tensor.rounds), dim=dim, norm="least", aside=tensor.aside, **settings)
     return apply, codec.effective_bits
 
 

@@ -205,8 +205,8 @@ def test_saved_and_loaded_it_goes_on_as_before(model, prompt, tmp_path, name):
     assert [cache.exact_trim for cache in again] == [cache.exact_trim for cache in made]
     np.testing.assert_array_equal(run(model, again, prompt[300:]), run(model, made, prompt[300:]))
     about, *rest = made[0].state
-    old = [about.replace('"version": 2', '"version": 1'), *rest]
-    with pytest.raises(KvError, match="a saved cache of version 1, not 2: run the prompt again"):
+    old = [about.replace('"version": 3', '"version": 1'), *rest]
+    with pytest.raises(KvError, match="a saved cache of version 1, not 3: run the prompt again"):
         QuantizedStateCache.from_state(old)
 
 
@@ -300,5 +300,5 @@ def test_settings_survive_json():
     again = KvSpec.from_json(json.loads(json.dumps(spec.to_json())))
     assert again.layers == spec.layers
     assert again.to_json() == spec.to_json()
-    with pytest.raises(KvError, match="schema 1, not 2; `convert kv` writes it anew"):
+    with pytest.raises(KvError, match="schema 1, not 3; `convert kv` writes it anew"):
         KvSpec.from_json({**spec.to_json(), "schema": 1})

@@ -68,9 +68,10 @@ def study(
         raise KvError(f"no layer's cache can be quantized: {'; '.join(reasons)}")
     report: dict[str, Any] = {"layers": [asdict(fact) for fact in facts]}
     short = list(ids[:SHORT])
-    seen = observed(model, facts, short, bits=bits)
+    seen = observed(model, facts, short, bits=bits, learning=choice == "auto")
     if choice == "auto":
         measured = sensitivity(model, facts, short, seen=seen, progress=progress)
+        seen = measured.seen
         spec = allocated_spec(facts, allocate(facts, measured, bits=bits, seen=seen), seen)
         report["sensitivity"] = [
             {
