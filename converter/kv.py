@@ -107,9 +107,9 @@ def study_output(
 ) -> dict[str, Any]:
     """Study the caches of ``out`` in its stock runtime; the content of kv_cache.json.
 
-    Writes the report, puts the chosen settings under ``kv_cache_quantization`` in config.json, the
-    bases that they name into a file beside it, and renews the manifest. Raises ConvertError when the runtime or the heads do not allow it; the
-    output is then as it was.
+    Writes the report, puts the chosen settings under ``kv_cache_quantization`` in config.json and
+    the bases that they name into a file beside it, and renews the manifest. Raises ConvertError
+    when the runtime or the heads do not allow it; the output is then as it was.
     """
     from quant.calibrate.text import CalibrationError
     from quant.kv.learned import write

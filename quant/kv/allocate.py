@@ -20,7 +20,7 @@ from quant.kv.turbo import KvError
 
 CHUNK: Final = 64
 WIDTHS: Final = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8)
-MEASURED: Final = (2, 4)
+MEASURED: Final = (1, 2, 4)
 _NOTHING: Final = Seen()
 
 
@@ -30,8 +30,8 @@ class Sensitivity:
 
     scheme: str
     kl: dict[tuple[int, str, float], float] = field(default_factory=dict)
-    measured: frozenset[float] = frozenset()
-    """The widths that were measured; the others follow from them."""
+    measured: set[tuple[int, str, float]] = field(default_factory=set)
+    """What was measured; the others follow from it."""
     seen: Seen = _NOTHING
     """With the layout of each tensor that lost least."""
 
@@ -49,12 +49,12 @@ def sensitivity(
     """Quantize one layer's keys or values at a time, at the widths ``measured``.
 
     All settings of a layer are the rows of one batch, which starts at that layer. Each tensor is
-    stored in every layout that ``seen`` has for it, of which the one with the least geometric mean
-    of losses is kept. The other ``widths`` follow from their expected error D: the loss is c D^p
-    between two that were measured and below them, and proportional to D beyond the widest, where
+    stored in every layout that ``seen`` has for it, in as many bytes; the one with the least
+    geometric mean of losses is kept. The other ``widths`` follow from their expected error D: the
+    loss is c D^p between two that were measured, and proportional to D beyond the widest, where
     the error is small.
     """
-    found = Sensitivity("turboquant", measured=frozenset(measured))
+    found = Sensitivity("turboquant")
     layouts = dict(seen.layouts)
     with recorded(model, ids, chunk=CHUNK) as replay:
         for fact in facts:
@@ -63,7 +63,7 @@ def sensitivity(
             if progress:
                 progress(f"KV cache: layer {fact.index}")
             tried = [
-                (role, one, bits)
+                (role, one, max(one.widest(bits * one.dim + 16), UNIT / one.dim))
                 for role in ("key", "value")
                 for one in seen.choices(fact, role)
                 for bits in measured
@@ -72,17 +72,19 @@ def sensitivity(
                 caches(model, _only(facts, seen, fact.index, role, one.tensor(bits)))[fact.index]
                 for role, one, bits in tried
             ]
-            losses = iter(replay.losses(fact.index, rows[0].merge(rows), len(rows)))
+            losses = replay.losses(fact.index, rows[0].merge(rows), len(rows))
             for role in ("key", "value"):
-                choices = [
-                    (one, {bits: next(losses) for bits in measured})
-                    for one in seen.choices(fact, role)
-                ]
-                one, known = min(choices, key=lambda choice: prod(choice[1].values()))
-                layouts[fact.index, role] = one
-                for bits in widths:
-                    if round(bits * one.dim) % UNIT == 0:
-                        found.kl[fact.index, role, bits] = _between(known, bits, one)
+                place = fact.index, role
+                known: dict[Layout, dict[float, float]] = {}
+                for (of, one, bits), kl in zip(tried, losses, strict=True):
+                    if of == role:
+                        known.setdefault(one, {})[bits] = kl
+                one = min(known, key=lambda one: prod(known[one].values()))
+                layouts[place] = one
+                found.measured |= {(*place, bits) for bits in known[one]}
+                for bits in {*widths, *known[one]}:
+                    if abs(bits * one.dim / UNIT - round(bits * one.dim / UNIT)) < 1e-6:
+                        found.kl[(*place, bits)] = _between(known[one], bits, one)
     found.seen = replace(seen, layouts=layouts)
     return found
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 CHUNK: Final = 2048
-"""Tokens that are unpacked at once."""
+"""Tokens that are unpacked at once, or more of few and small heads."""
+_NUMBERS: Final = 1 << 19
+"""As many numbers are unpacked at once at least: fewer take longer to start than to do."""
 
 
 Bases = tuple[Basis | None, ...]
@@ -118,14 +120,15 @@ def attend(queries: mx.array, parts: Sequence[Part], *, scale: float, mask: Any 
     kv_heads = parts[0].keys(0, 1)[0].shape[1]
     # The queries of a group of heads read the same keys: they are rows of one product.
     rows = (queries.astype(mx.float32) * scale).reshape(batch, kv_heads, -1, dim)
+    many = max(CHUNK, _NUMBERS // (kv_heads * dim))
     state = _Softmax()
     at = 0
     for part in parts:
         along = [basis.dual(rows) if basis else rows for basis in part.key_bases]
         mean = getattr(part, "mean", None)
         offset = None if mean is None else rows @ mean.swapaxes(-1, -2)
-        for start in range(0, part.tokens, CHUNK):
-            end = min(start + CHUNK, part.tokens)
+        for start in range(0, part.tokens, many):
+            end = min(start + many, part.tokens)
             scores = reduce(add, map(_products, along, part.keys(start, end)))
             if offset is not None:
                 scores = scores + offset

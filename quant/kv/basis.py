@@ -19,7 +19,7 @@ Aside = tuple[tuple[int, ...], ...]
 class Basis:
     """``into`` [heads or 1, dim, n] gives coordinates of vectors, ``out`` [heads or 1, n, dim] the
     vectors of coordinates. Where ``out`` is not the transpose of ``into``, queries have other
-    coordinates than keys: :meth:`dual`.
+    coordinates than keys: :meth:`dual`. ``into`` is None where coordinates need no vectors.
     """
 
     into: Any
@@ -64,7 +64,8 @@ def rest(matrix: Any, places: Aside, dim: int) -> Basis:
 
 def _selection(places: Aside, dim: int) -> NDArray[np.float32]:
     """[heads, dim, n], a one where a channel is the nth of a head's."""
-    return np.eye(dim, dtype=np.float32)[np.array(places)].swapaxes(-1, -2)
+    found: NDArray[np.float32] = np.eye(dim, dtype=np.float32)[np.array(places)]
+    return found.swapaxes(-1, -2)
 
 
 def _by_head(matrix: mx.array, x: mx.array) -> mx.array:

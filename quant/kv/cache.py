@@ -270,8 +270,16 @@ class QuantizedStateCache:
         ]
         stored = [list(store.kept()) for store in self.stores] if self.stores else None
         tensors = (self.spec.key, self.spec.value)
-        bases = [mx.array(one.basis.out) for one in tensors if one.basis]
-        return [json.dumps(facts), self.offset, self.stored, *runs, stored, self.mean, bases or None]
+        bases = [mx.array(one.basis.rows) for one in tensors if one.basis]
+        return [
+            json.dumps(facts),
+            self.offset,
+            self.stored,
+            *runs,
+            stored,
+            self.mean,
+            bases or None,
+        ]
 
     @state.setter
     def state(self, value: Any) -> None:

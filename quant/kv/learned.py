@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,18 +28,26 @@ _RIDGE: Final = 0.01
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """``out`` [heads, dim, dim]: coordinates, all of the same variance, times it are vectors.
+    """``rows`` [heads, dim + 1, dim]: coordinates, all of the same variance, times all rows but the
+    last are vectors less their mean, which is the last.
 
-    Those that matter come first. Its scale means nothing: every vector has a norm of its own.
+    Coordinates that matter come first. Their scale means nothing: every vector has a norm of its
+    own. Values have a mean so that what codes of few bits shorten is not what attention to many
+    tokens leaves of them.
     """
 
-    out: NDArray[np.float16]
+    rows: NDArray[np.float16]
+
+    @property
+    def out(self) -> NDArray[np.float16]:
+        """Without the mean."""
+        return self.rows[:, :-1]
 
     @cached_property
     def name(self) -> str:
         """SHA-256 of the shape and the numbers, by which settings call it."""
-        head = ",".join(map(str, self.out.shape))
-        return hashlib.sha256(head.encode() + self.out.astype("<f2").tobytes()).hexdigest()
+        head = ",".join(map(str, self.rows.shape))
+        return hashlib.sha256(head.encode() + self.rows.astype("<f2").tobytes()).hexdigest()
 
     @cached_property
     def basis(self) -> Basis:
@@ -48,6 +56,14 @@ class Learned:
 
         return Basis(mx.array(self.into), mx.array(self.out.astype(np.float32)))
 
+    @cached_property
+    def mean(self) -> Basis | None:
+        """The mean: what one more coordinate, 1 of every vector, is along. None for none."""
+        import mlx.core as mx
+
+        mean = self.rows[:, -1:].astype(np.float32)
+        return Basis(None, mx.array(mean)) if mean.any() else None
+
     @property
     def into(self) -> NDArray[np.float32]:
         """Vectors times it are coordinates."""
@@ -55,8 +71,12 @@ class Learned:
         return into
 
 
-def learn(spread: NDArray[np.float64]) -> tuple[Learned, tuple[float, ...]]:
+def learn(
+    spread: NDArray[np.float64], mean: NDArray[np.float64] | None = None
+) -> tuple[Learned, tuple[float, ...]]:
     """The basis of mean outer products [heads, dim, dim], and the squares in each unit of it.
+
+    ``mean`` [heads, dim] was taken off before.
 
     Units are eight coordinates of like eigenvalues, mixed so that each is as Gaussian as a rotated
     one. Their squares are means over heads and coordinates, descending.
@@ -68,8 +88,10 @@ def learn(spread: NDArray[np.float64]) -> tuple[Learned, tuple[float, ...]]:
     out = np.sqrt(square)[..., None] * turn.swapaxes(-1, -2)
     out = (_mixing() @ out.reshape(-1, UNIT, dim)).reshape(out.shape)
     out /= np.abs(out).max(axis=(-1, -2), keepdims=True)
-    mean = square.mean(axis=0).reshape(-1, UNIT).mean(axis=-1)
-    return Learned(out.astype(np.float16)), tuple(float(one) for one in mean)
+    squares = square.mean(axis=0).reshape(-1, UNIT).mean(axis=-1)
+    last = np.zeros_like(out[:, :1]) if mean is None else mean[:, None]
+    rows = np.concatenate([out, last], axis=1).astype(np.float16)
+    return Learned(rows), tuple(float(one) for one in squares)
 
 
 def shared_out(squares: tuple[float, ...], dim: int, total: int) -> tuple[int, ...]:
@@ -79,7 +101,8 @@ def shared_out(squares: tuple[float, ...], dim: int, total: int) -> tuple[int, .
     """
     falls = [distortion(dim, bits) - distortion(dim, bits + 1) for bits in range(MAX_BITS)]
     steps = sorted(
-        ((square * fall, -unit) for unit, square in enumerate(squares) for fall in falls), reverse=True
+        ((square * fall, -unit) for unit, square in enumerate(squares) for fall in falls),
+        reverse=True,
     )
     widths = [0] * len(squares)
     for _, unit in steps[:total]:
@@ -89,7 +112,8 @@ def shared_out(squares: tuple[float, ...], dim: int, total: int) -> tuple[int, .
 
 def write(path: Path, bases: Mapping[str, Learned]) -> None:
     """Keep bases in a file of numpy's (.npz), by name."""
-    np.savez(path, **{name: bases[name].out for name in sorted(bases)})
+    arrays: dict[str, Any] = {name: bases[name].rows for name in sorted(bases)}
+    np.savez(path, **arrays)
 
 
 def read(path: Path) -> dict[str, Learned]:

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from quant.kv.cache import AVERAGED
 from quant.kv.measure import forward_of
+from quant.kv.rotation import Rotation
 from quant.kv.runtime import own_caches
 from quant.kv.scan import LayerFacts
 from quant.kv.spec import LayerSpec
-from quant.kv.rotation import Rotation
 from quant.kv.split import Layout, layout, learned_layout
 from quant.kv.spread import spreads
 
-_SINKS: Final = LayerSpec.__dataclass_fields__["sinks"].default
+_SINKS: Final[int] = LayerSpec.__dataclass_fields__["sinks"].default
 _GAIN: Final = 0.97
 """The keys' mean is taken off where that leaves this share of their energy, or less."""
 
@@ -50,12 +50,12 @@ def observed(
     ids: Sequence[int],
     *,
     bits: float,
-    learning: bool = False,
+    lesson: Sequence[int] = (),
 ) -> Seen:
     """Run ``ids`` through the model's own caches and look at keys and values.
 
     ``bits`` is about what a channel will cost, which decides how many channels are worth keeping
-    aside. With ``learning`` bases are learned as well.
+    aside. From the tokens ``lesson``, if any, bases are learned.
     """
     import mlx.core as mx
 
@@ -85,9 +85,12 @@ def observed(
         if _energy(centred) <= _GAIN * _energy(keys):
             means.add(fact.index)
     learned: dict[tuple[int, str], Layout] = {}
-    if learning:
-        found = spreads(model, facts, ids, means=means, skip=_SINKS, context=_context(model))
-        learned = {place: learned_layout(vectors[place], one) for place, one in found.items()}
+    if lesson:
+        found = spreads(model, facts, lesson, means=means, skip=_SINKS, context=_context(model))
+        for place, one in found.items():
+            # Values' mean is theirs wherever they are, keys' turns with the place.
+            mean = one.mean() if place[1] == "value" else np.zeros_like(one.total)
+            learned[place] = learned_layout(vectors[place], one.about(mean), mean)
     return Seen(layouts=layouts, learned=learned, means=frozenset(means))
 
 

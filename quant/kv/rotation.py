@@ -104,4 +104,3 @@ class Rotation:
                 f"the dense rotation of {dim} coordinates is damaged: its hash differs"
             )
         return cls(dim, matrix=np.frombuffer(data, "<f4").reshape(dim, dim).astype(np.float32))
-

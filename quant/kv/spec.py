@@ -148,15 +148,19 @@ class KvSpec:
 
     @classmethod
     def load(cls, folder: Path) -> KvSpec:
-        """The settings of a checkpoint; KvError where it has none or they are of another version."""
+        """The settings of a checkpoint; KvError where it has none, or of another version."""
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "kv_cache_quantization" not in config:
-            raise KvError(f"{folder}: config.json has no kv_cache_quantization; `convert kv` writes it")
+            raise KvError(
+                f"{folder}: config.json has no kv_cache_quantization; `convert kv` writes it"
+            )
         file = folder / BASES
         return cls.from_json(config["kv_cache_quantization"], read(file) if file.is_file() else {})
 
     @classmethod
-    def from_json(cls, stored: dict[str, Any], bases: Mapping[str, Learned] | None = None) -> KvSpec:
+    def from_json(
+        cls, stored: dict[str, Any], bases: Mapping[str, Learned] | None = None
+    ) -> KvSpec:
         """Read :meth:`to_json`; KvError for another schema version, or a basis that is missing."""
         if stored.get("schema") != SCHEMA:
             raise KvError(
@@ -164,7 +168,8 @@ class KvSpec:
                 "`convert kv` writes it anew"
             )
         layers = tuple(
-            None if layer is None else LayerSpec.from_json(layer, bases or {}) for layer in stored["layers"]
+            None if layer is None else LayerSpec.from_json(layer, bases or {})
+            for layer in stored["layers"]
         )
         rotations = {int(dim): Rotation.from_json(r) for dim, r in stored["rotations"].items()}
         return cls(layers=layers, rotations=rotations)

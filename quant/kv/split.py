@@ -145,9 +145,10 @@ def _rounds(one: Layout, x: NDArray[np.float32], bits: float, rotation: Rotation
 
 
 def learned_layout(
-    x: NDArray[np.float32], spread: NDArray[np.float64]
+    x: NDArray[np.float32], spread: NDArray[np.float64], mean: NDArray[np.float64] | None = None
 ) -> Layout:
-    """A basis learned from mean outer products [heads, dim, dim], for vectors like ``x``."""
-    basis, squares = learn(spread)
+    """A basis learned from what is known of vectors like ``x``; arguments as in :func:`learn`."""
+    basis, squares = learn(spread, mean)
+    x = x - basis.rows[:, -1:].astype(np.float32)
     top = _ROOM * float(np.linalg.norm(x @ basis.into, axis=-1).max())
     return Layout(dim=x.shape[-1], top=top, basis=basis, squares=squares)

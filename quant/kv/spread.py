@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -16,6 +17,7 @@ from quant.kv.scan import LayerFacts
 _SAME: Final = 1e-3
 """Mean KL, in nats, up to which positions further on change nothing."""
 _PLACES: Final = 8
+_STRETCH: Final = 512
 
 
 class _Further:
@@ -39,6 +41,29 @@ class _Further:
         return self.cache.update_and_fetch(keys, values)
 
 
+@dataclass
+class Spread:
+    """Of the keys or the values of a layer's heads."""
+
+    total: Any
+    """Their sum [heads, dim]."""
+    outer: Any
+    """The sum of their outer products [heads, dim, dim]."""
+    count: int
+
+    def add(self, other: Spread) -> Spread:
+        """Of both."""
+        return Spread(self.total + other.total, self.outer + other.outer, self.count + other.count)
+
+    def mean(self) -> NDArray[np.float64]:
+        """[heads, dim]"""
+        return np.asarray(self.total / self.count)
+
+    def about(self, mean: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Mean outer product [heads, dim, dim] of what is left of them without their ``mean``."""
+        return np.asarray(self.outer / self.count - mean[:, :, None] * mean[:, None])
+
+
 def spreads(
     model: Any,
     facts: Sequence[LayerFacts],
@@ -47,44 +72,48 @@ def spreads(
     means: Collection[int],
     skip: int,
     context: int,
-) -> dict[tuple[int, str], NDArray[np.float64]]:
-    """Mean outer products [heads, dim, dim] by (layer, "key" or "value") over the tokens ``ids``.
+) -> dict[tuple[int, str], Spread]:
+    """By (layer, "key" or "value") over the tokens ``ids``.
 
     Rotary embeddings turn keys as a text goes on, so that those of its beginning would show
-    directions as empty that later ones fill. So the same tokens are run at places up to
-    ``context`` into a text as well, which changes no prediction; where it does, positions are not
-    relative, and the beginning is all there is. The first ``skip`` tokens are left out, and keys
-    of the layers of ``means`` are taken less their mean.
+    directions as empty that later ones fill. So stretches of the text are run at places up to
+    ``context`` into one, which changes no prediction; where it does, positions are not relative,
+    and all are run as beginnings. The first ``skip`` tokens of each are left out, and keys of the
+    layers of ``means`` are taken less that of the first of them, as the cache takes it off.
     """
     import mlx.core as mx
 
-    found: dict[tuple[int, str], NDArray[np.float64]] = {}
-    exact: Any = None
-    for place in _places(len(ids), context):
-        caches = [
-            _Further(cache, place) if hasattr(cache, "update_and_fetch") else cache
-            for cache in own_caches(model)
-        ]
-        rows = forward_of(model)(mx.array([list(ids)]), caches)[0].astype(mx.float32)
-        rows = rows - mx.logsumexp(rows, axis=-1, keepdims=True)
-        exact = rows if exact is None else exact
-        if float((mx.exp(exact) * (exact - rows)).sum(axis=-1).mean()) > _SAME:
-            break
+    many = min(_STRETCH, len(ids))
+    parts = [ids[at : at + many] for at in range(0, len(ids) - many + 1, many)]
+    last = max(0, context - many)
+    exact, rows = (_run(model, parts[0], place)[0] for place in (0, last))
+    if float((mx.exp(exact) * (exact - rows)).sum(axis=-1).mean()) > _SAME:
+        last = 0
+    found: dict[tuple[int, str], Spread] = {}
+    for number in range(max(_PLACES, len(parts))):
+        place = last * (number % _PLACES) // (_PLACES - 1)
+        taken = _run(model, parts[number % len(parts)], place)[1]
         for fact in facts:
             if not fact.quantizable:
                 continue
-            pair = vars(caches[fact.index])["taken"]
-            for role, x in zip(("key", "value"), pair, strict=True):
+            for role, x in zip(("key", "value"), taken[fact.index], strict=True):
                 plain = np.array(x[0, :, skip:].astype(mx.float32)).astype(np.float64)
                 if role == "key" and fact.index in means:
                     plain -= plain[:, :AVERAGED].mean(axis=1, keepdims=True)
-                outer = plain.swapaxes(-1, -2) @ plain / plain.shape[1]
+                one = Spread(plain.sum(axis=1), plain.swapaxes(-1, -2) @ plain, plain.shape[1])
                 known = found.get((fact.index, role))
-                found[fact.index, role] = outer if known is None else known + outer
+                found[fact.index, role] = known.add(one) if known else one
     return found
 
 
-def _places(length: int, context: int) -> list[int]:
-    """Evenly from the beginning to where the context ends."""
-    last = max(0, context - length)
-    return sorted({last * part // (_PLACES - 1) for part in range(_PLACES)})
+def _run(model: Any, ids: Sequence[int], place: int) -> tuple[Any, list[Any]]:
+    """Log-probabilities [length, vocabulary], and by layer the keys and values that came."""
+    import mlx.core as mx
+
+    caches = [
+        _Further(cache, place) if hasattr(cache, "update_and_fetch") else cache
+        for cache in own_caches(model)
+    ]
+    rows = forward_of(model)(mx.array([list(ids)]), caches)[0].astype(mx.float32)
+    rows = rows - mx.logsumexp(rows, axis=-1, keepdims=True)
+    return rows, [vars(cache).get("taken") for cache in caches]

@@ -32,7 +32,7 @@ class Store:
         batch, heads, tokens, dim = x.shape
         many = max(_LEAST, _AT_ONCE // (batch * heads * dim))
         stretches = [self.codec.encode(x[:, :, at : at + many]) for at in range(0, tokens, many)]
-        packed = [mx.concatenate(parts, axis=2) for parts in zip(*stretches, strict=True)]
+        packed = [mx.concatenate(list(parts), axis=2) for parts in zip(*stretches, strict=True)]
         end = self.count + tokens
         if not self.arrays:
             self.arrays = tuple(_room(part, end) for part in packed)

@@ -22,7 +22,6 @@ from quant.kv.codebook import distortion
 from quant.kv.codec import Packed
 from quant.kv.codes import (
     UNIT,
-    fields,
     pack,
     pack_norms,
     pack_short_norms,
@@ -59,8 +58,9 @@ class TurboCodec:
     ``tries``: scales tried per vector when encoding; 1 takes the vector as it is.
     ``aside``: by head the channels that are stored in half precision, without which the rest is
     encoded. ``learned``: a basis in place of the rotation, and ``widths`` the whole bits of each of
-    its units of eight coordinates, whose mean ``bits`` are. ``top``: 0 for norms of 16 bits, else the largest norm of 8 bits, which are steps of a
-    32nd of an octave. KvError where the width does not divide or the bits are out of range.
+    its units of eight coordinates, whose mean ``bits`` are. ``top``: 0 for norms of 16 bits, else
+    the largest norm of 8 bits, which are steps of a 32nd of an octave. KvError where the width does
+    not divide or the bits are out of range.
     """
 
     dim: int
@@ -82,9 +82,10 @@ class TurboCodec:
 
     @cached_property
     def bases(self) -> tuple[Basis | None, ...]:
-        """The rotated basis, and that of the channels aside where there are any."""
+        """The rotated basis, and that of the channels aside or of the mean where there are any."""
         if self.learned is not None:
-            return (self.learned.basis,)
+            mean = self.learned.mean
+            return (self.learned.basis, mean) if mean else (self.learned.basis,)
         turn = self.rotation.turn
         if not self.aside:
             return (orthonormal(turn),)
@@ -105,7 +106,9 @@ class TurboCodec:
         import mlx.core as mx
 
         x = x.astype(mx.float32)
-        y, *beside = (basis.forward(x) for basis in self.bases if basis is not None)
+        if self._mean is not None:
+            x = x - self._mean
+        y, *beside = (basis.forward(x) for basis in self.bases if basis and basis.into is not None)
         size = mx.linalg.norm(y, axis=-1, keepdims=True)
         unit = y * (1.0 / mx.maximum(size, 1e-30))
         parts = [
@@ -126,6 +129,12 @@ class TurboCodec:
             size = size * along / mx.maximum(energy, 1e-12)
         aside = (mx.clip(part, -_HALF_MAX, _HALF_MAX).astype(mx.float16) for part in beside)
         return (*packed, self._norms(size, unit), *aside)
+
+    @property
+    def _mean(self) -> Any:
+        """[heads, 1, dim], or None."""
+        mean = self.learned and self.learned.mean
+        return mean.out if mean else None
 
     def _weight(self, bits: int) -> float:
         """What an error costs that much more than in coordinates of no bits, as they are chosen."""
@@ -158,10 +167,12 @@ class TurboCodec:
         whole = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
         norms = unpack_short_norms(sizes, self.top) if self.top else unpack_norms(sizes)
         found = whole.astype(mx.float32) * (norms * unit_step(self.dim))
+        if self._mean is not None:
+            return found, mx.ones(sizes.shape)
         return (found, *(part.astype(mx.float32) for part in packed[len(coded) + 1 :]))
 
     def _best_scale(self, parts: Sequence[_Part]) -> mx.array | None:
-        """Of a few scales [..., 1], the codes whose direction is nearest: least error at the best norm.
+        """Of a few scales [..., 1] that whose codes' direction is nearest: least error at any norm.
 
         None where all are as good.
         """
@@ -199,8 +210,9 @@ class _Part:
         self._square = weight * unit.shape[-1] * (grid.only or 0.0) ** 2
 
     def judged(self, scale: float) -> tuple[Any, Any]:
-        """Inner product [..., 1] of sizes and the centroids nearest to their ``scale``-fold, and the
-        centroids' squares."""
+        """Inner product [..., 1] with the centroids nearest to the ``scale``-fold, and theirs with
+        themselves, both weighted.
+        """
         only = self.grid.only
         if only is not None:
             return only * self._total, self._square
@@ -208,7 +220,7 @@ class _Part:
         return (value * self.size) @ self._weights, (value * value) @ self._weights
 
     def coded(self, scale: mx.array | None) -> tuple[mx.array, Any, Any]:
-        """Codes uint8, inner product and square as above, at one scale a vector."""
+        """Codes, uint8, and both inner products as above, at one scale a vector."""
         steps = self.grid.steps(self.size if scale is None else self.size * scale)
         codes = self.grid.codes(self.unit, steps)
         only = self.grid.only
