@@ -96,8 +96,8 @@ _SPEED = (
     "One sequence, MLX on the CPU, best of five rounds taken in turn; encoding once. `ours` keeps "
     f"64 tokens in float; `aside` is the same with {_ASIDE} channels of every head's keys and "
     "values kept aside, at the same bytes, as a study of massive channels would have it; `learned` "
-    "are bases of directions of which the first have twenty times the squares of the last; mlx-vlm's "
-    "is its turboquant. Ratios are mlx-vlm's time over ours."
+    "are bases of directions of which the first have twenty times the squares of the last; "
+    "mlx-vlm's is its turboquant. Ratios are mlx-vlm's time over ours."
 )
 _LOSS = (
     "In nats, mean over positions: `prefill` over the last 448 tokens of a prompt that goes "

@@ -14,11 +14,10 @@ from quant.kv.measure import forward_of
 from quant.kv.rotation import Rotation
 from quant.kv.runtime import own_caches
 from quant.kv.scan import LayerFacts
-from quant.kv.spec import LayerSpec
+from quant.kv.spec import SINKS
 from quant.kv.split import Layout, layout, learned_layout
 from quant.kv.spread import spreads
 
-_SINKS: Final[int] = LayerSpec.__dataclass_fields__["sinks"].default
 _GAIN: Final = 0.97
 """The keys' mean is taken off where that leaves this share of their energy, or less."""
 
@@ -69,7 +68,7 @@ def observed(
             continue
         cache = own[fact.index]
         keys, values = (
-            np.array(x[0, :, _SINKS : cache.offset].astype(mx.float32))
+            np.array(x[0, :, SINKS : cache.offset].astype(mx.float32))
             for x in (cache.keys, cache.values)
         )
         # By the keys as they are: what is constant here may turn with the position later on.
@@ -86,11 +85,11 @@ def observed(
             means.add(fact.index)
     learned: dict[tuple[int, str], Layout] = {}
     if lesson:
-        found = spreads(model, facts, lesson, means=means, skip=_SINKS, context=_context(model))
-        for place, one in found.items():
+        found = spreads(model, facts, lesson, means=means, skip=SINKS, context=_context(model))
+        for place, spread in found.items():
             # Values' mean is theirs wherever they are, keys' turns with the place.
-            mean = one.mean() if place[1] == "value" else np.zeros_like(one.total)
-            learned[place] = learned_layout(vectors[place], one.about(mean), mean)
+            mean = spread.mean() if place[1] == "value" else np.zeros_like(spread.mean())
+            learned[place] = learned_layout(vectors[place], spread.about(mean), mean)
     return Seen(layouts=layouts, learned=learned, means=frozenset(means))
 
 

@@ -18,6 +18,8 @@ from quant.kv.turbo import KvError, TurboCodec
 SCHEMA: Final = 3
 Scheme = Literal["float", "uniform", "turboquant", "rotated"]
 SCHEMES: Final = get_args(Scheme)
+SINKS: Final = 4
+"""First tokens that stay in full precision."""
 BASES: Final = "kv_cache.npz"
 """The file of the learned bases, beside config.json."""
 
@@ -99,7 +101,7 @@ class LayerSpec:
 
     key: TensorSpec
     value: TensorSpec
-    sinks: int = 4
+    sinks: int = SINKS
     window: int = 64
     start: int = 0
     subtract_mean: bool = True
