@@ -348,7 +348,8 @@ def test_learned_bases_are_written_and_taken_away_again(output, tmp_path, monkey
     from converter.ui import Console
     from validate.runtime import MlxRuntime
 
-    monkeypatch.setattr(module, "SHORT", 320)
+    every = module.stock_settings
+    monkeypatch.setattr(module, "stock_settings", lambda *given: every(*given)[1:2])
     out = tmp_path / "out"
     shutil.copytree(output, out)
     given = {"group": None, "text": None, "console": Console(quiet=True)}
