@@ -31,8 +31,10 @@ class Grid:
 
     @cached_property
     def _levels(self) -> Any:
-        """Positive centroids, ascending."""
-        return np.array(codebook(self.dim, self.bits))[1 << (self.bits - 1) :]
+        """Positive centroids, ascending, as :func:`centroids` gives them, so that norms fit."""
+        levels = np.array(codebook(self.dim, self.bits))[1 << (self.bits - 1) :]
+        step = unit_step(self.dim)
+        return np.rint(levels / step) * step
 
     @cached_property
     def _borders(self) -> list[float]:
