@@ -294,6 +294,31 @@ def test_spreads_are_those_of_every_place_in_a_context(spiked):
     assert np.abs(wanted - found).max() > 0.1 * wanted.max()
 
 
+def test_no_keys_are_learned_where_those_further_on_cannot_be_seen(spiked, monkeypatch):
+    """The context is unknown, the predictions change, or the runtime does not take it."""
+    import quant.kv.spread as module
+
+    facts, ids, run = static_scan(spiked), list(range(5, 69)), module._run
+    given = {"means": (), "skip": 4}
+
+    def changed(model, ids, place):
+        rows, taken = run(model, ids, 0)
+        return rows + 0.1 * np.sign(place) * rows, taken
+
+    def refused(model, ids, place):
+        if place:
+            raise ValueError("shapes cannot be broadcast")
+        return run(model, ids, place)
+
+    for context, patched in ((0, run), (1064, changed), (1064, refused)):
+        monkeypatch.setattr(module, "_run", patched)
+        found = module.spreads(spiked, facts, ids, context=context, **given)
+        assert {role for _, role in found} == {"value"}, patched
+    seen = observed(spiked, facts, ids, bits=3.5, lesson=ids)
+    assert len(seen.choices(facts[0], "value")) == 2
+    assert len(seen.choices(facts[0], "key")) == 1
+
+
 @pytest.mark.usefixtures("brief")
 def test_settings_are_written_measured_and_vouched_for(output, tmp_path):
     from converter.kv import study_output, summary_text

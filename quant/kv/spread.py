@@ -77,17 +77,18 @@ def spreads(
 
     Rotary embeddings turn keys as a text goes on, so that those of its beginning would show
     directions as empty that later ones fill. So stretches of the text are run at places up to
-    ``context`` into one, which changes no prediction; where it does, positions are not relative,
-    and all are run as beginnings. The first ``skip`` tokens of each are left out, and keys of the
-    layers of ``means`` are taken less that of the first of them, as the cache takes it off.
+    ``context`` into one, which changes no prediction. Where it does, the runtime does not take it,
+    or the context is unknown (0), all are run as beginnings, which tell nothing of keys further on:
+    then there are no keys in the answer. The first ``skip`` tokens of each are left out, and keys
+    of the layers of ``means`` are taken less that of the first of them, as the cache takes it off.
     """
     import mlx.core as mx
 
     many = min(_STRETCH, len(ids))
     parts = [ids[at : at + many] for at in range(0, len(ids) - many + 1, many)]
     last = max(0, context - many)
-    exact, rows = (_run(model, parts[0], place)[0] for place in (0, last))
-    if float((mx.exp(exact) * (exact - rows)).sum(axis=-1).mean()) > _SAME:
+    everywhere = context > 0 and (not last or _is_same(model, parts[0], last))
+    if not everywhere:
         last = 0
     found: dict[tuple[int, str], Spread] = {}
     for number in range(max(_PLACES, len(parts))):
@@ -97,6 +98,8 @@ def spreads(
             if not fact.quantizable:
                 continue
             for role, x in zip(("key", "value"), taken[fact.index], strict=True):
+                if role == "key" and not everywhere:
+                    continue
                 plain = np.array(x[0, :, skip:].astype(mx.float32)).astype(np.float64)
                 if role == "key" and fact.index in means:
                     plain -= plain[:, :AVERAGED].mean(axis=1, keepdims=True)
@@ -104,6 +107,19 @@ def spreads(
                 known = found.get((fact.index, role))
                 found[fact.index, role] = known.add(one) if known else one
     return found
+
+
+def _is_same(model: Any, ids: Sequence[int], place: int) -> bool:
+    """Whether a text has the same predictions further on: positions are relative then."""
+    import mlx.core as mx
+
+    exact = _run(model, ids, 0)[0]
+    try:
+        rows = _run(model, ids, place)[0]
+        loss = float((mx.exp(exact) * (exact - rows)).sum(axis=-1).mean())
+    except (ValueError, TypeError, AttributeError, IndexError):
+        return False  # a runtime that keeps positions of its own, from the call before
+    return loss < _SAME
 
 
 def _run(model: Any, ids: Sequence[int], place: int) -> tuple[Any, list[Any]]:
