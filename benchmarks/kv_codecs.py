@@ -40,8 +40,8 @@ DISTORTION = (
     f"{_SHOWN} other vectors of each head, at the bytes of that many bits a channel and a norm of "
     "16, channels aside and norms counted, with norms that make the squared error least, as "
     "mlx-vlm's do; mlx-vlm's takes as many bytes. Beside the ratio its standard "
-    "error. `moving` shows what channels kept aside cannot serve: a massive channel that is "
-    "another in every vector."
+    "error. Of `moving` the massive channel is another in every vector, which no channels kept "
+    "aside can serve, but one round of the transform can."
 )
 BIAS = (
     f"Of {PAIRS} unit vectors with a query each, at a cosine of 0.9, over {ROTATIONS} rotations, "
@@ -89,11 +89,13 @@ def _chosen(rotation: Any, shown: Array, bits: int) -> tuple[Apply, float]:
     from quant.kv.split import layout
 
     dim = shown.shape[-1]
-    found = layout(shown, bits)
+    found = layout(shown, bits, rotation)
     tensor = found.tensor(found.widest(bits * dim + 16))
     codec = tensor.codec(dim, rotation)
     settings = {"bits": tensor.bits, "tries": tensor.tries, "top": tensor.top}
-    apply = _ours(rotation, dim=dim, norm="least", aside=tensor.aside, **settings)
+    apply = _ours(
+        rotation.first(tensor.rounds), dim=dim, norm="least", aside=tensor.aside, **settings
+    )
     return apply, codec.effective_bits
 
 

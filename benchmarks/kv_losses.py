@@ -89,7 +89,7 @@ class _Bench:
         self.label, self.model, self.ids = label, model, ids
         self.facts = static_scan(model)
         self.forward = forward_of(model)
-        start = len(ids) - STEPS - 7 * CHUNK
+        self.start = start = len(ids) - STEPS - 7 * CHUNK
         self.exact = baseline(
             self.forward, own_caches(model), ids, chunk=CHUNK, start=start, steps=STEPS
         )
@@ -193,10 +193,10 @@ def _model(label: str, model: Any, ids: list[int]) -> Iterator[Row]:
     bench = _Bench(label, model, ids)
     facts, short = bench.facts, ids[:SHORT]
     group = 64 if all(fact.key_dim % 64 == 0 for fact in facts if fact.quantizable) else 32
-    seen = observed(model, facts, short, bits=3.5)
+    seen = observed(model, facts, short, bits=3.5, lesson=ids[: bench.start])
     measured = sensitivity(model, facts, short, seen=seen)
-    chosen = allocate(facts, measured, bits=3.5, seen=seen)
-    yield from bench.ours("ours auto 3.5", allocated_spec(facts, chosen, seen))
+    chosen = allocate(facts, measured, bits=3.5, seen=measured.seen)
+    yield from bench.ours("ours auto 3.5", allocated_spec(facts, chosen, measured.seen))
     four, three = (chooser("turboquant", bits, group, seen) for bits in (4, 3))
     affine = TensorSpec(scheme="uniform", bits=4, group=group)
     yield from bench.ours("ours turboquant 4", spec_for(facts, four, means=seen.means))

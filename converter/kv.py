@@ -108,11 +108,13 @@ def study_output(
 ) -> dict[str, Any]:
     """Study the caches of ``out`` in its stock runtime; the content of kv_cache.json.
 
-    Writes the report, puts the chosen settings under ``kv_cache_quantization`` in config.json, and
-    renews the manifest. Raises ConvertError when the runtime or the heads do not allow it; the
-    output is then as it was.
+    Writes the report, puts the chosen settings under ``kv_cache_quantization`` in config.json and
+    the bases that they name into a file beside it, and renews the manifest. Raises ConvertError
+    when the runtime or the heads do not allow it; the output is then as it was.
     """
     from quant.calibrate.text import CalibrationError
+    from quant.kv.learned import write
+    from quant.kv.spec import BASES
     from quant.kv.study import flags_for, study
     from quant.kv.turbo import KvError
     from validate.runtime import (
@@ -159,8 +161,17 @@ def study_output(
         **found.spec.to_json(),
         "report_sha256": hashlib.sha256(body.encode()).hexdigest(),
     }
+    written = ["config.json", REPORT]
+    if found.spec.bases:
+        draft = out / f".{BASES}"
+        write(draft, found.spec.bases)
+        draft.replace(out / BASES)
+        written.append(BASES)
     write_atomic(out / "config.json", json.dumps({**config, KEY: settings}, indent=4) + "\n")
-    refresh(out, {name: file_sha256(out / name) for name in ("config.json", REPORT)})
+    gone = () if found.spec.bases else (BASES,)
+    refresh(out, {name: file_sha256(out / name) for name in written}, gone=gone)
+    for name in gone:
+        (out / name).unlink(missing_ok=True)
     return report
 
 

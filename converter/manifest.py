@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -104,14 +104,15 @@ def note_comparison(folder: Path, text: str | None) -> None:
     _write(folder, data)
 
 
-def refresh(folder: Path, digests: Mapping[str, str]) -> None:
-    """Record files of a finished output that were written again, or added, by their sha256."""
+def refresh(folder: Path, digests: Mapping[str, str], *, gone: Collection[str] = ()) -> None:
+    """Record files of a finished output that were written again, added, or are ``gone``."""
     data = dict(read_manifest(folder).data)
     renewed = {
         name: {"sha256": digest, "bytes": (folder / name).stat().st_size}
         for name, digest in digests.items()
     }
-    data["files"] = dict(sorted({**data["files"], **renewed}.items()))
+    files = {**data["files"], **renewed}
+    data["files"] = {name: files[name] for name in sorted(files) if name not in gone}
     _write(folder, data)
 
 

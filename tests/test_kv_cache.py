@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from quant.kv.cache import QuantizedStateCache
+from quant.kv.learned import learn, write
 from quant.kv.runtime import caches, takes_quantized
 from quant.kv.spec import FLOAT, KvSpec, LayerSpec, TensorSpec
 from quant.kv.turbo import KvError
@@ -11,12 +12,23 @@ from quant.kv.turbo import KvError
 pytestmark = pytest.mark.usefixtures("runtimes")
 
 TURBO = TensorSpec(scheme="turboquant", bits=4, tries=5)
+
+
+def learned(widths=(5, 5, 4, 4, 4, 4, 3, 3), mean=None):
+    """In directions of two heads' own, which matter about as much, about a mean."""
+    turns = np.linalg.qr(np.random.default_rng(8).standard_normal((2, 64, 64)))[0]
+    basis, _ = learn((turns * np.geomspace(1, 0.2, 64)) @ turns.swapaxes(-1, -2), mean)
+    bits = sum(widths) / len(widths)
+    return TensorSpec(scheme="turboquant", bits=bits, tries=5, basis=basis, widths=widths)
+
+
 SCHEMES = {
     "uniform": TensorSpec(scheme="uniform", bits=4, group=64),
     "rotated": TensorSpec(scheme="rotated", bits=4, group=64),
     "turboquant": TURBO,
     "fraction": TensorSpec(scheme="turboquant", bits=3.5),
     "aside": TensorSpec(scheme="turboquant", bits=3.5, aside=((3, 40), (0, 63)), top=200.0),
+    "learned": learned(),
 }
 
 
@@ -167,6 +179,41 @@ def test_massive_channels_aside_equal_an_oracle_in_float64():
     np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(vv).max())
 
 
+def test_a_learned_basis_equals_an_oracle_in_float64():
+    """Scores and sums by numpy of what is stored, of which some coordinates have no bits."""
+    import mlx.core as mx
+
+    draw = np.random.default_rng(4)
+    k, v = (draw.standard_normal((1, 2, 100, 64)).astype(np.float32) for _ in "kv")
+    q = draw.standard_normal((1, 4, 3, 64)).astype(np.float32)
+    mean = np.full((2, 64), 0.75)
+    mean[1] *= -2
+    k += mean[:, None].astype(np.float32)
+    v += mean[:, None].astype(np.float32)
+    tensors = learned(mean=mean), learned((7, 6, 6, 4, 4, 2, 0, 0), mean)
+    spec = spec_of(1, *tensors, window=0, sinks=0, subtract_mean=False)
+    cache = QuantizedStateCache(spec.layers[0], spec.rotations)
+    cache.update_and_fetch(mx.array(k), mx.array(v))
+    stored = []
+    for x, store, tensor in zip((k, v), cache.stores, tensors, strict=True):
+        coded, ones = (np.array(part, np.float64) for part in store.decoded(0, 100))
+        assert store.codec.effective_bits == tensor.bits + 16 / 64
+        out = tensor.basis.out.astype(np.float64)
+        stored.append(np.repeat(coded @ out + ones * mean[:, None], 2, axis=1))
+        assert (ones == 1).all()
+        along = (x - mean[:, None]) @ np.linalg.inv(out)
+        held = 8 * sum(width > 0 for width in tensor.widths)
+        assert not coded[..., held:].any()
+        error = ((coded - along)[..., :held] ** 2).sum() / (along[..., :held] ** 2).sum()
+        assert error < 0.04
+    kk, vv = stored
+    scores = q.astype(np.float64) @ kk.swapaxes(-1, -2) * 0.1
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    wanted = weights / weights.sum(axis=-1, keepdims=True) @ vv
+    found = np.array(cache.attend(mx.array(q), scale=0.1))
+    np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(vv).max())
+
+
 def test_nothing_is_encoded_before_the_start(model, prompt):
     made = caches(model, spec_of(len(model.layers), start=250))
     run(model, made, prompt[:200])
@@ -193,7 +240,7 @@ def test_stock_generate_takes_the_caches(model, tinylm, prompt):
     assert made[0].stores[0].count > 100
 
 
-@pytest.mark.parametrize("name", ["turboquant", "aside"])
+@pytest.mark.parametrize("name", ["turboquant", "aside", "learned"])
 def test_saved_and_loaded_it_goes_on_as_before(model, prompt, tmp_path, name):
     from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
@@ -205,8 +252,8 @@ def test_saved_and_loaded_it_goes_on_as_before(model, prompt, tmp_path, name):
     assert [cache.exact_trim for cache in again] == [cache.exact_trim for cache in made]
     np.testing.assert_array_equal(run(model, again, prompt[300:]), run(model, made, prompt[300:]))
     about, *rest = made[0].state
-    old = [about.replace('"version": 2', '"version": 1'), *rest]
-    with pytest.raises(KvError, match="a saved cache of version 1, not 2: run the prompt again"):
+    old = [about.replace('"version": 3', '"version": 1'), *rest]
+    with pytest.raises(KvError, match="a saved cache of version 1, not 3: run the prompt again"):
         QuantizedStateCache.from_state(old)
 
 
@@ -293,12 +340,22 @@ def test_settings_of_another_model_are_refused(model):
         caches(object(), spec_of(3))
 
 
-def test_settings_survive_json():
+def test_settings_survive_json(tmp_path):
     import json
 
     spec = spec_of(2, SCHEMES["aside"], SCHEMES["fraction"], subtract_mean=False)
     again = KvSpec.from_json(json.loads(json.dumps(spec.to_json())))
     assert again.layers == spec.layers
     assert again.to_json() == spec.to_json()
-    with pytest.raises(KvError, match="schema 1, not 2; `convert kv` writes it anew"):
+    kept = spec_of(2, learned(), SCHEMES["aside"])
+    assert list(kept.bases) == [learned().basis.name]
+    (tmp_path / "config.json").write_text(json.dumps({"kv_cache_quantization": kept.to_json()}))
+    with pytest.raises(KvError, match=r"the basis \w{12}, which is not in the kv_cache.npz given"):
+        KvSpec.load(tmp_path)
+    write(tmp_path / "kv_cache.npz", kept.bases)
+    assert KvSpec.load(tmp_path).to_json() == kept.to_json()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(KvError, match="has no kv_cache_quantization; `convert kv` writes it"):
+        KvSpec.load(tmp_path)
+    with pytest.raises(KvError, match="schema 1, not 3; `convert kv` writes it anew"):
         KvSpec.from_json({**spec.to_json(), "schema": 1})

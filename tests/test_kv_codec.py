@@ -10,9 +10,10 @@ from quant.kv.affine import AffineCodec
 from quant.kv.codebook import codebook, distortion
 from quant.kv.codec import restored
 from quant.kv.codes import fields, pack
+from quant.kv.learned import learn, read, shared_out, write
 from quant.kv.prod import ProdCodec
 from quant.kv.rotation import HADAMARD_SIZES, Rotation
-from quant.kv.split import layout
+from quant.kv.split import layout, learned_layout
 from quant.kv.turbo import KvError, TurboCodec, split_channels
 
 pytestmark = pytest.mark.usefixtures("runtimes")
@@ -173,7 +174,7 @@ def test_never_worse_than_mlx_vlm_at_equal_bits(dim, massive):
     x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
     shown, x = x[None, :256], mx.array(x[None, None, 256:])
     for bits in BITS:
-        found = layout(shown, bits)
+        found = layout(shown, bits, Rotation.random(dim, 1))
         assert len(found.aside[0] if massive else found.aside) == len(massive)
         tensor = found.tensor(found.widest(bits * dim + 16))
         codec = replace(tensor.codec(dim, Rotation.random(dim, 1)), norm="least")
@@ -239,15 +240,16 @@ def test_channels_aside_are_those_of_each_head():
     """Massive channels are found head by head, as many in each; typical heads have none."""
     draw = np.random.default_rng(5)
     x = draw.standard_normal((3, 200, 64)).astype(np.float32)
-    assert layout(x, 4).aside == ()
+    turn = Rotation.random(64, 1)
+    assert layout(x, 4, turn).aside == ()
     x[0, :, 3] *= 40
     x[2, :, [9, 50]] += 30
-    found = layout(x, 4)
+    found = layout(x, 4, turn)
     assert len({len(places) for places in found.aside}) == 1
     assert 3 in found.aside[0]
     assert {9, 50} <= set(found.aside[2])
     tensor = found.tensor(found.widest(4 * 64 + 16))
-    codec = tensor.codec(64, Rotation.random(64, 1))
+    codec = tensor.codec(64, turn)
     assert codec.effective_bits == 4.25
 
 
@@ -332,3 +334,164 @@ def test_affine_is_mx_quantize_and_a_rotation_mends_massive_channels():
         AffineCodec(dim=96, bits=4)
     with pytest.raises(KvError, match="7 bits"):
         AffineCodec(dim=64, bits=7)
+
+
+# What is looked for when vectors are encoded
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_are_those_of_the_nearest_centroids(bits):
+    """By numpy's search among the centroids, and unpacked by a table of whole numbers."""
+    import mlx.core as mx
+
+    from quant.kv.grid import centroids, grid, unit_step
+
+    x = np.random.default_rng(bits).standard_normal((32, 64)).astype(np.float32) / 8
+    levels = np.array(codebook(64, bits))
+    wanted = np.abs(x[..., None] - levels).argmin(axis=-1)
+    one = grid(64, bits)
+    steps = one.steps(mx.array(np.abs(x)))
+    codes = np.array(one.codes(mx.array(x), steps))
+    off = codes != wanted  # at a border either of two centroids is as good
+    assert off.mean() < (0.03 if bits > 4 else 1e-9)
+    missed = np.abs(np.abs(x - levels[codes]) - np.abs(x - levels[wanted])).max()
+    assert missed <= np.diff(levels).min() / 16
+    sizes = np.array(one.sizes(steps))
+    np.testing.assert_allclose(sizes, np.abs(levels[codes]), atol=unit_step(64))
+    found = centroids(pack(mx.array(codes), bits), bits, 64, 64)
+    assert found.dtype == mx.int16
+    np.testing.assert_allclose(np.abs(np.array(found) * unit_step(64)), sizes, rtol=2e-6)
+    assert (np.sign(np.array(found)) == np.sign(levels[codes])).all()
+
+
+def test_of_the_scales_that_are_tried_the_best_is_taken():
+    """Every scale by numpy: what is stored has the least error at its best norm."""
+    import mlx.core as mx
+
+    x = vectors(64, 200, seed=4)
+    rotation = Rotation.random(64, 2)
+    levels = np.array(codebook(64, 3))
+    y = x.astype(np.float64) @ np.array(rotation.forward(mx.eye(64)), np.float64)
+    best = np.inf
+    for scale in np.linspace(0.75, 1.25, 5):
+        codes = levels[np.abs((y * scale)[..., None] - levels).argmin(axis=-1)]
+        norm = (y * codes).sum(axis=-1, keepdims=True) / (codes**2).sum(axis=-1, keepdims=True)
+        best = np.minimum(best, ((y - norm * codes) ** 2).sum(axis=-1))
+    codec = TurboCodec(dim=64, bits=3, rotation=rotation, norm="least", tries=5)
+    found = np.array(restored(codec, codec.encode(mx.array(x))))
+    np.testing.assert_allclose(((found - x) ** 2).sum(axis=-1), best, rtol=2e-3)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_one_round_where_massive_channels_move(dim):
+    """Chosen by other vectors, and then never worse than mlx-vlm's at as many bytes."""
+    import mlx.core as mx
+    from mlx_vlm.turboquant import _TurboQuantMSECodec
+
+    x = vectors(dim, 4096, massive=(1.5,), seed=dim)
+    rotation = Rotation.random(dim, 1)
+    assert layout(vectors(dim, 256)[None], 2, rotation).rounds == 3
+    for bits in (1, 2, 3, 4):
+        found = layout(x[None, :256], bits, rotation)
+        assert not found.aside
+        assert found.rounds == 1 or bits == 4
+        tensor = found.tensor(found.widest(bits * dim + 16))
+        codec = replace(tensor.codec(dim, rotation), norm="least")
+        stock = _TurboQuantMSECodec(dim, bits, 0)
+        rest = mx.array(x[None, None, 256:])
+        theirs = np.array(stock.dequantize(stock.quantize(rest)))[0, 0]
+        assert codec.effective_bits <= bits + 16 / dim
+        assert error(codec, x[256:]) < ((theirs - x[256:]) ** 2).sum(axis=-1).mean(), bits
+
+
+# Learned bases
+
+
+def spread_of(draw, heads, dim):
+    """Covariances whose eigenvalues fall a thousandfold, in directions of their own."""
+    turns = np.linalg.qr(draw.standard_normal((heads, dim, dim)))[0]
+    return (turns * np.geomspace(1, 1e-3, dim)) @ turns.swapaxes(-1, -2)
+
+
+def test_a_learned_basis_makes_all_coordinates_alike():
+    import mlx.core as mx
+
+    draw = np.random.default_rng(0)
+    spread = spread_of(draw, 3, 64)
+    learned, squares = learn(spread)
+    assert list(squares) == sorted(squares, reverse=True)
+    into, out = learned.into.astype(np.float64), learned.out.astype(np.float64)
+    np.testing.assert_allclose(into @ out, np.broadcast_to(np.eye(64), (3, 64, 64)), atol=1e-4)
+    alike = into.swapaxes(-1, -2) @ spread @ into
+    alike /= np.diagonal(alike, axis1=-2, axis2=-1)[:, :32].mean(axis=-1)[:, None, None]
+    off = alike - np.diagonal(alike, axis1=-2, axis2=-1)[..., None] * np.eye(64)
+    assert np.abs(off).max() < 0.15
+    # Queries' coordinates have the inner products of the vectors themselves.
+    x, q = (mx.array(draw.standard_normal((2, 3, 5, 64)).astype(np.float32)) for _ in "xq")
+    basis = learned.basis
+    found = np.array((basis.forward(x) * basis.dual(q)).sum(axis=-1))
+    np.testing.assert_allclose(found, np.array((x * q).sum(axis=-1)), atol=2e-2)
+    np.testing.assert_allclose(np.array(basis.inverse(basis.forward(x))), np.array(x), atol=5e-3)
+
+
+def test_bits_are_shared_out_as_an_exhaustive_search_does():
+    from itertools import product
+
+    squares = (5.0, 1.0, 0.2, 0.01)
+    lost = [distortion(32, bits) for bits in range(9)]
+    for total in range(0, 13, 3):
+        every = (widths for widths in product(range(9), repeat=4) if sum(widths) == total)
+        least = min(
+            sum(square * lost[bits] for square, bits in zip(squares, widths, strict=True))
+            for widths in every
+        )
+        widths = shared_out(squares, 32, total)
+        assert sum(widths) == total
+        found = sum(s * lost[bits] for s, bits in zip(squares, widths, strict=True))
+        assert found == pytest.approx(least)
+
+
+def test_few_bits_where_vectors_hardly_lie():
+    """The error is the one foretold, and a fraction of a random rotation's at the same bytes."""
+    import mlx.core as mx
+
+    draw = np.random.default_rng(1)
+    spread = spread_of(draw, 2, 64)
+    x = draw.standard_normal((2, 4096, 64)) @ np.linalg.cholesky(spread).swapaxes(-1, -2)
+    x = x.astype(np.float32)
+    one = learned_layout(x[:, :512], spread)
+    tensor = one.tensor(3)
+    codec = tensor.codec(64, Rotation.random(64, 1))
+    assert sum(tensor.widths) * 8 == 3 * 64
+    packed = codec.encode(mx.array(x[None]))
+    stored = 8 * sum(part.nbytes for part in packed) / x.size
+    assert stored == codec.effective_bits == one.price(3) / 64
+    energy = (x.astype(np.float64) ** 2).sum()
+    ours = ((np.array(restored(codec, packed))[0] - x) ** 2).sum() / energy
+    plain = replace(tensor, basis=None, widths=()).codec(64, Rotation.random(64, 1))
+    theirs = ((np.array(restored(plain, plain.encode(mx.array(x[None]))))[0] - x) ** 2).sum()
+    assert 0.6 * one.error(3) < ours < 1.1 * one.error(3)
+    assert ours < 0.35 * theirs / energy
+    # Nothing is short on average: the scale is the one that makes inner products right.
+    y = np.array(restored(codec, packed))[0]
+    assert (y * x).sum() / energy == pytest.approx(1, abs=0.03)
+
+
+def test_bases_are_kept_by_their_hash(tmp_path):
+    bases = [learn(spread_of(np.random.default_rng(i), 2, 16))[0] for i in range(2)]
+    file, again = tmp_path / "bases.npz", tmp_path / "again.npz"
+    write(file, {one.name: one for one in bases})
+    write(again, {one.name: one for one in reversed(bases)})
+    assert file.read_bytes() == again.read_bytes()
+    found = read(file)
+    assert sorted(found) == sorted(one.name for one in bases)
+    np.testing.assert_array_equal(found[bases[0].name].rows, bases[0].rows)
+    np.savez(file, **{bases[0].name: bases[1].rows})
+    with pytest.raises(ValueError, match=f"basis {bases[0].name[:12]} is damaged"):
+        read(file)
+
+
+@pytest.mark.parametrize("widths", [(4, 4, 4), (2, 3, 4, 5, 6, 4, 4, 4)])
+def test_widths_that_are_none_are_refused(widths):
+    with pytest.raises(KvError, match="one for each 8, never ascending"):
+        TurboCodec(dim=64, bits=4, rotation=Rotation.random(64, 1), widths=widths)

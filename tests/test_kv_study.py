@@ -109,12 +109,13 @@ def test_a_planted_spike_is_seen_and_survived(spiked):
     from quant.kv.spec import TensorSpec
 
     ids = [int(i) for i in np.random.default_rng(0).integers(5, 500, 320)]
-    seen = observed(spiked, facts, ids[:192], bits=3.5)
+    seen = observed(spiked, facts, ids, bits=3.5)
     # After the rotary embedding each of the two channels is a pair.
     assert set(seen.layout(facts[1], "key").aside[0]) == {7, 11, 23, 27}
     assert all(not seen.layout(fact, "value").aside for fact in facts)
     assert not any(seen.layout(facts[i], "key").aside for i in (0, 2))
-    measured = sensitivity(spiked, facts, ids[:192], seen=seen)
+    # Text enough for some of it to be encoded while the rest attends to it.
+    measured = sensitivity(spiked, facts, ids, seen=seen)
     auto = allocated_spec(facts, allocate(facts, measured, bits=3.5, seen=seen), seen)
     forward = forward_of(spiked)
     exact = baseline(forward, own_caches(spiked), ids, chunk=64, start=64)
@@ -172,6 +173,8 @@ def test_losses_between_measured_widths_follow_the_codebooks():
     plain = Layout(dim=64)
     for power in (0.7, 1.0, 1.4):
         known = {b: 3.0 * distortion(64, b) ** power for b in (2, 4)}
+        below = 3.0 * distortion(64, 1.5) ** power
+        assert _between(known, 1.5, plain) == pytest.approx(below)
         assert _between(known, 3, plain) == pytest.approx(3.0 * distortion(64, 3) ** power)
         beyond = known[4] * distortion(64, 6) / distortion(64, 4)
         assert _between(known, 6, plain) == pytest.approx(beyond)
@@ -253,9 +256,67 @@ def brief(monkeypatch):
     """Texts of a few chunks, so that the study of a whole model takes seconds."""
     import quant.kv.study as module
 
-    monkeypatch.setattr(module, "SHORT", 128)
+    monkeypatch.setattr(module, "SHORT", 256)
     monkeypatch.setattr(module, "LONG", 320)
     monkeypatch.setattr(module, "STEPS", 8)
+
+
+def test_spreads_are_those_of_every_place_in_a_context(spiked):
+    """Values are the same wherever they are; keys turn by the rotary embedding of their place."""
+    import mlx.core as mx
+
+    from quant.kv.spread import spreads
+
+    facts, ids = static_scan(spiked), list(range(5, 69))
+    near, far = (
+        spreads(spiked, facts, ids, means=(), skip=4, context=context) for context in (64, 1064)
+    )
+    own = own_caches(spiked)
+    forward_of(spiked)(mx.array([ids]), own)
+    keys, values = (np.array(x[0, :, 4:64], np.float64) for x in (own[1].keys, own[1].values))
+    assert near[1, "key"].count == far[1, "value"].count == 8 * 60
+    still = np.zeros_like(keys[:, 0])
+    wanted = keys.swapaxes(-1, -2) @ keys / 60
+    found = near[1, "key"].about(still)
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * wanted.max())
+    mean = values.mean(axis=1)
+    np.testing.assert_allclose(far[1, "value"].mean(), mean, atol=1e-4)
+    values -= mean[:, None]
+    wanted = values.swapaxes(-1, -2) @ values / 60
+    np.testing.assert_allclose(far[1, "value"].about(mean), wanted, atol=1e-3 * wanted.max())
+    # A key further on is the same key, turned once more by the embedding of so many tokens.
+    alone = own[1].keys[0, :, 4:64].swapaxes(0, 1)[:, :, None]
+    wanted = np.zeros_like(found)
+    for place in (1000 * part // 7 for part in range(8)):
+        turned = np.array(spiked.layers[1].self_attn.rope(alone, offset=place), np.float64)
+        wanted += np.einsum("thxi,thxj->hij", turned, turned) / 60 / 8
+    np.testing.assert_allclose(far[1, "key"].about(still), wanted, atol=1e-3 * wanted.max())
+    assert np.abs(wanted - found).max() > 0.1 * wanted.max()
+
+
+def test_no_keys_are_learned_where_those_further_on_cannot_be_seen(spiked, monkeypatch):
+    """The context is unknown, the predictions change, or the runtime does not take it."""
+    import quant.kv.spread as module
+
+    facts, ids, run = static_scan(spiked), list(range(5, 69)), module._run
+    given = {"means": (), "skip": 4}
+
+    def changed(model, ids, place):
+        rows, taken = run(model, ids, 0)
+        return rows + 0.1 * np.sign(place) * rows, taken
+
+    def refused(model, ids, place):
+        if place:
+            raise ValueError("shapes cannot be broadcast")
+        return run(model, ids, place)
+
+    for context, patched in ((0, run), (1064, changed), (1064, refused)):
+        monkeypatch.setattr(module, "_run", patched)
+        found = module.spreads(spiked, facts, ids, context=context, **given)
+        assert {role for _, role in found} == {"value"}, patched
+    seen = observed(spiked, facts, ids, bits=3.5, lesson=ids)
+    assert len(seen.choices(facts[0], "value")) == 2
+    assert len(seen.choices(facts[0], "key")) == 1
 
 
 @pytest.mark.usefixtures("brief")
@@ -275,7 +336,7 @@ def test_settings_are_written_measured_and_vouched_for(output, tmp_path):
     schema = json.loads((DOCS / "kv_cache_quantization.schema.json").read_text())
     jsonschema.validate(config, schema)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**config, "schema": 1}, schema)
+        jsonschema.validate({**config, "schema": 2}, schema)
     spec = KvSpec.from_json(config)
     # Norms of 8 bits leave 8 for the codes: as many bytes as four bits and a norm of 16.
     assert {layer.key.bits for layer in spec.layers} == {4.125}
@@ -301,6 +362,40 @@ def test_settings_are_written_measured_and_vouched_for(output, tmp_path):
 
     for runtime in ("mlx_lm", "mlx_vlm"):
         MlxRuntime.load(out, runtime=runtime)
+
+
+@pytest.mark.usefixtures("brief")
+def test_learned_bases_are_written_and_taken_away_again(output, tmp_path, monkeypatch):
+    """With `auto`, on a text of a few chunks, the settings name bases, which the file holds."""
+    import quant.kv.study as module
+    from converter.kv import study_output
+    from converter.manifest import verify
+    from converter.ui import Console
+    from validate.runtime import MlxRuntime
+
+    every = module.stock_settings
+    monkeypatch.setattr(module, "stock_settings", lambda *given: every(*given)[1:2])
+    out = tmp_path / "out"
+    shutil.copytree(output, out)
+    given = {"group": None, "text": None, "console": Console(quiet=True)}
+    report = study_output(out, scheme="auto", bits=3, **given)
+    verify(out)
+    config = json.loads((out / "config.json").read_text())["kv_cache_quantization"]
+    schema = json.loads((DOCS / "kv_cache_quantization.schema.json").read_text())
+    jsonschema.validate(config, schema)
+    spec = KvSpec.load(out)
+    assert spec.bases
+    assert json.loads(json.dumps(spec.to_json()))["layers"] == config["layers"]
+    assert config["effective_bits"] <= 3
+    stock = [row for row in report["stock"] if row["flags"].startswith("--kv-bits 4 --kv-group")]
+    kls = [row["long"]["prefill"]["all"]["kl_mean"] for row in (report["chosen"], *stock)]
+    assert kls[0] < kls[1]
+    for runtime in ("mlx_lm", "mlx_vlm"):  # neither takes the file for weights
+        MlxRuntime.load(out, runtime=runtime)
+    study_output(out, scheme="uniform", bits=4, **given)
+    verify(out)
+    assert not (out / "kv_cache.npz").exists()
+    assert not KvSpec.load(out).bases
 
 
 def test_a_text_too_short_to_tell_is_refused_and_nothing_changes(output, tmp_path):

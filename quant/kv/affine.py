@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from quant.kv.codec import Basis, Packed
+from quant.kv.basis import Basis, orthonormal
+from quant.kv.codec import Packed
 from quant.kv.rotation import Rotation
 from quant.kv.turbo import KvError
 
@@ -37,10 +39,10 @@ class AffineCodec:
             choice = f"groups of {', '.join(fit)} do" if fit else "no group does"
             raise KvError(f"groups of {self.group} do not divide {self.dim} channels; {choice}")
 
-    @property
+    @cached_property
     def bases(self) -> tuple[Basis | None, ...]:
         """The rotated basis, or the vectors' own."""
-        return (self.rotation,)
+        return (None if self.rotation is None else orthonormal(self.rotation.turn),)
 
     @property
     def effective_bits(self) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from math import exp, log
+from math import exp, log, prod
 from typing import Any, Final
 
+from quant.kv.codes import UNIT
 from quant.kv.measure import Baseline, forward_of, loss
 from quant.kv.observe import Seen
 from quant.kv.replay import recorded
@@ -18,8 +19,8 @@ from quant.kv.split import Layout
 from quant.kv.turbo import KvError
 
 CHUNK: Final = 64
-WIDTHS: Final = (2, 3, 4, 5, 6, 8)
-MEASURED: Final = (2, 4)
+WIDTHS: Final = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8)
+MEASURED: Final = (1, 2, 4)
 _NOTHING: Final = Seen()
 
 
@@ -28,9 +29,11 @@ class Sensitivity:
     """Mean KL with one tensor of one layer quantized, by (layer, role, bits)."""
 
     scheme: str
-    kl: dict[tuple[int, str, int], float] = field(default_factory=dict)
-    measured: frozenset[int] = frozenset()
-    """The widths that were measured; the others follow from them."""
+    kl: dict[tuple[int, str, float], float] = field(default_factory=dict)
+    measured: set[tuple[int, str, float]] = field(default_factory=set)
+    """What was measured; the others follow from it."""
+    seen: Seen = _NOTHING
+    """With the layout of each tensor that lost least."""
 
 
 def sensitivity(
@@ -39,57 +42,72 @@ def sensitivity(
     ids: Sequence[int],
     *,
     seen: Seen = _NOTHING,
-    measured: Sequence[int] = MEASURED,
-    widths: Sequence[int] = WIDTHS,
+    measured: Sequence[float] = MEASURED,
+    widths: Sequence[float] = WIDTHS,
     progress: Callable[[str], None] | None = None,
 ) -> Sensitivity:
     """Quantize one layer's keys or values at a time, at the widths ``measured``.
 
-    All settings of a layer are the rows of one batch, which starts at that layer, and store beside
-    the codes what ``seen`` has for it. The other ``widths`` follow from their expected error D: the
-    loss is c D^p between two that were measured, and proportional to D beyond the widest, where the
-    error is small.
+    All settings of a layer are the rows of one batch, which starts at that layer. Each tensor is
+    stored in every layout that ``seen`` has for it, in as many bytes; the one with the least
+    geometric mean of losses is kept. The other ``widths`` follow from their expected error D: the
+    loss is c D^p between two that were measured, and proportional to D beyond the widest, where
+    the error is small.
     """
-    found = Sensitivity("turboquant", measured=frozenset(measured))
-    places = [(role, bits) for role in ("key", "value") for bits in measured]
+    found = Sensitivity("turboquant")
+    layouts = dict(seen.layouts)
     with recorded(model, ids, chunk=CHUNK) as replay:
         for fact in facts:
             if not fact.quantizable:
                 continue
             if progress:
                 progress(f"KV cache: layer {fact.index}")
+            tried = [
+                (role, one, max(one.widest(bits * one.dim + 16), UNIT / one.dim))
+                for role in ("key", "value")
+                for one in seen.choices(fact, role)
+                for bits in measured
+            ]
             rows = [
-                caches(model, _only(facts, seen, fact.index, role, bits))[fact.index]
-                for role, bits in places
+                caches(model, _only(facts, seen, fact.index, role, one.tensor(bits)))[fact.index]
+                for role, one, bits in tried
             ]
             losses = replay.losses(fact.index, rows[0].merge(rows), len(rows))
             for role in ("key", "value"):
-                known = {b: kl for (r, b), kl in zip(places, losses, strict=True) if r == role}
-                one = seen.layout(fact, role)
-                for bits in widths:
-                    found.kl[fact.index, role, bits] = _between(known, bits, one)
+                place = fact.index, role
+                known: dict[Layout, dict[float, float]] = {}
+                for (of, one, bits), kl in zip(tried, losses, strict=True):
+                    if of == role:
+                        known.setdefault(one, {})[bits] = kl
+                one = min(known, key=lambda one: prod(known[one].values()))
+                layouts[place] = one
+                found.measured |= {(*place, bits) for bits in known[one]}
+                for bits in {*widths, *known[one]}:
+                    if abs(bits * one.dim / UNIT - round(bits * one.dim / UNIT)) < 1e-6:
+                        found.kl[(*place, bits)] = _between(known[one], bits, one)
+    found.seen = replace(seen, layouts=layouts)
     return found
 
 
-def _between(known: dict[int, float], bits: int, one: Layout) -> float:
+def _between(known: Mapping[float, float], bits: float, one: Layout) -> float:
     """The loss at ``bits`` from those at the widths of ``known``."""
     if bits in known:
         return known[bits]
-    below = max((width for width in known if width < bits), default=min(known))
-    above = min((width for width in known if width > bits), default=0)
-    ratio = log(one.error(bits) / one.error(below))
-    power = 1.0
-    if above and min(known[above], known[below]) > 0.0:
-        whole = log(one.error(above) / one.error(below))
-        power = log(known[above] / known[below]) / whole
-    return known[below] * exp(power * ratio)
+    order = sorted(known)
+    power, near = 1.0, max((width for width in order if width < bits), default=order[0])
+    if bits < order[-1] and len(order) > 1:
+        low, high = next(pair for pair in pairwise(order) if bits < pair[1])
+        if min(known[low], known[high]) > 0.0:
+            power = log(known[high] / known[low]) / log(one.error(high) / one.error(low))
+    return known[near] * exp(power * log(one.error(bits) / one.error(near)))
 
 
-def _only(facts: Sequence[LayerFacts], seen: Seen, index: int, role: str, bits: int) -> KvSpec:
+def _only(
+    facts: Sequence[LayerFacts], seen: Seen, index: int, role: str, tensor: TensorSpec
+) -> KvSpec:
     def choose(fact: LayerFacts) -> tuple[TensorSpec, TensorSpec]:
         if fact.index != index:
             return FLOAT, FLOAT
-        tensor = seen.layout(fact, role).tensor(bits)
         return (tensor, FLOAT) if role == "key" else (FLOAT, tensor)
 
     return spec_for(facts, choose, means=seen.means)

@@ -8,14 +8,16 @@ from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from quant.kv.codec import Basis
+from quant.kv.basis import Basis
 from quant.kv.store import Store
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 CHUNK: Final = 2048
-"""Tokens that are unpacked at once."""
+"""Tokens that are unpacked at once, or more of few and small heads."""
+_NUMBERS: Final = 1 << 19
+"""As many numbers are unpacked at once at least: fewer take longer to start than to do."""
 
 
 Bases = tuple[Basis | None, ...]
@@ -115,18 +117,18 @@ def attend(queries: mx.array, parts: Sequence[Part], *, scale: float, mask: Any 
 
     batch, heads, length, dim = queries.shape
     total = sum(part.tokens for part in parts)
-    groups = heads // parts[0].keys(0, 1)[0].shape[1]
-    grouped = (queries.astype(mx.float32) * scale).reshape(batch, -1, groups, length, dim)
+    kv_heads = parts[0].keys(0, 1)[0].shape[1]
+    # The queries of a group of heads read the same keys: they are rows of one product.
+    rows = (queries.astype(mx.float32) * scale).reshape(batch, kv_heads, -1, dim)
+    many = max(CHUNK, _NUMBERS // (kv_heads * dim))
     state = _Softmax()
     at = 0
     for part in parts:
-        along = [basis.forward(grouped) if basis else grouped for basis in part.key_bases]
+        along = [basis.dual(rows) if basis else rows for basis in part.key_bases]
         mean = getattr(part, "mean", None)
-        offset = None
-        if mean is not None:
-            offset = (grouped * mean[:, :, None]).sum(axis=-1, keepdims=True)
-        for start in range(0, part.tokens, CHUNK):
-            end = min(start + CHUNK, part.tokens)
+        offset = None if mean is None else rows @ mean.swapaxes(-1, -2)
+        for start in range(0, part.tokens, many):
+            end = min(start + many, part.tokens)
             scores = reduce(add, map(_products, along, part.keys(start, end)))
             if offset is not None:
                 scores = scores + offset
@@ -138,16 +140,10 @@ def attend(queries: mx.array, parts: Sequence[Part], *, scale: float, mask: Any 
 
 
 def _products(queries: mx.array, keys: mx.array) -> Any:
-    """Inner products [batch, heads, group, length, tokens] of coordinates in one basis."""
+    """Inner products [batch, heads, rows, tokens] of coordinates in one basis."""
     import mlx.core as mx
 
-    found = _flat(queries) @ keys.astype(mx.float32).swapaxes(-1, -2)
-    return found.reshape(*queries.shape[:-1], -1)
-
-
-def _flat(x: mx.array) -> mx.array:
-    """[batch, heads, group, length, *] -> [batch, heads, group * length, *]: keys are read once."""
-    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+    return queries @ keys.astype(mx.float32).swapaxes(-1, -2)
 
 
 class _Softmax:
@@ -173,8 +169,7 @@ class _Softmax:
             self.sums = {key: (b, value * shrink) for key, (b, value) in self.sums.items()}
         self.top, self.total = top, mass
         for basis, part in zip(bases, values, strict=True):
-            found = _flat(weights) @ part.astype(mx.float32)
-            found = found.reshape(*weights.shape[:-1], -1)
+            found = weights @ part.astype(mx.float32)
             kept = self.sums.get(id(basis))
             self.sums[id(basis)] = (basis, found if kept is None else kept[1] + found)
 
@@ -194,15 +189,15 @@ def _masked(scores: mx.array, mask: Any, start: int, end: int, length: int, tota
 
     if mask is None:
         return scores
+    split = scores.reshape(*scores.shape[:2], -1, length, scores.shape[-1])
     if isinstance(mask, str):
         rows = mx.arange(total - length, total)[:, None]
-        allowed = mx.arange(start, end)[None] <= rows
-        return mx.where(allowed, scores, -mx.inf)
+        return mx.where(mx.arange(start, end)[None] <= rows, split, -mx.inf).reshape(scores.shape)
     piece: mx.array = mask[..., start:end]
     if piece.ndim == 4 and piece.shape[1] > 1:  # one for each query head
         piece = piece.reshape(piece.shape[0], scores.shape[1], -1, *piece.shape[2:])
     elif piece.ndim == 4:
         piece = piece[:, :, None]
     if piece.dtype == mx.bool_:
-        return mx.where(piece, scores, -mx.inf)
-    return scores + piece.astype(mx.float32)
+        return mx.where(piece, split, -mx.inf).reshape(scores.shape)
+    return (split + piece.astype(mx.float32)).reshape(scores.shape)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from quant.kv.attention import Part, Plain, Stored, attend
+from quant.kv.learned import Learned
 from quant.kv.rotation import Rotation
 from quant.kv.spec import LayerSpec
 from quant.kv.store import Store
@@ -20,7 +22,7 @@ AVERAGED: Final = 64
 """How many of the first encoded tokens the keys' mean is of."""
 BLOCK: Final = 64
 """Tokens that leave the full-precision window together; without a window, each on its own."""
-STATE: Final = 2
+STATE: Final = 3
 """Version of what :attr:`QuantizedStateCache.state` holds."""
 
 
@@ -131,9 +133,11 @@ class QuantizedStateCache:
 
     @property
     def exact_trim(self) -> int:
-        """Tokens that :meth:`trim` forgets as if they had never been; with a window 64 or more.
+        """Tokens that :meth:`trim` forgets as if they had never been.
 
-        Beyond them what comes back into the window is there as codes only.
+        With a window 64 or more, as long as as many were taken: a trim that takes the last block
+        that was encoded back leaves what is in the window, until the next block is encoded. Beyond
+        them what comes back into the window is there as codes only.
         """
         if self.spec.window:
             needed = self.stored - (self.undo.tokens if self.undo else 0)
@@ -250,10 +254,12 @@ class QuantizedStateCache:
     @property
     def state(self) -> Any:
         """Arrays and plain values, from which :meth:`from_state` makes the cache again."""
+        import mlx.core as mx
+
         used = {dim: r.to_json() for dim, r in self.rotations.items() if dim in self.dims}
         facts = {
             "version": STATE,
-            "spec": asdict(self.spec),
+            "spec": self.spec.to_json(),
             "dims": self.dims,
             "rotations": used,
             "averaged": self.averaged,
@@ -263,7 +269,17 @@ class QuantizedStateCache:
             for run in (self.first, self.last, self.undo)
         ]
         stored = [list(store.kept()) for store in self.stores] if self.stores else None
-        return [json.dumps(facts), self.offset, self.stored, *runs, stored, self.mean]
+        tensors = (self.spec.key, self.spec.value)
+        bases = [mx.array(one.basis.rows) for one in tensors if one.basis]
+        return [
+            json.dumps(facts),
+            self.offset,
+            self.stored,
+            *runs,
+            stored,
+            self.mean,
+            bases or None,
+        ]
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -273,9 +289,11 @@ class QuantizedStateCache:
                 f"a saved cache of version {facts.get('version', 1)}, not {STATE}: run the prompt "
                 "again and save it anew"
             )
-        _, offset, count, *runs, stored, mean = value
+        _, offset, count, *runs, stored, mean, arrays = value
+        learned = [Learned(np.array(out)) for out in arrays or ()]
+        spec = LayerSpec.from_json(facts["spec"], {one.name: one for one in learned})
         rotations = {int(dim): Rotation.from_json(r) for dim, r in facts["rotations"].items()}
-        QuantizedStateCache.__init__(self, LayerSpec.from_json(facts["spec"]), rotations)
+        QuantizedStateCache.__init__(self, spec, rotations)
         self.offset, self.dims = int(offset), tuple(facts["dims"])
         self.first, self.last, self.undo = (Plain(*run) if run else None for run in runs)
         self.mean, self.averaged = mean, int(facts["averaged"])

@@ -5,21 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from quant.kv.basis import Basis
+
 if TYPE_CHECKING:
     import mlx.core as mx
 
 Packed = tuple["mx.array", ...]
 """Arrays whose leading axes are those of the vectors; only the last axis is the scheme's own."""
-
-
-class Basis(Protocol):
-    """Orthonormal vectors of a head: what a scheme stores are coordinates along them."""
-
-    def forward(self, x: mx.array) -> mx.array:
-        """Vectors [batch, heads, ..., dim] -> coordinates [batch, heads, ..., *]."""
-
-    def inverse(self, x: mx.array) -> mx.array:
-        """Coordinates -> vectors."""
 
 
 class Codec(Protocol):

@@ -19,32 +19,31 @@ STEPS: Final = 32
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:
-    """uint32 codes [..., count] -> bytes [..., count * bits / 8], least significant bit first.
+    """Codes [..., count] of up to 8 bits -> bytes [..., count * bits / 8], least significant first.
 
     ``count`` is a multiple of eight.
     """
     import mlx.core as mx
 
+    codes = codes.astype(mx.uint8)
     if bits == 8:
-        return codes.astype(mx.uint8)
-    if 8 % bits == 0:
-        count = 8 // bits
-        shifts = mx.arange(count, dtype=mx.uint32) * bits
-        split = codes.reshape(*codes.shape[:-1], -1, count)
-        return (split << shifts).sum(axis=-1).astype(mx.uint8)
-    split = codes.reshape(*codes.shape[:-1], -1, UNIT)
+        return codes
+    period = 8 // gcd(bits, 8)
+    split = codes.reshape(*codes.shape[:-1], -1, period)
+    each = [split[..., index] for index in range(period)]
     out = []
-    for octet in range(bits):
+    for start in range(0, period * bits, 8):
         total = None
-        for index in range(UNIT):
-            at = index * bits - octet * 8
-            if -bits < at < 8:
-                code = split[..., index]
+        for index, code in enumerate(each):
+            at = index * bits - start
+            if -bits < at < 8:  # what lies beyond the byte is lost
                 part = code << at if at >= 0 else code >> -at
                 total = part if total is None else total | part
         assert total is not None
-        out.append(total & 255)
-    return mx.stack(out, axis=-1).astype(mx.uint8).reshape(*codes.shape[:-1], -1)
+        out.append(total)
+    if len(out) == 1:
+        return out[0]
+    return mx.stack(out, axis=-1).reshape(*codes.shape[:-1], -1)
 
 
 def fields(packed: mx.array, width: int) -> mx.array:

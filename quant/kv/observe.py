@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from quant.kv.cache import AVERAGED
 from quant.kv.measure import forward_of
+from quant.kv.rotation import Rotation
 from quant.kv.runtime import own_caches
 from quant.kv.scan import LayerFacts
-from quant.kv.spec import LayerSpec
-from quant.kv.split import Layout, layout
+from quant.kv.spec import SINKS
+from quant.kv.split import Layout, layout, learned_layout
+from quant.kv.spread import spreads
 
-_SINKS: Final = LayerSpec.__dataclass_fields__["sinks"].default
 _GAIN: Final = 0.97
 """The keys' mean is taken off where that leaves this share of their energy, or less."""
 
@@ -26,6 +27,8 @@ class Seen:
     """By (layer, "key" or "value") what is stored beside the codes, and whose mean is taken off."""
 
     layouts: dict[tuple[int, str], Layout] = field(default_factory=dict)
+    learned: dict[tuple[int, str], Layout] = field(default_factory=dict)
+    """The same with bases learned from the text."""
     means: frozenset[int] = frozenset()
     """Layers whose keys have a mean worth taking off."""
 
@@ -34,12 +37,24 @@ class Seen:
         dim = fact.key_dim if role == "key" else fact.value_dim
         return self.layouts.get((fact.index, role), Layout(dim=dim))
 
+    def choices(self, fact: LayerFacts, role: str) -> list[Layout]:
+        """Of one tensor, all that there is to choose from."""
+        more = self.learned.get((fact.index, role))
+        return [self.layout(fact, role), *([more] if more else [])]
 
-def observed(model: Any, facts: Sequence[LayerFacts], ids: Sequence[int], *, bits: float) -> Seen:
+
+def observed(
+    model: Any,
+    facts: Sequence[LayerFacts],
+    ids: Sequence[int],
+    *,
+    bits: float,
+    lesson: Sequence[int] = (),
+) -> Seen:
     """Run ``ids`` through the model's own caches and look at keys and values.
 
     ``bits`` is about what a channel will cost, which decides how many channels are worth keeping
-    aside. KvError where that many bits cannot be shared out in any head.
+    aside. From the tokens ``lesson``, if any, bases are learned.
     """
     import mlx.core as mx
 
@@ -47,23 +62,41 @@ def observed(model: Any, facts: Sequence[LayerFacts], ids: Sequence[int], *, bit
     mx.eval(forward_of(model)(mx.array([list(ids)]), own))
     layouts: dict[tuple[int, str], Layout] = {}
     means: set[int] = set()
+    vectors: dict[tuple[int, str], NDArray[np.float32]] = {}
     for fact in facts:
         if not fact.quantizable:
             continue
         cache = own[fact.index]
         keys, values = (
-            np.array(x[0, :, _SINKS : cache.offset].astype(mx.float32))
+            np.array(x[0, :, SINKS : cache.offset].astype(mx.float32))
             for x in (cache.keys, cache.values)
         )
         # By the keys as they are: what is constant here may turn with the position later on.
-        one = layouts[fact.index, "key"] = layout(keys, bits)
-        layouts[fact.index, "value"] = layout(values, bits)
+        for role, x in (("key", keys), ("value", values)):
+            dim = x.shape[-1]
+            layouts[fact.index, role] = layout(x, bits, Rotation.random(dim, seed=dim))
+            vectors[fact.index, role] = x
+        one = layouts[fact.index, "key"]
         if one.aside:
+            keys = keys.copy()
             np.put_along_axis(keys, np.array(one.aside)[:, None, :], 0.0, axis=-1)
         centred = keys - keys[:, :AVERAGED].mean(axis=1, keepdims=True)
         if _energy(centred) <= _GAIN * _energy(keys):
             means.add(fact.index)
-    return Seen(layouts=layouts, means=frozenset(means))
+    learned: dict[tuple[int, str], Layout] = {}
+    if lesson:
+        found = spreads(model, facts, lesson, means=means, skip=SINKS, context=_context(model))
+        for place, spread in found.items():
+            # Values' mean is theirs wherever they are, keys' turns with the place.
+            mean = spread.mean() if place[1] == "value" else np.zeros_like(spread.mean())
+            learned[place] = learned_layout(vectors[place], spread.about(mean), mean)
+    return Seen(layouts=layouts, learned=learned, means=frozenset(means))
+
+
+def _context(model: Any) -> int:
+    """Tokens that the model is made for, as far as it says."""
+    given = getattr(model, "args", None) or getattr(model, "config", None)
+    return int(getattr(given, "max_position_embeddings", None) or 0)
 
 
 def _energy(x: NDArray[np.float32]) -> float:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quant.kv.codec import Basis, Packed
+from quant.kv.basis import Basis
+from quant.kv.codec import Packed
 from quant.kv.codes import fields, pack, pack_norms, unpack_norms
 from quant.kv.rotation import Rotation
 from quant.kv.turbo import KvError, TurboCodec
@@ -50,7 +51,7 @@ class ProdCodec:
     @property
     def bases(self) -> tuple[Basis | None, ...]:
         """The rotated basis."""
-        return (self.rotation,)
+        return self._first.bases
 
     @property
     def effective_bits(self) -> float:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 HADAMARD_SIZES: Final = (64, 80, 96, 112, 128, 160, 192, 256, 512)
 """Sizes at which mx.hadamard_transform is proven right on every backend; elsewhere it has returned
 wrong numbers (36), NaN (576) and damaged memory (72, 144) on the CPU."""
-_ROUNDS: Final = 3
+ROUNDS: Final = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,41 +40,41 @@ class Rotation:
         """A rotation of ``dim`` coordinates drawn from ``seed``; Haar-distributed where dense."""
         draw = np.random.default_rng(np.random.SeedSequence([seed, dim]))
         if dim in HADAMARD_SIZES:
-            return cls(dim, signs=(1 - 2 * draw.integers(0, 2, (_ROUNDS, dim))).astype(np.int8))
+            return cls(dim, signs=(1 - 2 * draw.integers(0, 2, (ROUNDS, dim))).astype(np.int8))
         q, r = np.linalg.qr(draw.standard_normal((dim, dim)))
         return cls(dim, matrix=(q * np.sign(np.diag(r))).astype(np.float32))
 
+    def first(self, rounds: int) -> Rotation:
+        """With the first rounds of the transform only; a dense rotation as it is."""
+        return self if self.signs is None else Rotation(self.dim, signs=self.signs[:rounds])
+
     def forward(self, x: mx.array) -> mx.array:
         """Rotate the last axis."""
-        import mlx.core as mx
-
-        if self.matrix is not None:
-            turned: mx.array = x @ self._arrays[0].astype(x.dtype)
-            return turned
-        scale = self.dim**-0.5
-        for row in self._arrays:
-            x = mx.hadamard_transform(x * row.astype(x.dtype), scale=scale)
-        return x
+        turned: mx.array = x @ self.turn
+        return turned
 
     def inverse(self, x: mx.array) -> mx.array:
         """Undo :meth:`forward`."""
-
-        if self.matrix is not None:
-            turned: mx.array = x @ self._arrays[0].astype(x.dtype).T
-            return turned
-        scale = self.dim**-0.5
-        for row in reversed(self._arrays):
-            x = _transposed_hadamard(x, scale) * row.astype(x.dtype)
-        return x
+        turned: mx.array = x @ self.turn.swapaxes(-1, -2)
+        return turned
 
     @cached_property
-    def _arrays(self) -> tuple[Any, ...]:
+    def turn(self) -> Any:
+        """The rotation as a float32 matrix [dim, dim].
+
+        All rounds are one product, which is one step where each round is two, and faster than
+        they are for one vector and for many.
+        """
         import mlx.core as mx
 
         if self.matrix is not None:
-            return (mx.array(self.matrix),)
+            return mx.array(self.matrix)
         assert self.signs is not None
-        return tuple(mx.array(row.astype(np.float32)) for row in self.signs)
+        found = mx.eye(self.dim)
+        for row in self.signs:
+            signed = found * mx.array(row.astype(np.float32))
+            found = mx.hadamard_transform(signed, scale=self.dim**-0.5)
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """What config.json stores: sign bits in hex, or a dense matrix as base64 with its hash."""
@@ -104,14 +104,3 @@ class Rotation:
                 f"the dense rotation of {dim} coordinates is damaged: its hash differs"
             )
         return cls(dim, matrix=np.frombuffer(data, "<f4").reshape(dim, dim).astype(np.float32))
-
-
-def _transposed_hadamard(x: mx.array, scale: float) -> mx.array:
-    """Undo mx.hadamard_transform: its matrix is symmetric at powers of two only."""
-    import mlx.core as mx
-
-    dim = x.shape[-1]
-    if dim & (dim - 1) == 0:
-        return mx.hadamard_transform(x, scale=scale)
-    columns = mx.hadamard_transform(mx.eye(dim), scale=scale)  # row i holds column i
-    return x @ columns.T.astype(x.dtype)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from quant.kv.affine import AffineCodec
-from quant.kv.aside import Aside
+from quant.kv.basis import Aside
 from quant.kv.codec import Codec, FloatCodec
-from quant.kv.rotation import Rotation
+from quant.kv.learned import Learned, read
+from quant.kv.rotation import ROUNDS, Rotation
 from quant.kv.turbo import KvError, TurboCodec
 
-SCHEMA: Final = 2
+SCHEMA: Final = 3
 Scheme = Literal["float", "uniform", "turboquant", "rotated"]
 SCHEMES: Final = get_args(Scheme)
+SINKS: Final = 4
+"""First tokens that stay in full precision."""
+BASES: Final = "kv_cache.npz"
+"""The file of the learned bases, beside config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +30,9 @@ class TensorSpec:
 
     ``float`` keeps them; ``uniform`` is affine in groups of ``group`` channels; ``rotated`` the
     same after a rotation; ``turboquant`` rotates and takes centroids, with ``tries`` scales, keeps
-    the channels ``aside``, and stores norms in 16 bits or, up to the norm ``top``, in 8.
+    the channels ``aside``, and stores norms in 16 bits or, up to the norm ``top``, in 8. It uses
+    the first ``rounds`` of the rotation's transform or, in its place, a learned ``basis`` whose
+    units of eight coordinates have ``widths`` bits.
     """
 
     scheme: Scheme
@@ -31,11 +41,28 @@ class TensorSpec:
     tries: int = 1
     aside: Aside = ()
     top: float = 0.0
+    rounds: int = ROUNDS
+    basis: Learned | None = None
+    widths: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; the basis by its name."""
+        plain = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {**plain, "basis": self.basis and self.basis.name}
 
     @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> TensorSpec:
-        """Read what ``asdict`` made of one, through JSON."""
-        return cls(**{**stored, "aside": tuple(tuple(one) for one in stored["aside"])})
+    def from_json(cls, stored: dict[str, Any], bases: Mapping[str, Learned]) -> TensorSpec:
+        """Read :meth:`to_json`, through JSON; KvError where ``bases`` lacks its basis."""
+        name = stored["basis"]
+        if name is not None and name not in bases:
+            raise KvError(
+                f"the settings need the basis {name[:12]}, which is not in the {BASES} given"
+            )
+        lists = {
+            "aside": tuple(tuple(one) for one in stored["aside"]),
+            "widths": tuple(stored["widths"]),
+        }
+        return cls(**{**stored, **lists, "basis": name and bases[name]})
 
     def codec(self, dim: int, rotation: Rotation) -> Codec:
         """What encodes vectors of ``dim`` channels; KvError where the scheme cannot."""
@@ -45,10 +72,12 @@ class TensorSpec:
             return TurboCodec(
                 dim=dim,
                 bits=self.bits,
-                rotation=rotation,
+                rotation=rotation.first(self.rounds),
                 tries=self.tries,
                 aside=self.aside,
                 top=self.top,
+                learned=self.basis,
+                widths=self.widths,
             )
         if self.scheme not in SCHEMES:
             raise KvError(f"no KV scheme {self.scheme!r}; there are {', '.join(SCHEMES)}")
@@ -72,15 +101,20 @@ class LayerSpec:
 
     key: TensorSpec
     value: TensorSpec
-    sinks: int = 4
+    sinks: int = SINKS
     window: int = 64
     start: int = 0
     subtract_mean: bool = True
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        plain = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {**plain, "key": self.key.to_json(), "value": self.value.to_json()}
+
     @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> LayerSpec:
-        """Read what ``asdict`` made of one, through JSON."""
-        tensors = {name: TensorSpec.from_json(stored[name]) for name in ("key", "value")}
+    def from_json(cls, stored: dict[str, Any], bases: Mapping[str, Learned]) -> LayerSpec:
+        """Read :meth:`to_json`, through JSON."""
+        tensors = {name: TensorSpec.from_json(stored[name], bases) for name in ("key", "value")}
         return cls(**{**stored, **tensors})
 
     @property
@@ -93,7 +127,8 @@ class LayerSpec:
 class KvSpec:
     """A model's caches: ``layers`` by number (None: not an attention cache, left alone).
 
-    ``rotations`` by head size. ``to_json`` is what goes under ``kv_cache_quantization``.
+    ``rotations`` by head size. ``to_json`` is what goes under ``kv_cache_quantization``, ``bases``
+    what goes into the file beside it.
     """
 
     layers: tuple[LayerSpec | None, ...]
@@ -103,20 +138,40 @@ class KvSpec:
         """Plain data, schema versioned."""
         return {
             "schema": SCHEMA,
-            "layers": [None if layer is None else asdict(layer) for layer in self.layers],
+            "layers": [layer and layer.to_json() for layer in self.layers],
             "rotations": {str(dim): r.to_json() for dim, r in sorted(self.rotations.items())},
         }
 
+    @property
+    def bases(self) -> dict[str, Learned]:
+        """The learned bases by name."""
+        tensors = (t for layer in self.layers if layer for t in (layer.key, layer.value))
+        return {tensor.basis.name: tensor.basis for tensor in tensors if tensor.basis}
+
     @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> KvSpec:
-        """Read :meth:`to_json`; KvError for another schema version."""
+    def load(cls, folder: Path) -> KvSpec:
+        """The settings of a checkpoint; KvError where it has none, or of another version."""
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "kv_cache_quantization" not in config:
+            raise KvError(
+                f"{folder}: config.json has no kv_cache_quantization; `convert kv` writes it"
+            )
+        file = folder / BASES
+        return cls.from_json(config["kv_cache_quantization"], read(file) if file.is_file() else {})
+
+    @classmethod
+    def from_json(
+        cls, stored: dict[str, Any], bases: Mapping[str, Learned] | None = None
+    ) -> KvSpec:
+        """Read :meth:`to_json`; KvError for another schema version, or a basis that is missing."""
         if stored.get("schema") != SCHEMA:
             raise KvError(
                 f"kv_cache_quantization has schema {stored.get('schema')}, not {SCHEMA}; "
                 "`convert kv` writes it anew"
             )
         layers = tuple(
-            None if layer is None else LayerSpec.from_json(layer) for layer in stored["layers"]
+            None if layer is None else LayerSpec.from_json(layer, bases or {})
+            for layer in stored["layers"]
         )
         rotations = {int(dim): Rotation.from_json(r) for dim, r in stored["rotations"].items()}
         return cls(layers=layers, rotations=rotations)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.kv.aside import Aside
+from quant.kv.basis import Aside
 from quant.kv.codebook import distortion
+from quant.kv.codec import restored
 from quant.kv.codes import STEPS, UNIT
+from quant.kv.learned import Learned, learn, shared_out
+from quant.kv.rotation import ROUNDS, Rotation
 from quant.kv.spec import TensorSpec
 
 TRIES: Final = 5
@@ -19,6 +22,10 @@ _MOST: Final = 8
 """Channels of a head that are kept aside at most."""
 _WORTH: Final = 0.9
 """Channels are kept aside where they lower the error to this share of itself, or less."""
+_WORTH_A_ROUND: Final = 0.97
+"""One round of the transform serves where it lowers the error to this share, or less."""
+_TRIED: Final = 64
+"""Vectors of a head that are encoded to tell."""
 _ROOM: Final = 8.0
 """How many times the largest norm that was seen still fits norms of 8 bits."""
 _SHORT_ERROR: Final = (log(2) / STEPS) ** 2 / 6
@@ -27,25 +34,50 @@ _SHORT_ERROR: Final = (log(2) / STEPS) ** 2 / 6
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What is stored beside the codes of a tensor's vectors of ``dim`` channels.
+    """How a tensor's vectors of ``dim`` channels are stored but for the bits of their codes.
 
-    ``aside`` as in TensorSpec; ``top`` the norm up to which 8 bits serve, 0 where none was seen.
+    ``aside``, ``rounds`` and ``basis`` as in TensorSpec; ``top`` the norm up to which 8 bits serve,
+    0 where none was seen; ``squares`` the share of each unit of a learned basis.
     """
 
     dim: int
     aside: Aside = ()
     top: float = 0.0
+    rounds: int = ROUNDS
+    basis: Learned | None = None
+    squares: tuple[float, ...] = ()
 
     def tensor(self, bits: float) -> TensorSpec:
         """TurboQuant with codes of ``bits`` on average, and the norms that are best beside them."""
-        top = self.top if self.is_short(bits) else 0.0
-        return TensorSpec(scheme="turboquant", bits=bits, tries=TRIES, aside=self.aside, top=top)
+        return TensorSpec(
+            scheme="turboquant",
+            bits=bits,
+            tries=TRIES,
+            aside=self.aside,
+            top=self.top if self.is_short(bits) else 0.0,
+            rounds=self.rounds,
+            basis=self.basis,
+            widths=self._widths(bits) if self.basis else (),
+        )
+
+    def _widths(self, bits: float) -> tuple[int, ...]:
+        return shared_out(self.squares, self.dim, round(bits * self.dim / UNIT))
+
+    def _codes(self, bits: float) -> float:
+        """Expected squared error of codes, relative to what is encoded."""
+        if not self.basis:
+            return distortion(self.dim, bits)
+        left = (
+            square * distortion(self.dim, width)
+            for square, width in zip(self.squares, self._widths(bits), strict=True)
+        )
+        return sum(left) / sum(self.squares)
 
     def is_short(self, bits: float) -> bool:
         """Whether norms of 8 bits lose less than the 8 bits gain that go to codes instead."""
         if not self.top or bits + UNIT / self.dim > 8:
             return False
-        gained = distortion(self.dim, bits) - distortion(self.dim, bits + UNIT / self.dim)
+        gained = self._codes(bits) - self._codes(bits + UNIT / self.dim)
         return gained > _SHORT_ERROR
 
     def price(self, bits: float) -> float:
@@ -55,7 +87,7 @@ class Layout:
 
     def error(self, bits: float) -> float:
         """Expected squared error of what is encoded, relative to its own square."""
-        return distortion(self.dim, bits) + (_SHORT_ERROR if self.is_short(bits) else 0.0)
+        return self._codes(bits) + (_SHORT_ERROR if self.is_short(bits) else 0.0)
 
     def widest(self, price: float) -> float:
         """The most bits for codes, in units of eight channels, at ``price`` or less; 0 for none."""
@@ -63,7 +95,7 @@ class Layout:
         return next((bits for bits in units if self.price(bits) <= price + 1e-6), 0.0)
 
 
-def layout(x: NDArray[np.float32], bits: float) -> Layout:
+def layout(x: NDArray[np.float32], bits: float, rotation: Rotation) -> Layout:
     """The best layout of vectors like ``x`` [heads, tokens, dim], as they will be encoded.
 
     ``bits`` are what a channel costs besides a norm of 16 bits: as many bytes are spent whatever
@@ -88,4 +120,35 @@ def layout(x: NDArray[np.float32], bits: float) -> Layout:
         error = float(left) * one.error(width)
         if error < least * (_WORTH if not best.aside else 1.0):
             best, least = one, error
-    return best
+    return _rounds(best, x, best.widest(bits * dim + 16), rotation)
+
+
+def _rounds(one: Layout, x: NDArray[np.float32], bits: float, rotation: Rotation) -> Layout:
+    """With one round of the transform, where that serves such vectors clearly better.
+
+    It leaves a vector of one massive channel with coordinates of one size, which few bits hold
+    well; which channel it is may change from vector to vector. Others it leaves as they are after
+    more rounds, or worse. Told by encoding some of the vectors both ways.
+    """
+    import mlx.core as mx
+
+    if not bits or rotation.signs is None:
+        return one
+    step = max(1, x.shape[1] // _TRIED)
+    some = mx.array(x[:, ::step])[None]
+    errors = {}
+    for rounds in (ROUNDS, 1):
+        found = replace(one, rounds=rounds)
+        codec = found.tensor(bits).codec(one.dim, rotation)
+        errors[rounds] = float(((restored(codec, codec.encode(some)) - some) ** 2).sum())
+    return replace(one, rounds=1) if errors[1] < _WORTH_A_ROUND * errors[ROUNDS] else one
+
+
+def learned_layout(
+    x: NDArray[np.float32], spread: NDArray[np.float64], mean: NDArray[np.float64] | None = None
+) -> Layout:
+    """A basis learned from what is known of vectors like ``x``; arguments as in :func:`learn`."""
+    basis, squares = learn(spread, mean)
+    x = x - basis.rows[:, -1:].astype(np.float32)
+    top = _ROOM * float(np.linalg.norm(x @ basis.into, axis=-1).max())
+    return Layout(dim=x.shape[-1], top=top, basis=basis, squares=squares)

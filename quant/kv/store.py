@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 _STEP: Final = 256
+_AT_ONCE: Final = 1 << 19
+"""Numbers that are encoded at once: what is computed of them on the way stays in the caches."""
+_LEAST: Final = 64
 
 
 @dataclass
@@ -26,8 +29,11 @@ class Store:
         """Encode and keep vectors [batch, heads, tokens, dim]."""
         import mlx.core as mx
 
-        packed = self.codec.encode(x)
-        end = self.count + x.shape[2]
+        batch, heads, tokens, dim = x.shape
+        many = max(_LEAST, _AT_ONCE // (batch * heads * dim))
+        stretches = [self.codec.encode(x[:, :, at : at + many]) for at in range(0, tokens, many)]
+        packed = [mx.concatenate(list(parts), axis=2) for parts in zip(*stretches, strict=True)]
+        end = self.count + tokens
         if not self.arrays:
             self.arrays = tuple(_room(part, end) for part in packed)
         elif end > self.arrays[0].shape[2]:

@@ -68,9 +68,10 @@ def study(
         raise KvError(f"no layer's cache can be quantized: {'; '.join(reasons)}")
     report: dict[str, Any] = {"layers": [asdict(fact) for fact in facts]}
     short = list(ids[:SHORT])
-    seen = observed(model, facts, short, bits=bits)
+    seen = observed(model, facts, short, bits=bits, lesson=ids[:_FAR] if choice == "auto" else ())
     if choice == "auto":
         measured = sensitivity(model, facts, short, seen=seen, progress=progress)
+        seen = measured.seen
         spec = allocated_spec(facts, allocate(facts, measured, bits=bits, seen=seen), seen)
         report["sensitivity"] = [
             {
@@ -78,7 +79,7 @@ def study(
                 "of": role,
                 "bits": width,
                 "kl_mean": kl,
-                "measured": width in measured.measured,
+                "measured": (layer, role, width) in measured.measured,
             }
             for (layer, role, width), kl in sorted(measured.kl.items())
         ]

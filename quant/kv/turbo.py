@@ -9,24 +9,27 @@ stage.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
+from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from quant.kv.aside import Aside, Channels, Rest
-from quant.kv.codebook import codebook
-from quant.kv.codec import Basis, Packed
+from quant.kv.basis import Aside, Basis, channels, orthonormal, rest
+from quant.kv.codebook import distortion
+from quant.kv.codec import Packed
 from quant.kv.codes import (
     UNIT,
-    fields,
     pack,
     pack_norms,
     pack_short_norms,
     unpack_norms,
     unpack_short_norms,
 )
+from quant.kv.grid import Grid, centroids, grid, unit_step
+from quant.kv.learned import Learned
 from quant.kv.rotation import Rotation
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 Norm = Literal["own", "unbiased", "least"]
 _HALF_MAX: Final = 65504.0
+_ZERO: Final[Any] = 0.0
 _SPREAD: Final = {1: 0.3, 2: 0.3, 3: 0.25, 4: 0.2, 5: 0.15, 6: 0.1, 7: 0.06, 8: 0.04}
 """How far from 1 the scales that are tried reach, by bits."""
 
@@ -53,8 +57,10 @@ class TurboCodec:
     stays.
     ``tries``: scales tried per vector when encoding; 1 takes the vector as it is.
     ``aside``: by head the channels that are stored in half precision, without which the rest is
-    encoded. ``top``: 0 for norms of 16 bits, else the largest norm of 8 bits, which are steps of a
-    32nd of an octave. KvError where the width does not divide or the bits are out of range.
+    encoded. ``learned``: a basis in place of the rotation, and ``widths`` the whole bits of each of
+    its units of eight coordinates, whose mean ``bits`` are. ``top``: 0 for norms of 16 bits, else
+    the largest norm of 8 bits, which are steps of a 32nd of an octave. KvError where the width does
+    not divide or the bits are out of range.
     """
 
     dim: int
@@ -64,21 +70,26 @@ class TurboCodec:
     tries: int = 1
     aside: Aside = ()
     top: float = 0.0
+    learned: Learned | None = None
+    widths: tuple[int, ...] = ()
     segments: tuple[tuple[int, int, int], ...] = field(init=False)
     """(first channel, one past the last, bits)"""
-    bases: tuple[Basis | None, ...] = field(init=False)
-    """The rotated basis, and that of the channels aside where there are any."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "segments", split_channels(self.dim, self.bits))
-        bases: tuple[Basis, ...] = (self.rotation,)
+        object.__setattr__(self, "segments", _segments(self))
         if self.aside:
             _check_aside(self.aside, self.dim)
-            bases = (
-                Rest(self.rotation, self.aside, self.dim),
-                Channels(self.aside, self.dim),
-            )
-        object.__setattr__(self, "bases", bases)
+
+    @cached_property
+    def bases(self) -> tuple[Basis | None, ...]:
+        """The rotated basis, and that of the channels aside or of the mean where there are any."""
+        if self.learned is not None:
+            mean = self.learned.mean
+            return (self.learned.basis, mean) if mean else (self.learned.basis,)
+        turn = self.rotation.turn
+        if not self.aside:
+            return (orthonormal(turn),)
+        return rest(turn, self.aside, self.dim), channels(self.aside, self.dim)
 
     @property
     def effective_bits(self) -> float:
@@ -95,20 +106,39 @@ class TurboCodec:
         import mlx.core as mx
 
         x = x.astype(mx.float32)
-        y, *rest = (basis.forward(x) for basis in self.bases if basis is not None)
+        if self._mean is not None:
+            x = x - self._mean
+        y, *beside = (basis.forward(x) for basis in self.bases if basis and basis.into is not None)
         size = mx.linalg.norm(y, axis=-1, keepdims=True)
-        unit = y / mx.maximum(size, 1e-30)
-        codes, estimate = self._nearest(unit)
-        along = (unit * estimate).sum(axis=-1, keepdims=True)
-        if self.tries > 1:
-            codes, estimate, along = self._search(unit, codes, estimate, along)
+        unit = y * (1.0 / mx.maximum(size, 1e-30))
+        parts = [
+            _Part(grid(self.dim, bits), unit[..., start:end], self._weight(bits))
+            for start, end, bits in self.segments
+            if bits
+        ]
+        scale = self._best_scale(parts)
+        packed, along, energy = [], _ZERO, _ZERO
+        for part in parts:
+            codes, inner, square = part.coded(scale)
+            packed.append(pack(codes, part.grid.bits))
+            along, energy = along + inner, energy + square
         if self.norm == "unbiased":
-            size = size / mx.maximum(along, 1e-6)
+            whole = sum((part.whole for part in parts), _ZERO) if self.widths else 1.0
+            size = size * whole / mx.maximum(along, 1e-6)
         elif self.norm == "least":
-            size = size * along / mx.maximum((estimate**2).sum(axis=-1, keepdims=True), 1e-12)
-        packed = [pack(codes[..., start:end], bits) for start, end, bits in self.segments if bits]
-        beside = (mx.clip(part, -_HALF_MAX, _HALF_MAX).astype(mx.float16) for part in rest)
-        return (*packed, self._norms(size, unit), *beside)
+            size = size * along / mx.maximum(energy, 1e-12)
+        aside = (mx.clip(part, -_HALF_MAX, _HALF_MAX).astype(mx.float16) for part in beside)
+        return (*packed, self._norms(size, unit), *aside)
+
+    @property
+    def _mean(self) -> Any:
+        """[heads, 1, dim], or None."""
+        mean = self.learned and self.learned.mean
+        return mean.out if mean else None
+
+    def _weight(self, bits: int) -> float:
+        """What an error costs that much more than in coordinates of no bits, as they are chosen."""
+        return 1.0 / distortion(self.dim, bits) if self.widths else 1.0
 
     def _norms(self, size: mx.array, unit: mx.array) -> mx.array:
         import mlx.core as mx
@@ -127,55 +157,103 @@ class TurboCodec:
 
         coded = [segment for segment in self.segments if segment[2]]
         parts = [
-            _lookup(octets, bits, end - start, self.dim)
+            centroids(octets, bits, end - start, self.dim)
             for octets, (start, end, bits) in zip(packed, coded, strict=False)
         ]
         sizes = packed[len(coded)]
         empty = self.dim - sum(end - start for start, end, _ in coded)
         if empty:
-            parts.append(mx.zeros((*sizes.shape[:-1], empty)))
-        unit = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+            parts.append(mx.zeros((*sizes.shape[:-1], empty), dtype=mx.int16))
+        whole = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
         norms = unpack_short_norms(sizes, self.top) if self.top else unpack_norms(sizes)
-        return (unit * norms, *(part.astype(mx.float32) for part in packed[len(coded) + 1 :]))
+        found = whole.astype(mx.float32) * (norms * unit_step(self.dim))
+        if self._mean is not None:
+            return found, mx.ones(sizes.shape)
+        return (found, *(part.astype(mx.float32) for part in packed[len(coded) + 1 :]))
 
-    def _nearest(self, unit: mx.array) -> tuple[mx.array, mx.array]:
-        """Codes and their centroids, for vectors of norm about one."""
+    def _best_scale(self, parts: Sequence[_Part]) -> mx.array | None:
+        """Of a few scales [..., 1] that whose codes' direction is nearest: least error at any norm.
+
+        None where all are as good.
+        """
         import mlx.core as mx
 
-        codes, values = [], []
-        for start, end, bits in self.segments:
-            if not bits:
-                codes.append(mx.zeros_like(unit[..., start:end]).astype(mx.uint32))
-                values.append(mx.zeros_like(unit[..., start:end]))
-                continue
-            grid = _grid(self.dim, bits)
-            code = grid.nearest(unit[..., start:end])
-            codes.append(code)
-            values.append(grid.centers[code])
-        if len(codes) == 1:
-            return codes[0], values[0]
-        return mx.concatenate(codes, axis=-1), mx.concatenate(values, axis=-1)
-
-    def _search(
-        self, unit: mx.array, codes: mx.array, estimate: mx.array, along: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """Of a few scales, the codes whose direction is nearest: least error at the best norm."""
-        import mlx.core as mx
-
-        best = along**2 / mx.maximum((estimate**2).sum(axis=-1, keepdims=True), 1e-12)
-        reach = _SPREAD[max(bits for *_, bits in self.segments)]
+        widest = max(part.grid.bits for part in parts)
+        if self.tries == 1 or widest == 1:
+            return None
+        reach = _SPREAD[widest]
+        best: Any = None
         for scale in np.linspace(1.0 - reach, 1.0 + reach, self.tries):
-            if abs(scale - 1.0) < 1e-9:
-                continue
-            other, value = self._nearest(unit * float(scale))
-            inner = (unit * value).sum(axis=-1, keepdims=True)
-            found = inner**2 / mx.maximum((value**2).sum(axis=-1, keepdims=True), 1e-12)
-            better = found > best
-            best = mx.maximum(found, best)
-            codes = mx.where(better, other, codes)
-            estimate = mx.where(better, value, estimate)
-            along = mx.where(better, inner, along)
-        return codes, estimate, along
+            along, energy = _ZERO, _ZERO
+            for part in parts:
+                inner, square = part.judged(float(scale))
+                along, energy = along + inner, energy + square
+            found = along**2 / mx.maximum(energy, 1e-12)
+            if best is None:
+                best, chosen = found, mx.full(found.shape, float(scale))
+            else:
+                chosen = mx.where(found > best, float(scale), chosen)
+                best = mx.maximum(found, best)
+        return chosen
+
+
+class _Part:
+    """Coordinates [..., count] of one width, of vectors of norm about one."""
+
+    def __init__(self, grid: Grid, unit: mx.array, weight: float) -> None:
+        import mlx.core as mx
+
+        self.grid = grid
+        self.unit = unit
+        self.size = mx.abs(unit)
+        self._weights = mx.full((unit.shape[-1], 1), weight)
+        self._square = weight * unit.shape[-1] * (grid.only or 0.0) ** 2
+
+    def judged(self, scale: float) -> tuple[Any, Any]:
+        """Inner product [..., 1] with the centroids nearest to the ``scale``-fold, and theirs with
+        themselves, both weighted.
+        """
+        only = self.grid.only
+        if only is not None:
+            return only * self._total, self._square
+        value = self.grid.nearest_sizes(self.size * scale)
+        return (value * self.size) @ self._weights, (value * value) @ self._weights
+
+    def coded(self, scale: mx.array | None) -> tuple[mx.array, Any, Any]:
+        """Codes, uint8, and both inner products as above, at one scale a vector."""
+        steps = self.grid.steps(self.size if scale is None else self.size * scale)
+        codes = self.grid.codes(self.unit, steps)
+        only = self.grid.only
+        if only is not None:
+            return codes, only * self._total, self._square
+        value = self.grid.sizes(steps)
+        return codes, (value * self.size) @ self._weights, (value * value) @ self._weights
+
+    @property
+    def whole(self) -> Any:
+        """The coordinates' own squares [..., 1]."""
+        return (self.size * self.size) @ self._weights
+
+    @cached_property
+    def _total(self) -> Any:
+        return self.size @ self._weights
+
+
+def _segments(codec: TurboCodec) -> tuple[tuple[int, int, int], ...]:
+    """Runs of one width: of the units of a learned basis, or of a rotation's channels."""
+    if not codec.widths:
+        return split_channels(codec.dim, codec.bits)
+    if len(codec.widths) * UNIT != codec.dim or list(codec.widths) != sorted(codec.widths)[::-1]:
+        raise KvError(
+            f"widths {list(codec.widths)} of {codec.dim} channels: one for each "
+            f"{UNIT}, never ascending"
+        )
+    ends = accumulate(len(list(same)) * UNIT for _, same in groupby(codec.widths))
+    starts = (0, *ends)
+    return tuple(
+        (start, end, bits)
+        for (start, end), bits in zip(pairwise(starts), dict.fromkeys(codec.widths), strict=True)
+    )
 
 
 def split_channels(dim: int, bits: float) -> tuple[tuple[int, int, int], ...]:
@@ -209,77 +287,3 @@ def _check_aside(aside: Aside, dim: int) -> None:
             f"channels aside {[list(places) for places in aside]}: every head needs as many, each "
             f"once and below {dim}"
         )
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """A codebook with what finds the nearest centroid without comparing all."""
-
-    bits: int
-    levels: tuple[float, ...]
-
-    @cached_property
-    def centers(self) -> Any:
-        import mlx.core as mx
-
-        return mx.array(np.array(self.levels, np.float32))
-
-    @cached_property
-    def _table(self) -> tuple[Any, Any, float, float]:
-        """Bins narrower than any cell, so that at most one border lies in each."""
-        import mlx.core as mx
-
-        levels = np.array(self.levels, np.float32)
-        borders = (levels[:-1] + levels[1:]) / 2
-        narrow = float(np.diff(borders).min()) if len(borders) > 1 else 1.0
-        low, high = float(borders[0]) - narrow, float(borders[-1]) + narrow
-        count = int(np.ceil((high - low) / (0.9 * narrow))) + 1
-        width = (high - low) / count
-        edges = low + width * np.arange(count)
-        # A hair lower than the edge, so that rounding of the bin's number cannot skip a border.
-        first = np.searchsorted(borders, edges - 0.01 * width).astype(np.uint32)
-        ends = np.append(borders, np.inf).astype(np.float32)
-        return mx.array(first), mx.array(ends), low, 1.0 / width
-
-    def nearest(self, x: Any) -> Any:
-        """Number of the nearest centroid, uint32."""
-        import mlx.core as mx
-
-        first, ends, low, per_unit = self._table
-        place = mx.clip(mx.floor((x - low) * per_unit), 0, first.size - 1).astype(mx.uint32)
-        code = first[place]
-        return code + (x > ends[code]).astype(mx.uint32)
-
-
-@cache
-def _grid(dim: int, bits: int) -> _Grid:
-    return _Grid(bits, codebook(dim, bits))
-
-
-_AT_ONCE: Final = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 7: 2, 8: 2}
-"""Codes that one look-up turns into centroids."""
-
-
-@cache
-def _table(dim: int, bits: int) -> Any:
-    """The centroids of every combination of codes, in one row each."""
-    import mlx.core as mx
-
-    levels = np.array(codebook(dim, bits), np.float32)
-    count = _AT_ONCE[bits]
-    rows = np.arange(1 << (bits * count))[:, None] >> (bits * np.arange(count))
-    table = mx.array(levels[rows & ((1 << bits) - 1)])
-    # Two centroids are one 64-bit element, which is looked up faster than a row of two.
-    return mx.view(table, mx.int64).reshape(-1) if count == 2 else table
-
-
-def _lookup(octets: mx.array, bits: int, count: int, dim: int) -> mx.array:
-    """Packed codes -> centroids [..., count], several codes at a time."""
-    import mlx.core as mx
-
-    index = fields(octets, bits * _AT_ONCE[bits])
-    if _AT_ONCE[bits] == 2:
-        found = mx.view(mx.take(_table(dim, bits), index), mx.float32)
-    else:
-        found = mx.take(_table(dim, bits), index, axis=0)
-    return found.reshape(*octets.shape[:-1], count)
