@@ -58,7 +58,7 @@ def _own() -> Iterator[Recipe]:
                 bar=bars.get((method, bits)),
                 beats=beats.get(bits, ()) if method == "gptq" else (),
             )
-    for mode in ("mxfp4", "nvfp4"):
+    for mode in ("mxfp4", "nvfp4", "mxfp8"):
         for method in ("rtn", "search", "imatrix", "gptq"):
             yield Recipe(name=f"{mode} {method}", mode=mode, method=method, beside=f"{mode} rtn")
 
@@ -71,11 +71,12 @@ def _stock() -> Iterator[Recipe]:
             stock=("awq", "--num-samples", "16", "--bits", str(bits), *table),
             beside=f"affine {bits} rtn",
         )
-    yield Recipe(
-        name="mlx_lm gptq 4",
-        stock=("gptq", "--bits", "4", "--fallback-bits", "4"),
-        beside="affine 4 rtn",
-    )
+    for bits in (4, 2):  # the tool packs no 3
+        yield Recipe(
+            name=f"mlx_lm gptq {bits}",
+            stock=("gptq", "--bits", str(bits), "--fallback-bits", str(bits)),
+            beside=f"affine {bits} rtn",
+        )
     for bits, target in ((4, "4.5"), (3, "3.5")):
         ends = ("--low-bits", str(bits - 1), "--high-bits", str(bits + 1))
         yield Recipe(

@@ -116,7 +116,7 @@ def gathered(folder, store, tasks, rows, kind="moments"):
         gathering = Gathering(model, tasks, rows, reader, shapes_of(folder))
         if kind == "moments":
             return gathering.moments(store, width=32)
-        return gathering.gptq(store, None)
+        return gathering.codes(store, None)
 
 
 @pytest.fixture
