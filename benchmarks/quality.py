@@ -39,7 +39,7 @@ class Recipe:
     """The row that the KL is divided by."""
     bar: float | None = None
     beats: tuple[str, ...] = ()
-    """Rows of others whose KL this one must stay under."""
+    """Rows whose KL this one must stay under."""
 
 
 def _own() -> Iterator[Recipe]:
@@ -47,16 +47,18 @@ def _own() -> Iterator[Recipe]:
     beats = {
         4: ("mlx_lm awq 4", "mlx_lm gptq 4", "mlx_lm dynamic_quant 4.5"),
         3: ("mlx_lm awq 3", "mlx_lm dynamic_quant 3.5"),
+        2: ("mlx_lm gptq 2",),
     }
     for bits in (4, 3, 2):
-        for method in ("rtn", "search", "imatrix", "gptq"):
+        tuned = ("autoround",) if bits <= 3 else ()
+        for method in ("mlx", "rtn", "search", "imatrix", "gptq", *tuned):
             yield Recipe(
                 name=f"affine {bits} {method}",
                 bits=bits,
                 method=method,
                 beside=f"affine {bits} rtn",
                 bar=bars.get((method, bits)),
-                beats=beats.get(bits, ()) if method == "gptq" else (),
+                beats={"gptq": beats[bits], "autoround": (f"affine {bits} gptq",)}.get(method, ()),
             )
     for mode in ("mxfp4", "nvfp4", "mxfp8"):
         for method in ("rtn", "search", "imatrix", "gptq"):
