@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from test_calibrate_stream import rows_of, shapes_of, streamed, tasks_of
 from transformers import AutoModelForCausalLM
 
+from converter.diagnose.codes import codes_check
 from converter.pipeline import Request, convert, plan_request
 from converter.plan import Options
 from converter.source import open_folder
@@ -72,6 +73,11 @@ def test_tuned_blocks_answer_more_like_the_release(outputs, tinylm, tmp_path):
     rows = model_rows(tokenized(text, tinylm, options(tinylm / "calibration.txt").calibration))
     gptq, tuned = (error(tinylm, outputs[name], rows, tmp_path) for name in ("gptq", "autoround"))
     assert tuned < 0.75 * gptq
+
+
+def test_tuned_codes_count_as_those_of_the_release(outputs, tinylm):
+    (row,) = codes_check(outputs["autoround"], tinylm)
+    assert (row.verdict, row.value) == ("pass", 0.0)
 
 
 def test_losses_are_recorded_block_by_block(outputs):
