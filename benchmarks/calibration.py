@@ -65,6 +65,8 @@ def measure(source: Path, method: str, bits: int, given: argparse.Namespace, wor
 def page(rows: list[Row], size: int, given: argparse.Namespace) -> str:
     """The table as Markdown."""
     used = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    tuned = any(row.method == "autoround" for row in rows)
+    steps = f"`autoround` took {given.iterations} steps in each block. " if tuned else ""
     lines = "\n".join(
         f"| `{row.method}` | {row.bits} | {row.peak_bytes / 2**20:.0f} MiB | "
         f"{'met' if row.peak_bytes <= MOST else 'NOT MET'} | {row.seconds:.0f} | "
@@ -79,8 +81,7 @@ def page(rows: list[Row], size: int, given: argparse.Namespace) -> str:
         "memory is that of the whole process as the system accounts for it. Weights, moments and "
         "codes are held a block at a time, moments in lots of 1 GiB, so it depends on the widest "
         "block, not on the size of the release; of the text only hidden states are held, up to "
-        f"1 GiB of them. `autoround` took {given.iterations} steps in each block. Seconds are of "
-        f"a shared machine and say little. {used}.\n\n"
+        f"1 GiB of them. {steps}Seconds are of a shared machine and say little. {used}.\n\n"
         "| method | bits | peak memory | <= 4 GiB | s | CPU s |\n|---|---|---|---|---|---|\n"
         f"{lines}\n"
     )
