@@ -39,7 +39,7 @@ class Recipe:
     """The row that the KL is divided by."""
     bar: float | None = None
     beats: tuple[str, ...] = ()
-    """Rows of others whose KL this one must stay under."""
+    """Rows whose KL this one must stay under."""
 
 
 def _own() -> Iterator[Recipe]:
@@ -47,18 +47,20 @@ def _own() -> Iterator[Recipe]:
     beats = {
         4: ("mlx_lm awq 4", "mlx_lm gptq 4", "mlx_lm dynamic_quant 4.5"),
         3: ("mlx_lm awq 3", "mlx_lm dynamic_quant 3.5"),
+        2: ("mlx_lm gptq 2",),
     }
     for bits in (4, 3, 2):
-        for method in ("rtn", "search", "imatrix", "gptq"):
+        tuned = ("autoround",) if bits <= 3 else ()
+        for method in ("mlx", "rtn", "search", "imatrix", "gptq", *tuned):
             yield Recipe(
                 name=f"affine {bits} {method}",
                 bits=bits,
                 method=method,
                 beside=f"affine {bits} rtn",
                 bar=bars.get((method, bits)),
-                beats=beats.get(bits, ()) if method == "gptq" else (),
+                beats={"gptq": beats[bits], "autoround": (f"affine {bits} gptq",)}.get(method, ()),
             )
-    for mode in ("mxfp4", "nvfp4"):
+    for mode in ("mxfp4", "nvfp4", "mxfp8"):
         for method in ("rtn", "search", "imatrix", "gptq"):
             yield Recipe(name=f"{mode} {method}", mode=mode, method=method, beside=f"{mode} rtn")
 
@@ -71,11 +73,12 @@ def _stock() -> Iterator[Recipe]:
             stock=("awq", "--num-samples", "16", "--bits", str(bits), *table),
             beside=f"affine {bits} rtn",
         )
-    yield Recipe(
-        name="mlx_lm gptq 4",
-        stock=("gptq", "--bits", "4", "--fallback-bits", "4"),
-        beside="affine 4 rtn",
-    )
+    for bits in (4, 2):  # the tool packs no 3
+        yield Recipe(
+            name=f"mlx_lm gptq {bits}",
+            stock=("gptq", "--bits", str(bits), "--fallback-bits", str(bits)),
+            beside=f"affine {bits} rtn",
+        )
     for bits, target in ((4, "4.5"), (3, "3.5")):
         ends = ("--low-bits", str(bits - 1), "--high-bits", str(bits + 1))
         yield Recipe(

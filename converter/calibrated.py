@@ -18,7 +18,7 @@ from converter.source import open_folder
 from converter.ui import Console
 from quant.calibrate.pictures import Picture
 from quant.calibrate.store import Statistics
-from quant.recipe import CALIBRATED
+from quant.recipe import CALIBRATED, CODED
 
 MOST_OF_PICTURES: Final = 2 << 30
 """Bytes of prepared pictures, which are all held during the pass."""
@@ -52,11 +52,11 @@ class Calibrated:
         return narrowed(found, out.quant.group_size)
 
     def parts(self, out: Output, start: int, stop: int) -> dict[str, np.ndarray] | None:
-        """Rows of the stored tensors of an output of method "gptq", None for other methods.
+        """Rows of the stored tensors of an output of method "gptq" or "autoround".
 
-        Also None for a matrix that the statistics leave out.
+        None for other methods, and for a matrix that the statistics leave out.
         """
-        if out.quant is None or out.quant.method != "gptq":
+        if out.quant is None or out.quant.method not in CODED:
             return None
         names = {role: f"{out.rule.module}.{role}" for role in out.stored}
         if not all(name in self.statistics for name in names.values()):
@@ -105,6 +105,7 @@ def statistics_of(
                 calibration=calibration,
                 source=identity(plan, release),
                 say=console.say,
+                tuning=plan.options.tuning,
                 more=lambda: picture_rows(plain, pictures_in(data), trust=trust_remote_code),
                 trust_remote_code=trust_remote_code,
             )

@@ -28,7 +28,7 @@ def require_streamable(request: Request, release: Release) -> None:
     calibrated = any(recipe.calibration is not None for recipe in request.recipes)
     needs = [
         ("--q-target-bpw and --q-target-size", any(r.targeted for r in request.recipes)),
-        ("--q-method imatrix and gptq", calibrated),
+        ("--q-method imatrix, gptq and autoround", calibrated),
         ("--adapter-path", request.adapter_path is not None),
     ]
     for flag, asked in needs:
@@ -41,7 +41,7 @@ def require_separable(request: Request) -> None:
     needs = [
         flag
         for flag, asked in (
-            ("--q-method imatrix or gptq", any(r.calibration for r in request.recipes)),
+            ("--q-method imatrix, gptq or autoround", any(r.calibration for r in request.recipes)),
             ("--q-target-bpw", any(r.targeted for r in request.recipes)),
             ("--mtp", request.mtp),
         )

@@ -55,10 +55,10 @@ class Choice:
 
 
 def candidates(method: Method, *, group_size: int | None = None) -> tuple[QuantSpec, ...]:
-    """Every spec that both stock runtimes load, or those of one group size."""
+    """Every spec of a method that both stock runtimes load, or those of one group size."""
     sizes = AFFINE_GROUP_SIZES if group_size is None else (group_size,)
     specs = [QuantSpec("affine", bits, size, method) for bits in AFFINE_BITS for size in sizes]
-    if group_size is None:
+    if group_size is None and method != "autoround":
         specs += [QuantSpec.make(mode, method=method) for mode in ("mxfp4", "nvfp4", "mxfp8")]
     return tuple(specs)
 

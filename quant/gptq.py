@@ -50,23 +50,38 @@ def inverse_factor(
     The damping grows tenfold until the matrix is positive definite. Columns that never saw an
     input count as independent.
     """
-    h: Matrix = np.array(hessian, np.float64)
-    assert np.isfinite(h).all(), "the Hessian must be finite"
-    diagonal = np.diagonal(h).copy()
+    diagonal = np.array(np.diagonal(hessian), np.float64)
     mean = float(diagonal.mean()) or 1.0
     order = np.argsort(-diagonal, kind="stable")
-    h = h[order][:, order]
-    h[np.diag_indices_from(h)] += np.where(diagonal[order] == 0, mean, 0.0)
+    h: Matrix = np.asarray(hessian, np.float64)[order]
+    h = h[:, order]
+    assert np.isfinite(h).all(), "the Hessian must be finite"
+    diagonal = diagonal[order]
+    diagonal += np.where(diagonal == 0, mean, 0.0)
     while True:
-        damped = h + damping * mean * np.eye(len(h))
+        h[np.diag_indices_from(h)] = diagonal + damping * mean
         try:
             # With P the reversal, P H P = L L^T gives H^-1 = U^T U for U = P L^-1 P.
-            lower = np.linalg.cholesky(damped[::-1, ::-1])
+            lower: Matrix = np.linalg.cholesky(h[::-1, ::-1]).astype(np.float64, copy=False)
             break
         except np.linalg.LinAlgError:
             damping *= 10
-    inverse = np.linalg.solve(lower, np.eye(len(h)))
-    return order, np.ascontiguousarray(inverse[::-1, ::-1], np.float32)
+    del h  # wide layers have matrices of a gigabyte
+    _invert_lower(lower)
+    return order, np.ascontiguousarray(lower[::-1, ::-1], np.float32)
+
+
+def _invert_lower(matrix: Matrix) -> None:
+    """Invert a lower triangular matrix in place: its halves, then what is below both."""
+    size = len(matrix)
+    if size <= _BLOCK:
+        matrix[:] = np.tril(np.linalg.inv(matrix))
+        return
+    half = size // 2
+    first, below, last = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
+    _invert_lower(first)
+    _invert_lower(last)
+    below[:] = -(last @ (below @ first))
 
 
 def values_of(parts: dict[str, npt.NDArray[Any]], spec: QuantSpec) -> npt.NDArray[np.float32]:

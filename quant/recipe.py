@@ -6,9 +6,11 @@ from typing import Final, Literal, Self, cast, get_args
 from arch_maps.dtypes import itemsize
 
 Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
-Method = Literal["rtn", "mlx", "search", "imatrix", "gptq"]
+Method = Literal["rtn", "mlx", "search", "imatrix", "gptq", "autoround"]
 
-CALIBRATED: Final = frozenset({"imatrix", "gptq"})
+CODED: Final = frozenset({"gptq", "autoround"})
+"""Methods whose codes are made by the calibration, from whole matrices."""
+CALIBRATED: Final = CODED | {"imatrix"}
 """Methods that need statistics of the activations, and so calibration text."""
 
 AFFINE_BITS: Final = (2, 3, 4, 5, 6, 8)
@@ -29,7 +31,8 @@ class QuantSpec:
     as stored; for the microscaled modes both coincide within the range of the format. "search"
     finds scale and bias by least squares, "imatrix" the same with every input column weighted by
     its mean square activation, and "gptq" rounds to that grid with the errors of earlier columns
-    made up for in later ones.
+    made up for in later ones. "autoround" tunes those codes and grids, of affine mode alone, until
+    each block answers as nearly as the release's own as it can.
     """
 
     mode: Mode
@@ -46,6 +49,11 @@ class QuantSpec:
             raise ValueError(
                 f"--q-method {self.method} is unknown here; "
                 f"choose one of {', '.join(get_args(Method))}"
+            )
+        if self.method == "autoround" and self.mode != "affine":
+            raise ValueError(
+                f"--q-method autoround contradicts --q-mode {self.mode}: it tunes scales and "
+                "biases of affine groups; use gptq"
             )
         bits: tuple[int, ...]
         group_sizes: tuple[int, ...]

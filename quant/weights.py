@@ -10,7 +10,7 @@ from arch_maps.dtypes import CODES, NUMPY_DTYPES
 from quant.affine import dequantize_affine, quantize_affine
 from quant.floats import KINDS, refuse_read_only
 from quant.microscaling import dequantize_microscaled, quantize_microscaled
-from quant.recipe import QuantSpec
+from quant.recipe import CODED, QuantSpec
 from quant.search import quantize_searched
 
 
@@ -26,10 +26,10 @@ def quantize_rows(
     Returns ``weight`` (uint32 codes), ``scales`` and, for affine, ``biases`` with the types and
     shapes of ``spec.output_tensors``; fills the C-contiguous arrays of ``out`` where given.
     ``moments`` (cols / group, group, group) are the second moments of the inputs that method
-    "imatrix" minimises output errors with; of stacked matrices one for each. "gptq" quantizes
-    whole matrices (``quant.gptq``). Runs in the calling thread without the GIL. Raises
-    NonFiniteError at the first NaN or infinity, its row counted over all leading axes, ValueError
-    where an array of ``out`` is read-only.
+    "imatrix" minimises output errors with; of stacked matrices one for each. "gptq" and
+    "autoround" quantize whole matrices (``quant.gptq``, ``quant.tune``). Runs in the calling thread
+    without the GIL. Raises NonFiniteError at the first NaN or infinity, its row counted over all
+    leading axes, ValueError where an array of ``out`` is read-only.
     """
     code = CODES[w.dtype]
     assert code in KINDS, f"{code} weights are not quantized directly"
@@ -45,7 +45,9 @@ def quantize_rows(
     if w.size == 0:
         return parts
     flat = {suffix: part.reshape(-1, part.shape[-1]) for suffix, part in parts.items()}
-    assert spec.method != "gptq", "GPTQ is not row-local; its codes come from the calibration"
+    assert spec.method not in CODED, (
+        f"{spec.method} is not row-local; its codes come from calibration"
+    )
     assert moments is None or spec.method == "imatrix", "imatrix alone takes moments"
     if spec.method in ("search", "imatrix"):
         if moments is None or moments.ndim == 3:

@@ -1,6 +1,8 @@
 """Streamed models: the whole model's numbers, one block in memory; and whose input is whose."""
 
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from converter.plan import Options
 from converter.source import open_folder
 from quant.calibrate.gather import FEW_TOKENS, TOKENS, Gathering
 from quant.calibrate.links import Task
+from quant.calibrate.products import Moments, watching
 from quant.calibrate.store import Store
 from quant.calibrate.stream import StreamedModel
 from quant.calibrate.text import CalibrationError
@@ -116,7 +119,21 @@ def gathered(folder, store, tasks, rows, kind="moments"):
         gathering = Gathering(model, tasks, rows, reader, shapes_of(folder))
         if kind == "moments":
             return gathering.moments(store, width=32)
-        return gathering.gptq(store, None)
+        return gathering.codes(store, None)
+
+
+def test_what_was_watched_goes_without_the_collector():
+    weight, seen = torch.ones(4, 8), Moments(width=None)
+    gone = [weakref.ref(weight), weakref.ref(seen)]
+    gc.disable()
+    try:
+        with watching({"w": weight}, seen.add):
+            torch.nn.functional.linear(torch.ones(2, 8), weight)
+        assert seen.tokens == {("w", None): 2}
+        del weight, seen
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.fixture

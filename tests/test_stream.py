@@ -418,7 +418,7 @@ def hub_source(folder: Path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["-q", "--q-method", "gptq"], "--q-method imatrix and gptq read the weights more than"),
+        (["-q", "--q-method", "gptq"], "--q-method imatrix, gptq and autoround read the weights"),
         (["--q-target-bpw", "4.5"], "--q-target-bpw and --q-target-size read the weights"),
         (["--adapter-path", "."], "--adapter-path read the weights more than once"),
     ],

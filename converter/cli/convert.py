@@ -273,6 +273,7 @@ def _recipes(given: dict[str, Any]) -> list[Options]:
                 target=given["target"],
                 dequantize=given["dequantize"],
                 calibration=_calibration(given, quant, target=bool(target)),
+                iterations=given["tuning_iterations"],
                 rotate_values=given["kv_rotate_values"],
                 **target,
             )
@@ -286,6 +287,7 @@ def _quantized(given: dict[str, Any], quant: QuantSpec) -> Options:
         dtype=given["dtype"],
         quant=quant,
         calibration=_calibration(given, quant),
+        iterations=given["tuning_iterations"],
         rotate_values=given["kv_rotate_values"],
     )
 
@@ -320,7 +322,9 @@ def _calibration(
     asked = target and any(given[name] is not None for name in _CALIBRATION)
     if quant is None or (quant.method not in CALIBRATED and not asked):
         if named := [f"--{n.replace('_', '-')}" for n in _CALIBRATION if given[n] is not None]:
-            raise UsageError(f"{named[0]}: has no effect without --q-method imatrix or gptq")
+            raise UsageError(
+                f"{named[0]}: has no effect without --q-method imatrix, gptq or autoround"
+            )
         return None
     return calibration_of(
         given["calibration_data"],
@@ -336,6 +340,7 @@ def _quantizing(given: dict[str, Any]) -> list[str]:
         "q_group_size": None,
         "q_mode": "affine",
         "q_method": "rtn",
+        "tuning_iterations": None,
         **dict.fromkeys(_CALIBRATION),
     }
     return [
@@ -368,4 +373,6 @@ def _variants(given: dict[str, Any]) -> list[Options]:
             recipes.append(_quantized(given, quant))
     if all(options.calibration is None for options in recipes):
         _calibration(given, None)
+        if given["tuning_iterations"] is not None:
+            raise UsageError("--tuning-iterations: has no effect without --q-method autoround")
     return recipes

@@ -56,20 +56,25 @@ recipe = _all(
     ),
     click.option(
         "--q-method",
-        type=click.Choice(["rtn", "mlx", "search", "imatrix", "gptq"]),
+        type=click.Choice(["rtn", "mlx", "search", "imatrix", "gptq", "autoround"]),
         default="rtn",
         show_default=True,
         help="mlx: the bytes of mx.quantize; rtn: codes from the stored scale and bias; search: "
         "scale and bias by least squares; imatrix: weighted by activations; gptq: errors made up "
-        "for by later columns.",
+        "for by later columns; autoround: those codes and grids tuned block by block (affine).",
     ),
     click.option(
         "--calibration-data",
         type=click.Path(path_type=Path),
-        help="Text file or folder for imatrix and gptq; default: a small built-in text.",
+        help="Text file or folder for imatrix, gptq and autoround; default: a small built-in text.",
     ),
     click.option("--calibration-sequences", type=click.IntRange(1), help="Default: 64."),
     click.option("--calibration-length", type=click.IntRange(8), help="Tokens each; default: 512."),
+    click.option(
+        "--tuning-iterations",
+        type=click.IntRange(1),
+        help="Steps of autoround in each block; default: 200.",
+    ),
     click.option("--quant-predicate", help="A stock mixed recipe such as mixed_4_6."),
     click.option(
         "--q-target-bpw",

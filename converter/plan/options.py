@@ -9,6 +9,7 @@ from arch_maps.dtypes import TORCH_NAMES
 from quant.allocate import Allocation
 from quant.calibrate.text import Calibration
 from quant.recipe import CALIBRATED, QuantSpec
+from quant.tune import DEFAULT_ITERATIONS, Tuning
 
 Target = Literal["mlx", "torch"]
 MLX_DTYPES = ("float16", "bfloat16", "float32")
@@ -35,6 +36,8 @@ class Options:
     """The only group size to choose from, None for all."""
     allocation: Allocation | None = None
     """What was chosen for the target; ``quant`` is then the spec of most weights."""
+    iterations: int | None = None
+    """Steps of method "autoround" in each block, None for its own number."""
     rotate_values: bool = False
     """Whether a rotation of every head is folded into value and output projections."""
 
@@ -56,6 +59,9 @@ class Options:
                 if needed
                 else f"--calibration-data has no effect with --q-method {method}"
             )
+        if self.iterations is not None and self.tuning is None:
+            method = self.quant.method if self.quant else "rtn"
+            raise ValueError(f"--tuning-iterations has no effect with --q-method {method}")
         if self.target == "torch" and self.quant is not None:
             raise ValueError("--to torch writes plain tensors; it cannot be combined with -q")
 
@@ -63,6 +69,13 @@ class Options:
     def dtype_code(self) -> str | None:
         """The storage dtype as a safetensors code."""
         return TORCH_NAMES[self.dtype] if self.dtype else None
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """How codes are tuned, None for methods that do not."""
+        if self.quant is None or self.quant.method != "autoround":
+            return None
+        return Tuning(iterations=self.iterations or DEFAULT_ITERATIONS)
 
     @property
     def targeted(self) -> bool:
@@ -106,6 +119,8 @@ class Options:
             recipe["dequantize"] = True
         if self.calibration is not None:
             recipe["calibration"] = self.calibration.to_json()
+        if self.tuning is not None:
+            recipe["tuning"] = self.tuning.to_json()
         if self.targeted:
             recipe["target_size"] = {"bits": self.target_bits, "bytes": self.target_bytes}
             if self.target_group_size is not None:

@@ -1,1 +1,1 @@
-"""Statistics of a model's activations on calibration text, for methods "imatrix" and "gptq"."""
+"""Statistics of a model's activations on calibration text, for the calibrated methods."""

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from quant.calibrate.assigned import Task, assigned
 from quant.calibrate.blocks import Blocks, load_model
 from quant.calibrate.files import Statistics, cache_file, load, save
+from quant.calibrate.stream import usable
 from quant.calibrate.text import Calibration, tokenized
 
 if TYPE_CHECKING:
@@ -52,13 +53,13 @@ def fisher(blocks: Blocks, tasks: Sequence[Task]) -> dict[str, Array]:
     owners, head = assigned(blocks, [task for task in tasks if not _only_table(task, blocks)])
     table = next((task for task in tasks if task.table), None)
     blocks.start()
-    settings = [_usable(given) for given in blocks._settings]
+    settings = [usable(given) for given in blocks._settings]
     found: dict[str, Array] = {}
     count = len(blocks.blocks)
     tokens = sum(row.shape[1] for row in blocks.ids)
     with tempfile.TemporaryDirectory() as folder:
         states = _States(Path(folder))
-        hidden = [_usable(state) for state in blocks.hidden]
+        hidden = [usable(state) for state in blocks.hidden]
         energy = sum(float(state.double().square().sum()) for state in hidden)
         for index in range(count):
             states.save(index, hidden)
@@ -200,19 +201,6 @@ def _alone(blocks: Blocks, index: int) -> Iterator[Any]:
     block = copy.deepcopy(blocks.blocks[index]).float().requires_grad_(False)
     yield block
     block.to("meta")
-
-
-def _usable(value: Any) -> Any:
-    """A copy of tensors, at any depth, that gradients can pass: inference mode's own cannot."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, list | tuple):
-        return type(value)(_usable(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _usable(item) for key, item in value.items()}
-    return value
 
 
 def _first(out: Any) -> Any:

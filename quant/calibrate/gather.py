@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from arch_maps.ops import Source, sources
-from quant.calibrate.links import Links, Numbers, Task, matrix_rows
+from arch_maps.ops import sources
+from quant.calibrate.links import Links, Task, places_of, stored_rows
 from quant.calibrate.loading import Shapes
 from quant.calibrate.products import Key, Moments, watching
 from quant.calibrate.store import Statistics, Store
 from quant.calibrate.stream import Pass, StreamedModel
 from quant.calibrate.text import CalibrationError
+from quant.calibrate.tuning import BlockCodes, BlockTuning
+from quant.tune import Tuning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +32,7 @@ HESSIAN_BYTES: Final = 1 << 30
 """Whole moment matrices are collected in batches of this size, with a pass for each."""
 HESSIAN: Final = "hessian:"
 TOKENS: Final = "tokens:"
+TUNED: Final = "tuned:"
 _HEAD: Final[Key] = ("head", None)
 
 
@@ -60,60 +63,80 @@ class Gathering:
         its whole matrix as ``hessian:<module>``. Goes on where an earlier call was interrupted.
         """
         streamed = self.streamed
-        with self._pass(store) as (run, first):
+        first, hidden = store.begun()
+        with self._pass(first, hidden) as run:
             for index in range(first, len(streamed.blocks)):
                 found = Moments(width=width)
                 with streamed.loaded(index):
                     with watching(self._parameters(index), found.add):
                         run.forward(index, keep=True, after=found.forget)
                     arrays = self._block_moments(index, found)
-                self._put(store, run, index, arrays)
+                self._put(store, index, arrays, run)
             store.put(len(streamed.blocks), self._head_moments(run, width))
         return store.finish(len(streamed.blocks) + 1)
 
-    def gptq(self, store: Store, moments: Statistics | None) -> Statistics:
-        """The stored tensors of every task by name, ``<module>.weight`` and so on.
+    def codes(
+        self, store: Store, moments: Statistics | None, tuning: Tuning | None = None
+    ) -> Statistics:
+        """The stored tensors of every task by name, ``<module>.weight`` and so on, by GPTQ.
 
         Each block sees the outputs of the quantized blocks before it, and of the quantized table,
-        for which ``moments`` of the same rows are needed. Goes on where an earlier call was
-        interrupted.
+        for which ``moments`` of the same rows are needed. With ``tuning`` a block's codes and grids
+        are then tuned towards what the release's own block answers in the release, and
+        ``tuned:<block>`` holds its loss before and after; where it did not fall, GPTQ's stay. Goes
+        on where an earlier call was interrupted.
         """
         streamed = self.streamed
+        count = len(streamed.blocks)
+        head = self._head
         table: dict[str, Array] = {}
-        if self._head is not None and self._head.table:
-            assert moments is not None, "a tied table is quantized by its moments"
-            matrix = moments[HESSIAN + self._head.module].astype(np.float64)
-            (found,), changed = self._quantized(self._head, [matrix])
-            table = {f"{self._head.module}.{role}": part for role, part in found.items()}
-            streamed.weights.replaced = changed
-            streamed.release_rest()  # the table may be there from an earlier pass
-        with self._pass(store) as (run, first):
-            for index in range(first, len(streamed.blocks)):
+        first, hidden = store.begun()
+        with ExitStack() as stack:
+            exact = None
+            if tuning is not None:  # before the table is replaced
+                exact = stack.enter_context(self._pass(first, hidden[len(self.rows) :]))
+            if head is not None and head.table:
+                assert moments is not None, "a tied table is quantized by its moments"
+                matrix = moments[HESSIAN + head.module].astype(np.float64)
+                (found,), changed = self._quantized(head, [matrix])
+                table = {f"{head.module}.{role}": part for role, part in found.items()}
+                streamed.weights.replaced = changed
+                streamed.release_rest()  # the table may be there from an earlier pass
+            run = stack.enter_context(self._pass(first, hidden[: len(self.rows)]))
+            for index in range(first, count):
                 with streamed.loaded(index):
-                    arrays, changed = self._block_codes(run, index)
+                    if exact is not None:
+                        exact.forward(index, keep=True)
+                    block = self._block_codes(run, index)
+                    if exact is not None and tuning is not None:
+                        work = BlockTuning(streamed, index, run, exact)
+                        losses = work.tune(block, self.reader, self.shapes, tuning)
+                        block.losses[f"{TUNED}{streamed.path}.{index}"] = losses
                     names = streamed.parameters(index)
-                    streamed.weights.load(names, changed)
+                    streamed.weights.load(names, block.changed)
                     run.forward(index, keep=True)
-                self._put(store, run, index, arrays)
+                runs = [run] if exact is None else [run, exact]
+                self._put(store, index, block.arrays(TOKENS), *runs)
             last = dict(table)
-            if self._head is not None and not self._head.table:
+            if head is not None and not head.table:
                 seen = self._head_inputs(run, None).mean(_HEAD)
-                (found,), _ = self._quantized(self._head, [seen])
-                last = {f"{self._head.module}.{role}": part for role, part in found.items()}
-            store.put(len(streamed.blocks), last)
-        return store.finish(len(streamed.blocks) + 1)
+                (found,), _ = self._quantized(head, [seen])
+                last = {f"{head.module}.{role}": part for role, part in found.items()}
+            store.put(count, last)
+        return store.finish(count + 1)
 
     @contextmanager
-    def _pass(self, store: Store) -> Iterator[tuple[Pass, int]]:
-        first, hidden = store.begun()
+    def _pass(self, first: int, hidden: Sequence[Tensor]) -> Iterator[Pass]:
+        """A pass over all rows, at block ``first`` where an earlier one had ``hidden``."""
         with self.streamed.run(self.rows, until_head=self.streamed.head is not None) as run:
             if first:
                 run.resume(first, hidden)
-            yield run, first
+            yield run
 
-    def _put(self, store: Store, run: Pass, index: int, arrays: Mapping[str, Array]) -> None:
+    def _put(self, store: Store, index: int, arrays: Mapping[str, Array], *runs: Pass) -> None:
         more = index + 1 < len(self.streamed.blocks)
-        store.put(index, arrays, run.inputs(index + 1) if more and run.plain else None)
+        hidden = (state for run in runs for state in run.inputs(index + 1))
+        store.put(index, arrays, hidden if more and all(run.plain for run in runs) else None)
 
     def _parameters(self, index: int) -> dict[str, Any]:
         model = self.streamed.model
@@ -147,8 +170,8 @@ class Gathering:
                 arrays[TOKENS + task.module] = np.array(tokens, np.int64)
         return arrays
 
-    def _block_codes(self, run: Pass, index: int) -> tuple[dict[str, Array], dict[str, Tensor]]:
-        """The stored tensors of a block's tasks, and the release's tensors as they stand for."""
+    def _block_codes(self, run: Pass, index: int) -> BlockCodes:
+        """GPTQ's codes of a block's tasks."""
         seen = Moments(width=16)
         parameters = self._parameters(index)
         alone = all(p.ndim < 3 for p in parameters.values())
@@ -180,15 +203,18 @@ class Gathering:
                 changed |= now
                 for i, one in zip(mine, made, strict=True):
                     parts[task.module][i] = one
-        arrays: dict[str, Array] = {}
-        for task, feeds in served:
-            for role in parts[task.module][0]:
-                each = [one[role] for one in parts[task.module]]
-                arrays[f"{task.module}.{role}"] = np.stack(each) if task.stacked else each[0]
-            if task.stacked:
-                tokens = [seen.tokens.get(key, 0) for key in feeds]
-                arrays[TOKENS + task.module] = np.array(tokens, np.int64)
-        return arrays, changed
+        return BlockCodes(
+            tasks=[task for task, _ in served],
+            parts=parts,
+            changed=changed,
+            tokens={t.module: [seen.tokens.get(key, 0) for key in feeds] for t, feeds in served},
+            fixed=frozenset(
+                (module, i)
+                for module, keys in used.items()
+                for i, key in enumerate(keys)
+                if key[1] == -1
+            ),
+        )
 
     def _quantized(
         self,
@@ -201,32 +227,21 @@ class Gathering:
 
         ``changed`` are tensors that other matrices were put into already.
         """
-        import torch
-
-        from quant.floats import cast
         from quant.gptq import quantize_gptq, values_of
 
-        names = tuple(dict.fromkeys(leaf.name for leaf in sources(task.expr)))
-        numbers = Numbers(names, self.shapes)
+        names = {leaf.name for leaf in sources(task.expr)}
         now = {n: value for n, value in (changed or {}).items() if n in names}
         made = []
         for index, matrix in zip(indices, matrices, strict=True):
-            rows = matrix_rows(task, self.reader, index)
-            w = np.ascontiguousarray(cast(np.ascontiguousarray(rows), task.dtype))
+            w = stored_rows(task, self.reader, index)
             assert matrix is not None, f"{task.module}: no products"
             found = quantize_gptq(w, task.spec, matrix)
-            values = torch.from_numpy(values_of(found, task.spec))
+            values = values_of(found, task.spec)
             made.append(found)
-            if isinstance(task.expr, Source) and not task.stacked:
-                now[names[0]] = values
-                continue
-            which, element = numbers.split(matrix_rows(task, numbers, index))
-            for number in np.unique(which):
-                name = numbers.name(int(number))
-                if name not in now:
-                    now[name] = self.streamed.weights.read(name)
-                here = torch.from_numpy(which == number)
-                now[name].view(-1)[torch.from_numpy(element)[here]] = values[here]
+            for place in places_of(task, index, self.shapes):
+                if place.name not in now:
+                    now[place.name] = self.streamed.weights.read(place.name)
+                place.put(now[place.name], values)
         return made, now
 
     def _head_inputs(self, run: Pass, width: int | None) -> Moments:

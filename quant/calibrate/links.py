@@ -8,21 +8,26 @@ shapes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from arch_maps.ops import Expr, evaluate, sources
+from arch_maps.ops import Expr, RowReader, Source, evaluate, sources, streamable
 from quant.calibrate.loading import Shapes, Weights
 from quant.calibrate.products import Key
 from quant.recipe import QuantSpec
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Array = npt.NDArray[Any]
 _SHIFT: Final = 44
 """Bits of an element's number within its tensor; the tensor's own number is above."""
+_BLOCK: Final = 1 << 22
+"""Elements that are numbered at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +84,68 @@ def matrix_rows(task: Task, reader: Any, index: int) -> Array:
         found: Array = evaluate(task.expr, reader, index, index + 1)[0]
         return found
     return evaluate(task.expr, reader)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where elements of a matrix are in one of the release's tensors, both as they lie in memory.
+
+    Slices where they follow one another, else numbers of elements.
+    """
+
+    name: str
+    tensor: slice | Array
+    matrix: slice | Array
+
+    def put(self, tensor: Tensor, values: Array) -> None:
+        """Write a matrix's values into the tensor."""
+        tensor.numpy().reshape(-1)[self.tensor] = values.reshape(-1)[self.matrix]
+
+    def get(self, tensor: Tensor, out: Array) -> None:
+        """Fill the matrix from the tensor's values."""
+        assert out.flags.c_contiguous, "its elements are counted as they lie"
+        out.reshape(-1)[self.matrix] = tensor.numpy().reshape(-1)[self.tensor]
+
+
+def places_of(task: Task, index: int, shapes: Shapes) -> list[Place]:
+    """Where the elements of matrix ``index`` of a task are, piece by piece."""
+    names = tuple(dict.fromkeys(leaf.name for leaf in sources(task.expr)))
+    if isinstance(task.expr, Source) and not task.stacked:
+        return [Place(name=names[0], tensor=slice(None), matrix=slice(None))]
+    numbers = Numbers(names, shapes)
+    found = []
+    for first, block in _blocks(task, numbers, index):
+        which, element = (part.reshape(-1) for part in numbers.split(block))
+        for number in np.unique(which):
+            here = np.flatnonzero(which == number)
+            own, theirs = _run(first + here), _run(element[here])
+            found.append(Place(name=numbers.name(int(number)), tensor=theirs, matrix=own))
+    return found
+
+
+def _blocks(task: Task, numbers: Numbers, index: int) -> Iterator[tuple[int, Array]]:
+    """Numbers of a matrix's elements, a block of rows at a time, with the first one's place."""
+    rows, columns = (int(size) for size in task.expr.shape[-2:])
+    if task.stacked or not streamable(task.expr):
+        yield 0, matrix_rows(task, numbers, index)
+        return
+    step = max(1, _BLOCK // columns)
+    for start in range(0, rows, step):
+        yield start * columns, evaluate(task.expr, numbers, start, min(start + step, rows))
+
+
+def _run(numbers: Array) -> slice | Array:
+    first, count = int(numbers[0]), len(numbers)
+    following = bool((np.diff(numbers) == 1).all())
+    return slice(first, first + count) if following else numbers
+
+
+def stored_rows(task: Task, reader: RowReader, index: int) -> Array:
+    """Matrix ``index`` of a task in the dtype that it is stored from."""
+    from quant.floats import cast
+
+    rows = np.ascontiguousarray(matrix_rows(task, reader, index))
+    return np.ascontiguousarray(cast(rows, task.dtype))
 
 
 @dataclass(frozen=True, slots=True)

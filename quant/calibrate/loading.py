@@ -215,6 +215,10 @@ class Weights:
         held: Tensor = value.to(old.dtype).contiguous()
         if isinstance(old, torch.nn.Parameter):
             held = torch.nn.Parameter(self.rounded(held), requires_grad=False)
+        self.put(parameter, held)
+
+    def put(self, parameter: str, held: Tensor) -> None:
+        """Let a parameter, and those tied to it, be this very tensor."""
         for name in (parameter, *(n for n, source in self.tied.items() if source == parameter)):
             owner, leaf = self._place(name)
             kept = owner._parameters if leaf in owner._parameters else owner._buffers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +31,6 @@ def watching(parameters: Mapping[str, Tensor], add: Add) -> Iterator[None]:
     in a stack.
     """
     import torch
-    from torch.overrides import TorchFunctionMode
 
     functional = torch.nn.functional.linear
     plain = {torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__}
@@ -56,21 +56,40 @@ def watching(parameters: Mapping[str, Tensor], add: Add) -> Iterator[None]:
                 if len(seen):
                     add((name, index), axis, seen)
 
+    def look(function: Any, given: Any, named: Mapping[str, Any]) -> None:
+        if function is functional:
+            see(given[0], given[1] if len(given) > 1 else named["weight"], -1)
+        elif function in plain and len(given) > 1:
+            see(given[0], given[1], -2)
+        elif function is torch.addmm:
+            see(given[1], given[2], -2)
+
+    with _watch()(look):
+        yield
+
+
+@cache
+def _watch() -> Any:
+    """The class of what is told of every call of torch's, made once.
+
+    A class is garbage in a circle: one of each pass would keep the block's weights and moments
+    until the collector comes, long after their block.
+    """
+    from torch.overrides import TorchFunctionMode
+
     class Watch(TorchFunctionMode):
+        def __init__(self, look: Callable[[Any, Any, Mapping[str, Any]], None]) -> None:
+            super().__init__()
+            self._look = look
+
         def __torch_function__(
             self, function: Any, types: Any, given: Any = (), named: Any = None
         ) -> Any:
             named = named or {}
-            if function is functional:
-                see(given[0], given[1] if len(given) > 1 else named["weight"], -1)
-            elif function in plain and len(given) > 1:
-                see(given[0], given[1], -2)
-            elif function is torch.addmm:
-                see(given[1], given[2], -2)
+            self._look(function, given, named)
             return function(*given, **named)
 
-    with Watch():
-        yield
+    return Watch
 
 
 class Moments:

@@ -8,12 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from arch_maps.ops import RowReader, describe
-from quant.calibrate.gather import FEW_TOKENS, TOKENS, Gathering
+from quant.calibrate.gather import FEW_TOKENS, TOKENS, TUNED, Gathering
 from quant.calibrate.links import Task
 from quant.calibrate.loading import Shapes
 from quant.calibrate.store import Statistics, Store
 from quant.calibrate.text import Calibration, model_rows, tokenized
+from quant.recipe import CODED
+from quant.tune import Tuning
 
 Say = Callable[[str], None]
 _WIDTH: Final = 64
@@ -31,18 +35,19 @@ def calibrate(
     calibration: Calibration,
     source: Mapping[str, Any],
     say: Say,
+    tuning: Tuning | None = None,
     more: Callable[[], Sequence[Mapping[str, Any]]] = tuple,
     trust_remote_code: bool = False,
 ) -> Statistics:
-    """What the tasks' method needs: moments for "imatrix", the codes for "gptq".
+    """What the tasks' method needs: moments for "imatrix", the codes for "gptq" and "autoround".
 
     ``reader`` and ``shapes`` give the tensors of the release in ``folder``; ``source`` identifies
-    its content; ``more`` makes further rows, such as of pictures. Moments are cached and serve any
-    bits, mode and group up to their width; GPTQ's codes depend on all settings, because each block
-    is calibrated on the outputs of the quantized blocks before it. An interrupted pass goes on at
-    the block where it stopped. The same files, versions and processor give the same statistics,
-    whatever the number of threads; what is made from them is the same everywhere. Raises
-    CalibrationError.
+    its content; ``tuning`` says how "autoround" tunes; ``more`` makes further rows, such as of
+    pictures. Moments are cached and serve any bits, mode and group up to their width; codes depend
+    on all settings, because each block is calibrated on the outputs of the quantized blocks before
+    it. An interrupted pass goes on at the block where it stopped. The same files, versions and
+    processor give the same statistics, whatever the number of threads; what is made from them is
+    the same everywhere. Raises CalibrationError.
     """
     width = max([_WIDTH, *(task.spec.group_size for task in tasks)])
     key: dict[str, Any] = {
@@ -54,10 +59,15 @@ def calibrate(
         },
         "matrices": sorted((task.module, describe(task.expr), task.table) for task in tasks),
     }
-    gptq = any(task.spec.method == "gptq" for task in tasks)
+    coded = next((task.spec.method for task in tasks if task.spec.method in CODED), None)
+    if coded != "autoround":
+        tuning = None
     moments_store = Store("moments", key | {"width": width})
     recipes = sorted((t.module, t.dtype, sorted(asdict(t.spec).items())) for t in tasks)
-    store = Store("gptq", key | {"recipes": recipes}) if gptq else moments_store
+    settings: dict[str, Any] = {"recipes": recipes}
+    if tuning is not None:
+        settings["tuning"] = tuning.to_json()
+    store = moments_store if coded is None else Store(coded, key | settings)
     if (found := store.finished()) is not None:
         say(f"calibration: reusing {store.folder}")
         return found
@@ -68,12 +78,12 @@ def calibrate(
     streamed = StreamedModel(folder, reader, shapes, trust_remote_code=trust_remote_code)
     gathering = Gathering(streamed, tasks, rows, reader, shapes)
     moments = moments_store.finished()
-    if moments is None and (not gptq or any(task.table for task in tasks)):
+    if moments is None and (coded is None or any(task.table for task in tasks)):
         say(f"calibration: activations of {len(rows)} sequences")
         moments = gathering.moments(moments_store, width=width)
-    if gptq:
-        say(f"calibration: gptq of {len(tasks)} matrices, block by block")
-        found = gathering.gptq(store, moments)
+    if coded is not None:
+        say(f"calibration: {coded} of {len(tasks)} matrices, block by block")
+        found = gathering.codes(store, moments, tuning)
     else:
         assert moments is not None, "they were just made"
         found = moments
@@ -83,7 +93,9 @@ def calibrate(
 
 
 def coverage(tasks: Sequence[Task], found: Statistics) -> list[str]:
-    """What the statistics leave out: matrices without a product, experts with few tokens."""
+    """What the statistics leave out: matrices without a product, experts with few tokens, blocks
+    that tuning did not make better.
+    """
     lines = []
     served = [t for t in tasks if t.module in found or f"{t.module}.weight" in found]
     if len(served) < len(tasks):
@@ -99,5 +111,13 @@ def coverage(tasks: Sequence[Task], found: Statistics) -> list[str]:
             f"{sum(map(len, counts))} experts' matrices saw {min(int(c.min()) for c in counts)} to "
             f"{max(int(c.max()) for c in counts)} tokens each; the {few} with less than "
             f"{FEW_TOKENS} are judged by what all experts of their layer saw"
+        )
+    losses = [found[name] for name in found.names if name.startswith(TUNED)]
+    if losses:
+        before, after = np.mean(losses, axis=0)
+        kept = sum(float(old) == float(new) for old, new in losses)
+        lines.append(
+            f"tuning took the error of {len(losses)} blocks from {before:.4f} to {after:.4f} of "
+            f"their outputs' energy; {kept} of them keep the codes of gptq"
         )
     return lines

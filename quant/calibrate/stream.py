@@ -190,6 +190,11 @@ class Pass:
         self._ending.close()
 
     @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return len(self._rows)
+
+    @property
     def plain(self) -> bool:
         """Whether blocks are handed, besides hidden states, nothing that they could change."""
         return all(row.plain for row in self._rows)
@@ -223,6 +228,24 @@ class Pass:
         for row in self._rows:
             yield _hidden(*row.call_of(index))
 
+    def call(self, index: int, row: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What ``row`` gives block ``index``, in copies that gradients can pass.
+
+        Raises CalibrationError where the block is given more than tensors and containers of them.
+        """
+        positional, named = self._rows[row].call_of(index)
+        if (what := _uncopied((positional, named))) is not None:
+            raise CalibrationError(
+                f"{type(self._streamed.model).__name__} hands its blocks a {what}, so they cannot "
+                "run again and again; use --q-method gptq"
+            )
+        return usable(positional), usable(named)
+
+    def handed(self, row: int) -> Tensor:
+        """The hidden states that ``row`` was handed last, a copy."""
+        found: Tensor = usable(_first(self._rows[row].handed))
+        return found
+
     def answer(self, index: int, answers: Iterable[Any]) -> None:
         """Hand every row what was computed elsewhere for its call of block ``index``."""
         for row, found in zip(self._rows, answers, strict=True):
@@ -242,7 +265,7 @@ class Pass:
             yield row.finish()
 
     def _kept(self, out: Any) -> Any:
-        first = out[0] if isinstance(out, tuple) else out
+        first = _first(out)
         if self._spill is None and first.nbytes * len(self._rows) > SPILL_BYTES:
             self._spill = self._ending.enter_context(_Spill())
         if self._spill is None:
@@ -302,6 +325,12 @@ class _Row(threading.Thread):
         self._theirs.acquire()
         if self._error is not None:
             raise self._error
+
+    @property
+    def handed(self) -> Any:
+        """The result that the row goes on with when it is next asked."""
+        assert self._answered, "the row was handed nothing yet"
+        return self._answer
 
     def call_of(self, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What block ``index`` is given."""
@@ -378,6 +407,32 @@ def _end_here(module: Any, given: tuple[Any, ...]) -> None:
     assert isinstance(row, _Row), "the head runs inside a pass only"
     row.result = given[0]
     raise _Stop
+
+
+def usable(value: Any) -> Any:
+    """A copy of tensors, at any depth, that gradients can pass: inference mode's own cannot."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, list | tuple):
+        return type(value)(usable(item) for item in value)
+    if isinstance(value, dict):
+        return {key: usable(item) for key, item in value.items()}
+    return value
+
+
+def _uncopied(value: Any) -> str | None:
+    """The type of what ``usable`` would share, None where it copies all that can change."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        return next((found for item in value if (found := _uncopied(item))), None)
+    return None if _unchanging(value) else type(value).__name__
+
+
+def _first(out: Any) -> Any:
+    return out[0] if isinstance(out, tuple) else out
 
 
 def _hidden(positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
