@@ -86,3 +86,29 @@ def test_a_model_that_makes_its_own_caches_makes_quantized_ones(tinylm_output, t
     kept = [type(cache).__name__ for cache in own_caches(model.language_model)]
     assert set(kept) == {"QuantizedStateCache"}
     assert said(model, processor, prompt, own_caches(model.language_model)) == wanted
+
+
+def test_models_that_measure_keys_and_remember_positions(twin_of, tmp_path):
+    """Qwen2-VL's kin cut masks by the length of the keys, and keep a prompt's positions."""
+    import mlx.core as mx
+    import numpy as np
+
+    from converter.pipeline import Request, convert
+    from converter.ui import Console
+    from quant.kv.measure import forward_of
+
+    convert(
+        Request(hf_path=str(twin_of("qwen2_vl")), mlx_path=tmp_path / "out"), Console(quiet=True)
+    )
+    language = loaded(tmp_path / "out")[0].language_model
+    forward, ids = forward_of(language), mx.array([[7 + 3 * i for i in range(40)]])
+    own = own_caches(language)
+    wanted = forward(ids, own)
+    forward(ids[:, :4], own_caches(language))  # a prompt of another length
+    rows = [caches(language, spec_of(loaded(tmp_path / "out")[0], window=0)) for _ in range(2)]
+    for made in rows:
+        found = forward(ids, made)
+        assert np.allclose(found, wanted, atol=0.1), np.abs(np.array(found - wanted)).max()
+    batch = [type(one).merge([one, other]) for one, other in zip(*rows, strict=True)]
+    single, both = forward(mx.array([[5]]), own), forward(mx.array([[5], [5]]), batch)
+    assert np.allclose(both[0], single[0], atol=0.1), np.abs(np.array(both[0] - single[0])).max()

@@ -54,6 +54,9 @@ def forward_of(model: Any) -> Forward:
     """How a loaded model of either runtime is called with caches."""
 
     def forward(ids: Any, caches: list[Any]) -> Any:
+        # Qwen2-VL's kin keep the positions of the prompt before; programs renew them elsewhere.
+        if getattr(model, "_position_ids", None) is not None:
+            model._position_ids = None
         out = model(ids, cache=caches)
         return getattr(out, "logits", out)
 

@@ -18,6 +18,7 @@ from quant.kv.turbo import KvError
 _RUNTIMES: Final = ("mlx_lm", "mlx_vlm")
 _ATTENTION: Final = "quantized_scaled_dot_product_attention"
 _WHOLE: Final = "scaled_dot_product_attention"
+_LENGTH: Final = "kv_sequence_length"
 _OURS: Final = (QuantizedStateCache, BatchQuantizedStateCache)
 
 
@@ -83,20 +84,20 @@ def install(runtime: str) -> None:
     """Let a runtime's attention read these caches; does nothing a second time.
 
     Both runtimes send caches that have ``bits`` through one function of their base module. It is
-    wrapped: for a cache of ours it hands the queries over, for any other it is what it was. So is
-    the function before it, wherever a model's module has taken it: layers that read the keys of an
-    earlier layer call it without a cache.
+    wrapped: for a cache of ours it hands the queries over, for any other it is what it was. So are
+    the function before it, wherever a model's module has taken it, because layers that read the
+    keys of an earlier layer call it without a cache, and the one that measures keys in mlx-vlm.
     """
     base: Any = import_module(f"{runtime}.models.base")
-    for name in (_ATTENTION, _WHOLE):
-        stock = getattr(base, name)
-        if not hasattr(stock, "reads_quantized_state"):
-            setattr(base, name, _reading(stock))
-    whole = getattr(base, _WHOLE)
+    for name, wrapped in ((_ATTENTION, _reading), (_WHOLE, _reading), (_LENGTH, _measuring)):
+        stock = getattr(base, name, None)  # mlx-lm has no function for lengths
+        if stock is not None and not hasattr(stock, "reads_quantized_state"):
+            setattr(base, name, wrapped(stock))
     for path, module in list(sys.modules.items()):
-        taken = path.startswith(f"{runtime}.models.") and getattr(module, _WHOLE, None)
-        if taken is whole.__wrapped__:
-            setattr(module, _WHOLE, whole)
+        for name in (_WHOLE, _LENGTH):
+            taken = path.startswith(f"{runtime}.models.") and getattr(module, name, None)
+            if taken and taken is getattr(base, name).__wrapped__:
+                setattr(module, name, getattr(base, name))
     # Saved prompt caches name their class; the loader looks among the runtime's own.
     home: Any = sys.modules[f"{runtime}.models.cache"] if runtime in sys.modules else None
     if home is None:
@@ -159,3 +160,14 @@ def _reading(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     attention.reads_quantized_state = True  # type: ignore[attr-defined]
     return attention
+
+
+def _measuring(stock: Callable[[Any], int]) -> Callable[[Any], int]:
+    """``stock``, the sequence length of keys, but for keys that are a cache of ours."""
+
+    @wraps(stock)
+    def length(keys: Any) -> int:
+        return int(keys.size()) if isinstance(keys, _OURS) else stock(keys)
+
+    length.reads_quantized_state = True  # type: ignore[attr-defined]
+    return length
