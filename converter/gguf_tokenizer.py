@@ -52,14 +52,14 @@ def tokenizer_files(file: Path) -> Mapping[str, bytes]:
 
 @lru_cache(maxsize=1)
 def _built(file: Path, size: int, modified: int) -> Mapping[str, bytes]:
-    del size, modified  # they tell this file from one that was in its place
+    del modified  # it and the size tell this file from one that was in its place
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
         request = {"path": str(file.resolve()), "out": folder}
         try:
             found = ask(
                 gguf_tokenizer_child.__file__,
                 request,
-                memory=BASE_MEMORY,
+                memory=BASE_MEMORY + size,  # the whole file is mapped to read its head
                 seconds=TIMEOUT_SECONDS,
                 patience=TIMEOUT_SECONDS,
                 file_bytes=MAX_FILE_BYTES,

@@ -59,7 +59,8 @@ def join_blanks(vocabulary: dict[str, Any]) -> None:
     """Let user-defined pieces of two blanks, three ... be merged, not cut out of the raw text.
 
     Cut out they would not see the blank that is put before it. Merges find the longest, as
-    SentencePiece does, where every length is there.
+    SentencePiece does, where every length is there. One that the vocabulary also has under the
+    pieces' own spelling stays as it is: two ids cannot share that.
     """
     tokens, kinds = list(vocabulary["tokens"]), list(vocabulary.get("token_type") or ())
     runs = {
@@ -70,7 +71,8 @@ def join_blanks(vocabulary: dict[str, Any]) -> None:
     if {*runs.values(), 1} != set(range(1, len(runs) + 2)):
         return
     for index, length in runs.items():
-        tokens[index], kinds[index] = BLANK * length, NORMAL
+        if BLANK * length not in (*tokens[:index], *tokens[index + 1 :]):
+            tokens[index], kinds[index] = BLANK * length, NORMAL
     vocabulary |= {"tokens": tokens, "token_type": kinds}
 
 

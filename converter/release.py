@@ -158,14 +158,19 @@ def fetch(
         return replace(release, source=replace(release.source, root=root, remote=remote), root=root)
     source = release.source.located(root)
     if source.kind == "safetensors":
-        for name in files:
-            if header_digest(root / name, name) != planned[name]:
-                raise HubError(
-                    f"{name} of {snapshot.repo_id}: its header arrived damaged when the conversion "
-                    "was planned; run the same command again"
-                )
-    if source.kind == "gguf":
+        damaged = [name for name in files if header_digest(root / name, name) != planned[name]]
+    elif source.kind == "gguf":
+        from converter.source.gguf import misread
+
+        damaged = misread(source, files)
         root /= source.weight_files[0]
+    else:
+        damaged = []
+    if damaged:
+        raise HubError(
+            f"{damaged[0]} of {snapshot.repo_id}: its header arrived damaged when the conversion "
+            "was planned; run the same command again"
+        )
     return replace(release, source=source, root=root)
 
 

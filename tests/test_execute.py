@@ -19,7 +19,7 @@ from release_helpers import (
     write_release,
 )
 
-from converter.atomic import write_atomic
+from converter.atomic import write_atomic, write_named
 from converter.errors import ConvertError, UsageError
 from converter.execute import run, units
 from converter.execute.folder import explain, os_error_text
@@ -250,6 +250,32 @@ def test_small_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("report.html", "before")]
     write_atomic(path, "größer")
     assert path.read_bytes() == "größer".encode()
+
+
+def test_a_place_that_the_user_names_stays_what_it_is(tmp_path):
+    (tmp_path / "pages").mkdir()
+    link = tmp_path / "latest.html"
+    link.symlink_to(Path("pages", "today.html"))
+    for text in ("made", "replaced"):
+        write_named(link, text)
+        assert link.is_symlink()
+        assert (tmp_path / "pages" / "today.html").read_text() == text
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_named(pipe, "größer")
+        assert os.read(reading, 100) == "größer".encode()
+    finally:
+        os.close(reading)
+    assert pipe.is_fifo()
+    device = tmp_path / "device"
+    device.symlink_to("/dev/null")
+    write_named(device, "nothing")
+    assert device.is_char_device()
+    longest = tmp_path / ("n" * 250 + ".html")
+    write_named(longest, "x")
+    assert longest.read_text() == "x"
 
 
 @pytest.mark.parametrize("command", ["report", "compare"])

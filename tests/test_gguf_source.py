@@ -10,7 +10,7 @@ import pytest
 from release_helpers import LLAMA, status
 
 from converter.decode import DecodingReader, decoded
-from converter.errors import PlanError
+from converter.errors import HubError, PlanError
 from converter.plan.match import find_map, match_release
 from converter.release import open_release
 from converter.source import open_folder
@@ -217,6 +217,26 @@ def test_what_a_head_says_is_bounded(tmp_path):
     assert len(metadata["a.short"]) == 4096
 
 
+def test_what_is_answered_is_bounded_as_a_whole(tmp_path, monkeypatch):
+    many = {f"a.{number}": (ARRAY, (U32, [7] * 4096)) for number in range(300)}
+    path = File({**SETTINGS, **many, "z": (STRING, "x" * 4096)}).write(tmp_path / "m.gguf")
+    metadata = read_head(path, "m.gguf").metadata
+    whole = [key for key in many if metadata[key] == [7] * 4096]
+    assert whole == list(many)[:255], "the other settings take less than one more"
+    assert metadata["a.299"] == {"count": 4096}
+    assert metadata["z"] == {"count": 4096}
+    monkeypatch.setattr("converter.source.gguf._LONGEST_ANSWER", 10_000)
+    with pytest.raises(PlanError, match=r"there are \d+ bytes to say of it, more than 10000"):
+        read_head(path, "m.gguf")
+
+
+def test_more_than_is_read_is_no_truncation(tmp_path):
+    file = File()
+    file.counts = [(1 << 17) + 1, None]
+    [problem] = problems(file.write(tmp_path / "m.gguf", tail=bytes(4 << 20)))
+    assert problem == "m.gguf: has 131073 tensors; no more than 131072 are read"
+
+
 def test_names_that_mean_something_to_format_are_only_names(tmp_path):
     path = File(tensors={**SHAPES, "{0.__class__}.{}.weight": (32,)}).write(tmp_path / "m.gguf")
     source = open_folder(path)
@@ -285,23 +305,35 @@ def test_rotary_factors_need_the_config_they_follow_from(tmp_path):
     assert drop.name == "rope_freqs.weight"
 
 
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama_3s_factors_say_what_they_were_made_from(factor, tmp_path):
-    """As the reference computes them; of others config.json has to tell."""
+def llama3_scaling(factor):
+    made = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return made | {"rope_type": "llama3", "original_max_position_embeddings": 8192}
+
+
+def llama3_factors(factor):
     import torch
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    made = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    made |= {"rope_type": "llama3", "original_max_position_embeddings": 8192}
-    config = LlamaConfig(head_dim=32, rope_parameters={**made, "rope_theta": 5e5})
+    parameters = {**llama3_scaling(factor), "rope_theta": 5e5}
+    config = LlamaConfig(head_dim=32, rope_parameters=parameters)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 1 / 5e5 ** (torch.arange(0, 32, 2) / 32)
+    return (plain / scaled).numpy().tobytes()
+
+
+def llama3_file(factor):
     shapes = {"rope_freqs.weight": (16,), **SHAPES}
     file = File(settings(llama__rope__freq_base=(F32, 5e5)), shapes)
-    file.data = (plain / scaled).numpy().tobytes() + file.data[64:]
-    source = open_folder(file.write(tmp_path / "m.gguf"))
-    assert source.config["rope_scaling"] == made
+    file.data = llama3_factors(factor) + file.data[64:]
+    return file
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3s_factors_say_what_they_were_made_from(factor, tmp_path):
+    """As the reference computes them; of others config.json has to tell."""
+    source = open_folder(llama3_file(factor).write(tmp_path / "m.gguf"))
+    assert source.config["rope_scaling"] == llama3_scaling(factor)
     assert [drop.name for drop in decoded(source).drops] == ["rope_freqs.weight"]
 
 
@@ -426,6 +458,43 @@ def test_on_the_hub_only_the_head_is_fetched_to_plan(tmp_path, staged):
     assert local.root == tmp_path / "m-Q4_0.gguf"
     assert local.source.tensors == open_folder(local.root).tensors
     assert {**local.origin} == {"repo": "someone/m-GGUF", "commit": "0" * 40}
+
+
+def test_on_the_hub_a_head_that_arrived_damaged_is_found_out(tmp_path, staged, monkeypatch):
+    """A setting changed on the way to the plan; the file came whole, and its hash was right."""
+    from converter import hub
+    from converter.release import fetch
+
+    staged()
+    sound = hub.fetch_range
+    wrong = [entry("llama.context_length", U32, size) for size in (128, 129)]
+
+    def damaged(*given):
+        return sound(*given).replace(*wrong)
+
+    monkeypatch.setattr("converter.source.gguf._FIRST_READ", 4000)
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "fetch_range", damaged)
+        release = open_release("someone/m-GGUF")
+    assert release.source.config["max_position_embeddings"] == 129
+    with pytest.raises(HubError, match=r"m-Q4_0\.gguf of someone/m-GGUF: its header arrived dam"):
+        fetch(release)
+
+
+def test_on_the_hub_rotary_factors_that_arrived_damaged_are_found_out(tmp_path, staged):
+    """They make settings, and lie behind the head."""
+    from converter.release import fetch
+
+    path = llama3_file(8.0).write(tmp_path / "m-Q4_0.gguf")
+    sound = path.read_bytes()
+    staged()
+    path.write_bytes(sound.replace(llama3_factors(8.0), llama3_factors(32.0)))
+    release = open_release("someone/m-GGUF")
+    assert release.source.config["rope_scaling"]["factor"] == 32
+    path.write_bytes(sound)
+    with pytest.raises(HubError, match=r"m-Q4_0\.gguf of someone/m-GGUF: its header arrived dam"):
+        fetch(release)
+    assert fetch(open_release("someone/m-GGUF")).source.config["rope_scaling"]["factor"] == 8
 
 
 def test_on_the_hub_weights_are_chosen_as_in_a_folder(tmp_path, staged):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import gguf
 import pytest
@@ -11,7 +12,7 @@ from test_gguf_source import STRING, U32, File, settings
 
 from converter.errors import PlanError
 from converter.gguf_tokenizer import tokenizer_files
-from converter.gguf_tokenizer_child import write
+from converter.gguf_tokenizer_child import join_blanks, write
 
 TAGS = ["<think>", "</think>", "<|user|>", "<|end|>", "<|endoftext|>"]
 BLANKS = ["\u2581" * count for count in range(2, 6)]
@@ -123,6 +124,23 @@ def test_phi_3s_tokens_take_white_space_away(vocabularies, tmp_path):
     ):
         ids = made.encode(text, add_special_tokens=False)
         assert made.convert_ids_to_tokens(ids) == expected
+
+
+def test_a_file_larger_than_memory_has_a_tokenizer_too(vocabularies, tmp_path):
+    """transformers maps the whole file to read its head; most of this one is a hole."""
+    file = written(vocabularies[True], tmp_path / "m.gguf", "llama", prefix=True)
+    os.truncate(file, 9 << 30)
+    assert "tokenizer.json" in tokenizer_files(file)
+
+
+def test_blanks_that_the_vocabulary_has_twice_keep_their_ids():
+    twice = ["\u2581", "  ", "\u2581\u2581", "   "]
+    vocabulary = {"tokens": list(twice), "token_type": [1, 4, 1, 4]}
+    join_blanks(vocabulary)
+    assert vocabulary == {
+        "tokens": [*twice[:3], "\u2581\u2581\u2581"],
+        "token_type": [1, 4, 1, 1],
+    }
 
 
 def test_a_vocabulary_that_makes_no_tokenizer_ends_the_run_before_weights(tmp_path, capsys):

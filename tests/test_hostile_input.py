@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import HfApi, constants
@@ -16,6 +17,7 @@ from converter.batch.watchlist import read_watchlist
 from converter.cli.errors import run
 from converter.config_errors import config_errors
 from converter.decode import patterns
+from converter.decode.build import name_matcher
 from converter.decode.patterns import pattern_problem
 from converter.errors import MAX_PROBLEM, ConvertError, PlanError, UsageError
 from converter.execute.journal import Journal
@@ -142,7 +144,13 @@ def test_near_names_are_looked_for_among_few(count, hinted):
     assert all(("did you mean" in problem) == hinted for problem in problems)
 
 
-@pytest.mark.parametrize("text", ["(a|aa)+$", "(a+)+$", "(.*a){9}", r"(\w+)\1", ".*" * 5 + "x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("(a|aa)+$", "(a+)+$", "(.*a){9}", r"(\w+)\1", ".*" * 5 + "x"),
+        *("a?" * 24 + "c", "(?:a|aa)" * 24 + "c", "(?:a??b?" * 3 + ")" * 3),
+    ],
+)
 def test_expressions_that_could_take_forever_are_not_run(text):
     assert pattern_problem(text)
 
@@ -156,6 +164,7 @@ def test_expressions_that_could_take_forever_are_not_run(text):
         "(a|bc)?d",
         r".*layers\.\d+\..*(w[1-3]|gate_proj|up_proj|down_proj)$",
         r".*layers\.\d+\.mlp\.experts\.\d+\..*",
+        r"^(model\.layers\.\d+\..*|.*visual\..*|lm_head)$",
     ],
 )
 def test_expressions_that_releases_have_are_run(text):
@@ -164,7 +173,8 @@ def test_expressions_that_releases_have_are_run(text):
 
 def test_repetitions_one_after_another_are_bounded_in_time(monkeypatch):
     """As many names as a release may have, each as long as it may be: a minute, not an hour."""
-    slow = patterns.Expression(".*a.*a.*ab")
+    budget = patterns.Budget()
+    slow, fast = (patterns.Expression(text, budget) for text in (".*a.*a.*ab", "lm_head"))
     monkeypatch.setattr(patterns, "MAX_SECONDS", 0.2)
     started = time.perf_counter()
     with pytest.raises(PlanError, match=r"^\.\*a\.\*a\.\*ab: takes too long to match"):
@@ -172,6 +182,34 @@ def test_repetitions_one_after_another_are_bounded_in_time(monkeypatch):
     assert time.perf_counter() - started < 10
     with pytest.raises(PlanError, match="is too long a name to match"):
         slow.match("a" * 257)
+    with pytest.raises(PlanError, match="takes too long"):
+        fast.match("model.norm")  # of the same config: the budget is of all that it brings
+    assert not patterns.Expression(".*a.*a.*ab", patterns.Budget()).match("a"), "another's own"
+
+
+def test_waiting_takes_nothing_of_the_budget(monkeypatch):
+    """A machine that is busy with other things is no slow expression."""
+    budget = patterns.Budget()
+    found = patterns.Expression("a", budget)
+    waits = SimpleNamespace(match=lambda *given: time.sleep(0.05), pattern="a")
+    monkeypatch.setattr(found, "_pattern", waits)
+    found.match("a")
+    assert budget.spent == 0
+
+
+def test_names_of_many_words_are_matched_in_a_moment():
+    build = SimpleNamespace(problem=pytest.fail, budget=patterns.Budget())
+    listed = ["lm_head", "model.visual", "mlp.gate", "x" * 200_000]
+    matches = name_matcher(listed, build, where="ignore")
+    started = time.process_time()
+    assert not matches("a." * 200_000)
+    assert matches("model.visual" + ".a" * 200_000)
+    assert matches("a." * 200_000 + "mlp.gate")
+    assert time.process_time() - started < 1
+    for name in ("lm_head", "lm_head.x", "y.lm_head", "a.mlp.gate", "mlp.gate.a"):
+        assert matches(name)
+    for name in ("lm_head2", "xlm_head", "a.mlp.gate.b", "gate", "model", "mlp.gate_proj", ""):
+        assert not matches(name)
 
 
 def test_a_hundred_thousand_tensors(tmp_path):

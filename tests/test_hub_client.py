@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, constants
 from converter import hub
 from converter.errors import ConvertError, GateError, HubError, PlanError, UsageError
 from converter.hub import api as hub_api
-from converter.hub import publish, redact
+from converter.hub import fetch, publish, redact
 from converter.staging import Fault, Faults, StagingOptions, running_hub
 
 # The client itself passes file objects to its HTTP library in a deprecated way.
@@ -112,6 +112,35 @@ def test_fetch_range_tries_again(published: str, faults: Faults) -> None:
     faults.add(Fault("refuse", "GET", HF_WEIGHTS, times=2))
     faults.add(Fault("truncate", "GET", HF_WEIGHTS))
     assert hub.fetch_range(snapshot, "model.safetensors", 8, 90_000) == WEIGHTS[8:90_000]
+
+
+def test_the_record_of_checked_files_is_only_that(
+    published: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = hub.resolve_revision(REPO, endpoint=published)
+    cache = tmp_path / "cache"
+    records = cache / ".verified"
+
+    def download(*names: str) -> Path:
+        return hub.download(snapshot, names, cache_dir=cache)
+
+    cache.mkdir()
+    records.write_text("in the way of the folder")
+    root = download("config.json", "model.safetensors")
+    records.unlink()
+    with monkeypatch.context() as patch:  # it changes while it is hashed
+        patch.setattr(fetch, "check_hash", lambda *given: os.utime(root / "config.json", (1, 1)))
+        download("config.json")
+    assert not list(records.iterdir())
+    download("config.json", "model.safetensors")
+    assert len(list(records.iterdir())) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch, "check_hash", pytest.fail)
+        download("config.json", "model.safetensors")
+    (root / "model.safetensors").unlink()
+    os.utime(root / "config.json", (2, 2))
+    download("config.json")
+    assert len(list(records.iterdir())) == 1, "that of the file that is gone went"
 
 
 def test_download_is_pinned_and_reports_progress(

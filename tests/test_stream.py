@@ -5,9 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +26,7 @@ from arch_maps.facts import Facts
 from arch_maps.ops import sources
 from converter import hub
 from converter.errors import GateError, HubError
-from converter.execute import units
+from converter.execute import run, units
 from converter.execute.journal import NAME
 from converter.hub import api as hub_api
 from converter.hub import snapshot as hub_snapshot
@@ -407,6 +412,119 @@ def test_what_nobody_asks_for_is_read_on_the_way(release, monkeypatch):
             assert files == {name}
         reader.complete(name)
     assert sorted(asked) == list(range(0, len(data), WINDOW))
+
+
+@pytest.fixture
+def shard(release):
+    """Opens readers of a shard, and says how many windows it has."""
+    snapshot = hub.resolve_revision(REPO)
+    source = hub_source(release)
+    heads = {name: file.digest for name, file in source.files.items()}
+    name = "model-00001-of-00003.safetensors"
+    data = (release / name).read_bytes()
+    tensors = sorted((t for t in source.tensors.values() if t.file == name), key=lambda t: t.start)
+
+    def opened(fetch, **more):
+        return StreamReader(source.tensors, snapshot, headers=heads, fetch=fetch, **more)
+
+    return SimpleNamespace(open=opened, name=name, data=data, tensors=tensors)
+
+
+def test_a_window_that_does_not_come_ends_every_thread(shard):
+    """Each would try as long again; the first error is everybody's."""
+    asked = []
+
+    def fetch(path: str, start: int, stop: int) -> bytes:
+        asked.append(start)
+        if len(asked) < 3:
+            return shard.data[start:stop]
+        raise HubError(f"failure {len(asked)}")
+
+    def go(info):
+        with reader.noting(info.file, info.start):
+            return reader.read(info.name)
+
+    with shard.open(fetch) as reader, ThreadPoolExecutor(8) as pool:
+        tasks = [pool.submit(go, info) for info in shard.tensors]
+        errors = [error for task in tasks if (error := task.exception()) is not None]
+        with pytest.raises(HubError, match="failure"):
+            reader.complete(shard.name)
+    assert len(errors) > 2
+    assert len(set(map(str, errors))) == 1
+    assert len(asked) < 3 + stream.CONNECTIONS
+
+
+def test_waiting_for_the_hub_ends_with_the_run(tmp_path, release, faults, arm, monkeypatch):
+    monkeypatch.setattr(hub_api, "FIRST_WAIT_S", 600)
+    arm(Fault("refuse", "GET", WEIGHTS, times=10**6))
+    begun = threading.Event()
+    pause = hub_api.pause
+
+    def paused(*given, **more):
+        begun.set()
+        return pause(*given, **more)
+
+    def interrupted(running, **more):
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub_api, "pause", paused)
+    monkeypatch.setattr(run, "wait", interrupted)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        make(REPO, tmp_path / "out", stream=True, cache=tmp_path / "cache")
+    assert time.monotonic() - started < 60
+
+
+def test_who_is_interrupted_while_waiting_stands_in_nobodys_way(monkeypatch):
+    turns = stream._Turns()
+    first, second, third = (turns.ticket() for _ in range(3))
+    with turns.turn(first):
+        with monkeypatch.context() as patch:
+            interrupt = Mock(side_effect=KeyboardInterrupt)
+            patch.setattr(turns._changed, "wait_for", interrupt)
+            with pytest.raises(KeyboardInterrupt), turns.turn(second):
+                pass
+        done = threading.Event()
+
+        def last():
+            with turns.turn(third):
+                done.set()
+
+        threading.Thread(target=last, daemon=True).start()
+    assert done.wait(10)
+
+
+def test_a_second_pass_reads_ahead_as_the_first_did(shard):
+    """Several connections at once, and every window once."""
+    largest = max(shard.tensors, key=lambda t: t.nbytes)
+    count = (largest.stop - 1) // WINDOW - largest.start // WINDOW + 1
+    assert count > stream.AHEAD
+    together = threading.Barrier(stream.CONNECTIONS)
+    asked, again = [], False
+
+    def fetch(path: str, start: int, stop: int) -> bytes:
+        asked.append(start)
+        if again and len(asked) <= stream.CONNECTIONS:
+            together.wait(30)
+        return shard.data[start:stop]
+
+    with shard.open(fetch) as reader:
+        reader.read(largest.name)
+        reader.complete(shard.name)
+        reader._ready.clear()
+        asked.clear()
+        again = True
+        reader.read(largest.name)
+    assert len(asked) == count
+    assert sorted(asked) == sorted(set(asked))
+
+
+def test_windows_are_not_copied(shard, faults):
+    snapshot = hub.resolve_revision(REPO)
+    found = hub_snapshot.fetch_window(snapshot, shard.name, 8, 99)
+    assert isinstance(found, bytearray)
+    assert found == shard.data[8:99]
 
 
 def hub_source(folder: Path):

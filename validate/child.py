@@ -35,14 +35,15 @@ def ask(
     seconds: float,
     patience: float = 0,
     file_bytes: int | None = None,
+    longest: int = LONGEST,
     packages: bool = True,
     folder: Path | None = None,
 ) -> Any:
     """What ``answer(request)`` of the Python file ``script`` gives; raises ChildError.
 
     ``memory`` bytes of address space, ``seconds`` of processor time and ``patience`` more by the
-    clock, files of ``file_bytes``; ``packages`` says whether it may import installed ones. It works
-    in ``folder``, by default one that goes afterwards.
+    clock, files of ``file_bytes``, an answer of ``longest`` bytes; ``packages`` says whether it may
+    import installed ones. It works in ``folder``, by default one that goes afterwards.
     """
     isolated = ["-I", "-B"] if packages else ["-I", "-S", "-B"]
     command = [sys.executable, *isolated, str(Path(child_main.__file__).resolve())]
@@ -70,7 +71,9 @@ def ask(
             raise ChildError("time") from None
         if child.returncode < 0:
             raise ChildError("signal", str(-child.returncode))
-        if child.returncode or not answer.is_file() or answer.stat().st_size > LONGEST:
+        if answer.is_file() and (size := answer.stat().st_size) > longest:
+            raise ChildError("error", f"there are {size} bytes to say of it, more than {longest}")
+        if child.returncode or not answer.is_file():
             lines = child.stderr.decode(errors="replace").strip().splitlines()
             raise ChildError("error", lines[-1] if lines else "no answer")
         return json.loads(answer.read_bytes())

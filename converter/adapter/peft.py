@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from converter.adapter.model import Factor, Update
 from converter.adapter.read import Adapter
-from converter.decode.patterns import expression
+from converter.decode.patterns import Budget, Expression
 from converter.source import TensorInfo
 
 _PREFIX: Final = "base_model.model."
@@ -64,7 +64,10 @@ def read_peft(adapter: Adapter, problems: list[str]) -> tuple[list[Update], dict
             problems.append(f"adapter: {name}: is no tensor of a plain LoRA or DoRA")
         else:
             whole[path.replace(".base_layer.", ".")] = name
-    updates = [_update(path, roles, config, problems) for path, roles in sorted(modules.items())]
+    budget = Budget()
+    updates = [
+        _update(path, roles, config, budget, problems) for path, roles in sorted(modules.items())
+    ]
     return [update for update in updates if update is not None], whole
 
 
@@ -86,7 +89,11 @@ def _check(config: Mapping[str, Any], problems: list[str]) -> None:
 
 
 def _update(
-    path: str, roles: Mapping[str, TensorInfo], config: Mapping[str, Any], problems: list[str]
+    path: str,
+    roles: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    budget: Budget,
+    problems: list[str],
 ) -> Update | None:
     table = "embedding_up" in roles or "embedding_down" in roles
     down = roles.get("embedding_down" if table else "down")
@@ -103,8 +110,8 @@ def _update(
     if len(up.shape) != 2 or len(down.shape) != 2:
         problems.append(f"adapter: {path}: adapts no matrix but a tensor of {list(up.shape)}")
         return None
-    rank = _setting(path, config.get("rank_pattern"), config.get("r"))
-    alpha = _setting(path, config.get("alpha_pattern"), config.get("lora_alpha"))
+    rank = _setting(path, config.get("rank_pattern"), config.get("r"), budget)
+    alpha = _setting(path, config.get("alpha_pattern"), config.get("lora_alpha"), budget)
     if not _positive(rank) or not _positive(alpha):
         problems.append(f"adapter_config.json: r {rank!r} and lora_alpha {alpha!r} of {path}")
         return None
@@ -121,13 +128,14 @@ def _update(
     return made.flipped if table else made  # a table is stored [count, size]
 
 
-def _setting(path: str, patterns: Any, default: Any) -> Any:
+def _setting(path: str, patterns: Any, default: Any, budget: Budget) -> Any:
     if patterns is not None and not isinstance(patterns, dict):
         return f"of patterns {patterns!r}"
+    starts = [0, *(place + 1 for place, sign in enumerate(path) if sign == ".")]
     for pattern, value in (patterns or {}).items():
-        text = rf"(.*\.)?({pattern})$"
         try:
-            matched = expression(text).match(path)
+            ending = Expression(f"(?:{pattern})$", budget)
+            matched = any(ending.match(path, start) for start in starts)
         except re.error:
             return f"of pattern {pattern!r}"
         except ValueError as problem:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import click
 
-from converter.atomic import write_atomic
+from converter.atomic import write_named
 from converter.errors import PlanError, UsageError
 from converter.execute.folder import explain
 from converter.ui import Console, size_text
@@ -20,7 +20,7 @@ _PIPED_WIDTH: Final = 200
 def write_text(path: Path, text: str, *, flag: str) -> None:
     """Write a file at the place that ``flag`` names, whole or not at all; raises ConvertError."""
     with explain(path, flag):
-        write_atomic(path, text)
+        write_named(path, text)
 
 
 def twin_command(source: str, out: Path, *, dtype: str, seed: int, max_shard_size: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from arch_maps.ops import Shape
 from arch_maps.rules import Drop
 from converter.decode.model import Coded
-from converter.decode.patterns import Expression
+from converter.decode.patterns import Budget, Expression
 from converter.source import Stored, TensorInfo
 from converter.source.header import quote
 
@@ -32,6 +32,8 @@ class Builder:
     coded: dict[str, Coded] = field(default_factory=dict)
     drops: list[Drop] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    budget: Budget = field(default_factory=Budget)
+    """Of all expressions that the config brings."""
 
     def problem(self, text: str) -> None:
         """Note what is wrong, and go on to find the rest."""
@@ -127,13 +129,17 @@ def name_matcher(entries: Any, build: Builder, *, where: str) -> Callable[[str],
             text = ".*".join(re.escape(part) for part in re.split(r"\*+", entry))
             patterns.append(compiled(f"{text}$", build, where=where))
     found = [pattern for pattern in patterns if pattern is not None]
+    sizes = sorted({len(entry) for entry in plain})  # which add up to no more than the entries do
 
     def matches(module: str) -> bool:
-        words = module.split(".")
-        for first in range(len(words)):
-            for last in range(len(words), first, -1):
-                if ".".join(words[first:last]) in plain and (first == 0 or last == len(words)):
-                    return True
+        for size in sizes:
+            rest = len(module) - size
+            if rest < 0:
+                break
+            if module[:size] in plain and module[size : size + 1] in ("", "."):
+                return True
+            if module[rest:] in plain and module[:rest][-1:] in ("", "."):
+                return True
         return any(pattern.match(module) for pattern in found)
 
     return matches
@@ -142,7 +148,7 @@ def name_matcher(entries: Any, build: Builder, *, where: str) -> Callable[[str],
 def compiled(text: str, build: Builder, *, where: str) -> Expression | None:
     """A regular expression of the config; None, and a problem, where it cannot be trusted."""
     try:
-        return Expression(text)
+        return Expression(text, build.budget)
     except re.error as error:
         build.problem(f"config.json: {where}: {quote(text)} is no regular expression: {error}")
     except ValueError as problem:

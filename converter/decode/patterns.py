@@ -2,8 +2,9 @@
 
 Python's matcher backtracks. An expression that repeats something which itself repeats or branches
 takes time that doubles with every character: it is not run. Several repetitions in a row take a
-power of the length. Releases have up to three (``re:.*layers\\.\\d+\\..*_proj$``), so a few are
-allowed, and their time is bounded as a whole. Both are told from the parsed expression.
+power of the length; optional pieces and alternatives in a row multiply it. Releases have four
+(``re:.*layers\\.\\d+\\..*(up_proj|down_proj)$``), so a few are allowed, and all their time is
+bounded together. Both are told from the parsed expression.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
@@ -19,42 +21,49 @@ from converter.source.header import quote
 
 MAX_LENGTH: Final = 500
 MAX_REPEATS: Final = 4
+"""Nodes that may match in more than one way; a choice between whole expressions is none."""
 MAX_NAME: Final = 256
 """Characters of a name: four repetitions then take some seconds at the very worst."""
 MAX_SECONDS: Final = 20.0
-"""What slow matches of an expression may take together; sound ones take microseconds each."""
+"""What slow matches may take of a budget; sound ones take microseconds each."""
 _SLOW: Final = 1e-3
 _REPEATS: Final = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
+
+
+@dataclass(slots=True)
+class Budget:
+    """Processor seconds that slow matches have taken, of all expressions of one use together."""
+
+    spent: float = 0.0
 
 
 class Expression:
     """An expression that is run within bounds."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, budget: Budget) -> None:
         """Raises ValueError saying why it is not run, re.error where it is none."""
-        if problem := pattern_problem(text):
-            raise ValueError(problem)
-        self._pattern = re.compile(text)
-        self._spent = 0.0
+        self._pattern = _compiled(text)
+        self._budget = budget
 
-    def match(self, name: str) -> bool:
-        """Whether ``name`` begins with it; PlanError where finding out takes too long."""
+    def match(self, name: str, start: int = 0) -> bool:
+        """Whether it matches at ``start`` of ``name``; PlanError where that takes too long."""
         if len(name) > MAX_NAME:
             raise PlanError([f"{quote(name)}: is too long a name to match with an expression"])
-        started = time.perf_counter()
-        found = self._pattern.match(name) is not None
-        took = time.perf_counter() - started
+        started = time.thread_time()
+        found = self._pattern.match(name, start) is not None
+        took = time.thread_time() - started
         if took > _SLOW:
-            self._spent += took
-        if self._spent > MAX_SECONDS:
+            self._budget.spent += took
+        if self._budget.spent > MAX_SECONDS:
             raise PlanError([f"{quote(self._pattern.pattern)}: takes too long to match names with"])
         return found
 
 
 @lru_cache(256)
-def expression(text: str) -> Expression:
-    """The expression ``text``; raises as ``Expression`` does."""
-    return Expression(text)
+def _compiled(text: str) -> re.Pattern[str]:
+    if problem := pattern_problem(text):
+        raise ValueError(problem)
+    return re.compile(text)
 
 
 def pattern_problem(text: str) -> str | None:
@@ -66,16 +75,25 @@ def pattern_problem(text: str) -> str | None:
         tree = parser.parse(text)
     except (RecursionError, OverflowError):
         return "is nested too deeply"
-    repeats = 0
+    repeats = -_is_choice(tree)
     for name, body, least, most in _nodes(tree):
         if name == "GROUPREF":
             return "refers back to what it matched"
         if most > 1 and any(n == "BRANCH" or low != high for n, _, low, high in _nodes(body)):
             return "repeats repetitions or alternatives"
-        repeats += most > 1 and least != most
+        repeats += least != most or name == "BRANCH"
     if repeats > MAX_REPEATS:
-        return f"has more than {MAX_REPEATS} repetitions"
+        return f"has more than {MAX_REPEATS} repetitions, optional pieces and alternatives"
     return None
+
+
+def _is_choice(tree: Any) -> bool:
+    """Whether an expression is a choice between others, each of which is then tried once."""
+    nodes = [(str(operator), argument) for operator, argument in tree if str(operator) != "AT"]
+    if len(nodes) != 1:
+        return False
+    [(name, argument)] = nodes
+    return name == "BRANCH" or (name == "SUBPATTERN" and _is_choice(argument[-1]))
 
 
 def _nodes(tree: Any) -> Iterator[tuple[str, Any, int, int]]:

@@ -55,6 +55,9 @@ class CheckedReader(RowReader, Protocol):
     def read_in_part(self) -> list[str]:
         """Files that were read from and are not complete."""
 
+    def abort(self) -> None:
+        """Let whoever reads, or is about to, fail at once."""
+
 
 @dataclass(slots=True)
 class Job:
@@ -238,6 +241,11 @@ class _Trust:
         """Whether every byte that a unit was made of is known to be right."""
         return self._reader is None or self._files[unit] <= self._reader.verified
 
+    def abort(self) -> None:
+        """Let nobody wait any longer for what the reader reads."""
+        if self._reader is not None:
+            self._reader.abort()
+
     def complete_all(self) -> None:
         """Complete whatever else was read from."""
         if self._reader is not None:
@@ -351,6 +359,7 @@ def _run(
             begun: list[Future[Any]] = [*running, *checking]
             for future in begun:
                 future.cancel()
+            trust.abort()  # workers that read are waited for below
             raise
         if bad:
             raise PlanError(_summary([text for _, text in bad.values()]))

@@ -1,5 +1,6 @@
 """The huggingface_hub client as this program uses it: who it is, and how long it keeps trying."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,9 +38,13 @@ def whoami(*, endpoint: str | None = None, token: str | None = None) -> str:
         return str(api.whoami()["name"])
 
 
-def pause(failures: int) -> None:
-    """Wait before trying again, longer after each failure."""
-    time.sleep(FIRST_WAIT_S * 2**failures)
+def pause(failures: int, *, least: float = 0.0, stopped: threading.Event | None = None) -> bool:
+    """Wait before trying again, longer after each failure; whether ``stopped`` ended it."""
+    seconds = least + FIRST_WAIT_S * 2**failures
+    if stopped is not None:
+        return stopped.wait(seconds)
+    time.sleep(seconds)
+    return False
 
 
 def patiently(
@@ -47,11 +52,13 @@ def patiently(
     *,
     attempts: int = ATTEMPTS,
     also: tuple[type[Exception], ...] = (),
+    stopped: threading.Event | None = None,
 ) -> Result:
     """The result of a call without side effects, tried again while the hub or network fails.
 
     Errors of the types in ``also`` are taken for failures that pass, too. Where a long series of
-    attempts is allowed, a hub that says how long to wait is believed.
+    attempts is allowed, a hub that says how long to wait is believed. Once ``stopped`` is set
+    nothing is tried again.
     """
     for attempt in range(attempts):
         try:
@@ -60,9 +67,9 @@ def patiently(
             busy = may_have_been_done(error) or status_of(error) == 429
             if not (busy or isinstance(error, also)) or attempt == attempts - 1:
                 raise
-            if attempts > ATTEMPTS:
-                time.sleep(min(LONGEST_WAIT_S, asked_wait(error)))
-            pause(attempt)
+            least = min(LONGEST_WAIT_S, asked_wait(error)) if attempts > ATTEMPTS else 0.0
+            if pause(attempt, least=least, stopped=stopped):
+                raise
     raise AssertionError("unreachable")
 
 

@@ -3,12 +3,13 @@
 import hashlib
 import os
 import threading
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from converter.atomic import write_atomic
 from converter.errors import HubError
 from converter.hub.api import LIBRARY, Progress
 from converter.hub.errors import hub_errors
@@ -75,8 +76,10 @@ def _download(
     if cache_dir is None:
         check_hash(snapshot, file, local)
     elif not _is_vouched_for(file, local, cache_dir):
+        before = _identity(local)
         check_hash(snapshot, file, local)
-        _vouch(file, local, cache_dir)
+        with suppress(OSError):  # without the record it is only hashed once more
+            _vouch(file, local, cache_dir, before)
     return local.parents[len(PurePosixPath(file.path).parts) - 1]
 
 
@@ -97,13 +100,16 @@ def check_hash(snapshot: HubSnapshot, file: HubFile, local: Path) -> None:
 def _is_vouched_for(file: HubFile, local: Path, cache_dir: Path) -> bool:
     """Whether a file is as it was when its hash was found right, by size and time of change."""
     try:
-        return _record(file, cache_dir).read_text(encoding="ascii") == _identity(local)
-    except (OSError, UnicodeDecodeError):
+        return _record(file, cache_dir).read_bytes() == _entry(_identity(local), local)
+    except OSError:
         return False
 
 
-def _vouch(file: HubFile, local: Path, cache_dir: Path) -> None:
-    """Write down that a file's hash is right, once it would outlive a power cut."""
+def _vouch(file: HubFile, local: Path, cache_dir: Path, before: str) -> None:
+    """Write down that a file's hash is right, once it would outlive a power cut.
+
+    Only if it is what it was ``before`` it was hashed. Records of files that are gone go.
+    """
     descriptor = os.open(local, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -111,9 +117,15 @@ def _vouch(file: HubFile, local: Path, cache_dir: Path) -> None:
         os.close(descriptor)
     record = _record(file, cache_dir)
     record.parent.mkdir(exist_ok=True)
-    draft = record.with_name(f"{record.name}.{uuid.uuid4().hex}")  # others may write the same
-    draft.write_text(_identity(local), encoding="ascii")
-    draft.replace(record)
+    for old in record.parent.glob("[!.]*"):
+        if not Path(os.fsdecode(old.read_bytes().partition(b"\n")[2])).is_file():
+            old.unlink(missing_ok=True)
+    if _identity(local) == before:
+        write_atomic(record, _entry(before, local))
+
+
+def _entry(identity: str, local: Path) -> bytes:
+    return f"{identity}\n".encode() + os.fsencode(local)
 
 
 def _record(file: HubFile, cache_dir: Path) -> Path:

@@ -5,6 +5,7 @@ a server that does not honour a range is caught before its answer is believed.
 """
 
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -126,15 +127,24 @@ def fetch_range(
 ) -> bytes:
     """Bytes [start, stop) of a remote file; `HubError` if the server sends anything else."""
     file = snapshot.file(path)
-    return _range(snapshot, file, start, stop, token, patiently)
+    return bytes(_range(snapshot, file, start, stop, token, patiently))
 
 
 def fetch_window(
-    snapshot: HubSnapshot, path: str, start: int, stop: int, *, token: str | None = None
-) -> bytes:
-    """The same during a long conversion: a wrong answer is asked for again, too, and for longer."""
-    again = partial(patiently, attempts=WINDOW_ATTEMPTS, also=(RangeError,))
-    return _range(snapshot, snapshot.file(path), start, stop, token, again)
+    snapshot: HubSnapshot,
+    path: str,
+    start: int,
+    stop: int,
+    *,
+    token: str | None = None,
+    stopped: threading.Event | None = None,
+) -> bytearray:
+    """The same during a long conversion: a wrong answer is asked for again, too, and for longer.
+
+    Once ``stopped`` is set it ends with the error that it was waiting after, or at the next piece.
+    """
+    again = partial(patiently, attempts=WINDOW_ATTEMPTS, also=(RangeError,), stopped=stopped)
+    return _range(snapshot, snapshot.file(path), start, stop, token, again, stopped)
 
 
 class RangeError(HubError):
@@ -147,8 +157,9 @@ def _range(
     start: int,
     stop: int,
     token: str | None,
-    tried: Callable[[Callable[[], bytes]], bytes],
-) -> bytes:
+    tried: Callable[[Callable[[], bytearray]], bytearray],
+    stopped: threading.Event | None = None,
+) -> bytearray:
     assert 0 <= start <= stop, f"{file.path}: [{start}, {stop}) is not a range"
     if stop > file.size:
         raise HubError(
@@ -156,15 +167,20 @@ def _range(
             f"has only {file.size}: the file is truncated or its header is wrong."
         )
     if start == stop:
-        return b""
+        return bytearray()
     doing = f"Reading a part of {file.path} from {snapshot.repo_id}"
     with hub_errors(doing, repo_id=snapshot.repo_id, endpoint=snapshot.endpoint):
-        return tried(lambda: _fetch_range(snapshot, file, start, stop, token))
+        return tried(lambda: _fetch_range(snapshot, file, start, stop, token, stopped))
 
 
 def _fetch_range(
-    snapshot: HubSnapshot, file: HubFile, start: int, stop: int, token: str | None
-) -> bytes:
+    snapshot: HubSnapshot,
+    file: HubFile,
+    start: int,
+    stop: int,
+    token: str | None,
+    stopped: threading.Event | None,
+) -> bytearray:
     from huggingface_hub import get_session, hf_hub_url
     from huggingface_hub.utils._headers import build_hf_headers
     from huggingface_hub.utils._http import hf_raise_for_status
@@ -175,7 +191,8 @@ def _fetch_range(
     headers = build_hf_headers(token=token, library_name=LIBRARY)
     # A compressed answer has other offsets than the file.
     headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    body = bytearray()
+    body = bytearray(stop - start)  # filled in place: a window is large, and several are under way
+    count = 0
     with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT_S) as response:
         if response.status_code >= 400:
             response.read()
@@ -193,9 +210,13 @@ def _fetch_range(
                 f"{url} answered a request for bytes {start}-{stop - 1} with {said!r}."
             )
         for chunk in response.iter_bytes():
-            body += chunk
-            if len(body) > stop - start:
+            if stopped is not None and stopped.is_set():
+                raise HubError("the conversion was stopped.")
+            if count + len(chunk) <= len(body):
+                body[count : count + len(chunk)] = chunk
+            count += len(chunk)
+            if count > len(body):
                 break
-    if len(body) != stop - start:
-        raise RangeError(f"{url} sent {len(body)} bytes where {stop - start} were asked for.")
-    return bytes(body)
+    if count != len(body):
+        raise RangeError(f"{url} sent {count} bytes where {stop - start} were asked for.")
+    return body

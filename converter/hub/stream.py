@@ -8,6 +8,8 @@ makes sure of. So whatever a caller was given is vouched for once its file is co
 Threads take turns: one reads at a time, with all connections, and of those that wait it is the one
 whose work began first. Together they would want windows from everywhere at once, more than are
 kept, and most would be fetched twice: once for the thread, once for the hash.
+
+The first window that does not come, whatever was tried, ends the reading of all threads.
 """
 
 from __future__ import annotations
@@ -37,8 +39,11 @@ KEPT: Final = 8
 CONNECTIONS: Final = 4
 AHEAD: Final = CONNECTIONS - 1
 """Windows that are asked for before they are needed."""
-Fetch = Callable[[str, int, int], bytes]
+Fetch = Callable[[str, int, int], bytes | bytearray]
 """Bytes [start, stop) of a file; raises HubError once trying again has not helped."""
+
+
+_Asked = bytes | bytearray | Future[bytes | bytearray]
 
 
 @dataclass(slots=True)
@@ -86,7 +91,13 @@ class _Turns:
         """Wait for the turn of ``ticket``, which no other thread waits with, and hold it."""
         with self._changed:
             heapq.heappush(self._waiting, ticket)
-            self._changed.wait_for(lambda: not self._taken and self._waiting[0] == ticket)
+            try:
+                self._changed.wait_for(lambda: not self._taken and self._waiting[0] == ticket)
+            except BaseException:  # who is interrupted stands in nobody's way
+                self._waiting.remove(ticket)
+                heapq.heapify(self._waiting)
+                self._changed.notify_all()
+                raise
             heapq.heappop(self._waiting)
             self._taken = True
         try:
@@ -100,8 +111,8 @@ class _Turns:
 class StreamReader(Reader):
     """Tensors by name from a repository at one commit; share one among threads.
 
-    Memory is bounded by ``KEPT`` windows however large a tensor is. What has been read is vouched
-    for by ``complete`` alone; see there.
+    Memory is bounded by ``KEPT`` and ``AHEAD`` windows however large a tensor is. What has been
+    read is vouched for by ``complete`` alone; see there.
     """
 
     def __init__(
@@ -111,8 +122,12 @@ class StreamReader(Reader):
         *,
         headers: Mapping[str, str],
         fetch: Fetch,
+        stopped: threading.Event | None = None,
     ) -> None:
-        """``headers`` are the sha256 of the files' headers by which everything was planned."""
+        """``headers`` are the sha256 of the files' headers by which everything was planned.
+
+        ``stopped`` is set once nothing more is read, and what ``fetch`` waits on.
+        """
         super().__init__(tensors, {})
         self._headers = headers
         self._stops: dict[str, int] = {}
@@ -121,8 +136,10 @@ class StreamReader(Reader):
         self._snapshot = snapshot
         self._fetch = fetch
         self._state: dict[str, _Progress] = {}
-        self._ready: OrderedDict[tuple[str, int], bytes] = OrderedDict()
-        self._loading: dict[tuple[str, int], Future[bytes]] = {}
+        self._ready: OrderedDict[tuple[str, int], bytes | bytearray] = OrderedDict()
+        self._loading: dict[tuple[str, int], Future[bytes | bytearray]] = {}
+        self._failure: BaseException | None = None
+        self._stopped = stopped or threading.Event()
         self._noted = threading.local()
         self._turns = _Turns()
         self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="stream")
@@ -131,8 +148,16 @@ class StreamReader(Reader):
 
     def close(self) -> None:
         """Stop reading; reading afterwards is a programming error."""
+        self.abort()
         self._pool.shutdown(wait=True, cancel_futures=True)
         super().close()
+
+    def abort(self, failure: BaseException | None = None) -> None:
+        """Let whoever reads, or is about to, fail at once with the first ``failure`` there was."""
+        with self._lock:
+            if self._failure is None:
+                self._failure = failure or HubError("Reading from the hub was stopped.")
+        self._stopped.set()
 
     @contextmanager
     def noting(self, file: str, start: int) -> Iterator[set[str]]:
@@ -158,7 +183,10 @@ class StreamReader(Reader):
             state = self._state.get(name)
         if state is None or name in self.verified:
             return
-        self._hash_up_to(state, state.windows)
+        ticket = self._turns.ticket()
+        while state.next < state.windows:  # between windows others have their turn
+            with self._turns.turn(ticket):
+                self._hash_up_to(state, min(state.windows, state.next + 1), state.windows)
         actual = state.hash.hexdigest()
         expected = state.file.sha256 or state.file.blob_id
         if actual != expected:
@@ -183,10 +211,13 @@ class StreamReader(Reader):
                 self._hash_up_to(state, work.window)
             self._copy(state, info, position, view)
 
-    def _hash_up_to(self, state: _Progress, stop: int) -> None:
-        """Read what is left of a file before window ``stop``, for the hash alone."""
+    def _hash_up_to(self, state: _Progress, stop: int, end: int | None = None) -> None:
+        """Read what is left of a file before window ``stop``, for the hash alone.
+
+        Windows are asked for ahead up to ``end``, by default ``stop``.
+        """
         while (number := state.next) < stop:
-            for ahead in range(number, min(stop, number + 1 + AHEAD)):
+            for ahead in range(number, min(end or stop, number + 1 + AHEAD)):
                 self._ask(state, ahead)
             self._window(state, number)
             state.passed.add(number)
@@ -194,15 +225,19 @@ class StreamReader(Reader):
 
     def _copy(self, state: _Progress, info: TensorInfo, position: int, view: memoryview) -> None:
         done = 0
+        last = (position + len(view) - 1) // WINDOW
+        held: dict[int, _Asked] = {}  # what is asked for ahead is not asked for again
         while done < len(view):
             number, skipped = divmod(position + done, WINDOW)
             if number >= state.windows:
                 raise PlanError([f"{info.file}: {info.name}: lies beyond the end of the file"])
-            self._ask(state, number)
+            found = held.pop(number, None) or self._ask(state, number)
             for ahead in range(number + 1, min(state.windows, number + 1 + AHEAD)):
-                if ahead not in state.digests:  # every byte is wanted once, for the hash
+                if ahead <= last:
+                    held[ahead] = held.get(ahead) or self._ask(state, ahead)
+                elif ahead not in state.digests:  # every byte is wanted once, for the hash
                     self._ask(state, ahead)
-            data = self._window(state, number)
+            data = found.result() if isinstance(found, Future) else found
             part = memoryview(data)[skipped : skipped + len(view) - done]
             if not len(part):
                 raise PlanError([f"{info.file}: {info.name}: lies beyond the end of the file"])
@@ -224,14 +259,16 @@ class StreamReader(Reader):
                 self._state[name] = _Progress(file, state, windows, hashlib.sha256(), stop)
             return self._state[name]
 
-    def _window(self, state: _Progress, number: int) -> bytes:
+    def _window(self, state: _Progress, number: int) -> bytes | bytearray:
         found = self._ask(state, number)
-        return found if isinstance(found, bytes) else found.result()
+        return found.result() if isinstance(found, Future) else found
 
-    def _ask(self, state: _Progress, number: int) -> bytes | Future[bytes]:
+    def _ask(self, state: _Progress, number: int) -> _Asked:
         """A window that is in memory, or what will be one."""
         key = (state.file.path, number)
         with self._lock:
+            if self._failure is not None:
+                raise self._failure
             if key in self._ready:
                 self._ready.move_to_end(key)
                 return self._ready[key]
@@ -239,9 +276,11 @@ class StreamReader(Reader):
                 self._loading[key] = self._pool.submit(self._load, state, number)
             return self._loading[key]
 
-    def _load(self, state: _Progress, number: int) -> bytes:
+    def _load(self, state: _Progress, number: int) -> bytes | bytearray:
         key = (state.file.path, number)
         try:
+            if self._failure is not None:
+                raise self._failure
             start = number * WINDOW
             data = self._fetch(key[0], start, min(state.file.size, start + WINDOW))
             digest = hashlib.sha256(data).digest()
@@ -251,6 +290,9 @@ class StreamReader(Reader):
                 self._ready[key] = data
                 while len(self._ready) > KEPT:
                     del self._ready[min(self._ready, key=self._use)]
+        except BaseException as error:
+            self.abort(error)
+            raise
         finally:
             with self._lock:
                 self._loading.pop(key, None)
@@ -292,7 +334,9 @@ def open_stream(
     """A reader of ``tensors`` from the repository that ``snapshot`` pins to a commit."""
     from converter.hub.snapshot import fetch_window
 
-    def fetch(path: str, start: int, stop: int) -> bytes:
-        return fetch_window(snapshot, path, start, stop, token=token)
+    stopped = threading.Event()
 
-    return StreamReader(tensors, snapshot, headers=headers, fetch=fetch)
+    def fetch(path: str, start: int, stop: int) -> bytearray:
+        return fetch_window(snapshot, path, start, stop, token=token, stopped=stopped)
+
+    return StreamReader(tensors, snapshot, headers=headers, fetch=fetch, stopped=stopped)

@@ -24,6 +24,7 @@ from arch_maps.gguf import (
     GgufArch,
     Keys,
     contradictions,
+    llama3_scaling,
     read_config,
 )
 from arch_maps.rules import MAX_TENSORS
@@ -41,7 +42,11 @@ MAX_HEAD_BYTES: Final = 256 << 20
 TIMEOUT_SECONDS: Final = 60
 _FIRST_READ: Final = 4 << 20
 _MEMORY: Final = 4 << 30
+_LONGEST_ANSWER: Final = 64 << 20
+"""Bytes: some times what the largest release has to say of its tensors."""
 _EXPERT: Final = "{}"
+_CONFIG: Final = "config.json"
+_FROM_FILE: Final = "made from the file"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +133,7 @@ def gguf_source(
     config["quantization_config"] = {
         "quant_method": METHOD,
         "architecture": keys.prefix,
-        "config.json": "the release's" if stated is not None else "made from the file",
+        _CONFIG: "the release's" if stated is not None else _FROM_FILE,
         "types": dict(sorted(types.items())),
         "tokenizer": metadata.get("tokenizer.ggml.model"),
     }
@@ -144,6 +149,27 @@ def gguf_source(
     )
     drops = {name: why for name, why in arch.drops.items() if name in source.tensors}
     return replace(source, gguf=stored, gguf_drops=drops)
+
+
+def misread(source: Source, files: Collection[str]) -> list[str]:
+    """Those of the local ``files`` whose heads, or values that are settings, are not the source's.
+
+    For a source that was made from what came without a hash.
+    """
+    found = []
+    place = source.tensors.get(LLAMA3_FACTORS)
+    made = source.config["quantization_config"][_CONFIG] == _FROM_FILE
+    for name in files:
+        path = source.files[name].path
+        assert path is not None, f"{name} is not local"
+        if read_head(path, name).digest != source.files[name].digest:
+            found.append(name)
+        elif made and place is not None and place.file == name:
+            values = np.frombuffer(read_bytes(path, place.start, place.stop), "<f4").tolist()
+            scaling = llama3_scaling(values, source.config["rope_theta"])
+            if scaling != source.config["rope_scaling"]:
+                found.append(name)
+    return found
 
 
 def read_bytes(path: Path, start: int, stop: int) -> bytes:
@@ -339,7 +365,12 @@ def _ask(path: Path, count: int, size: int, name: str) -> dict[str, Any]:
     request = {"path": str(path.resolve()), "bytes": count, "size": size}
     try:
         found: dict[str, Any] = ask(
-            gguf_child.__file__, request, memory=_MEMORY, seconds=TIMEOUT_SECONDS, packages=False
+            gguf_child.__file__,
+            request,
+            memory=_MEMORY,
+            seconds=TIMEOUT_SECONDS,
+            packages=False,
+            longest=_LONGEST_ANSWER,
         )
     except ChildError as error:
         raise PlanError([f"{name}: {unread(error, TIMEOUT_SECONDS)}"]) from None

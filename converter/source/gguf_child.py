@@ -35,6 +35,8 @@ LONGEST_ARRAY = 4096
 """Numbers of an array that is answered as it is; of longer ones and of texts the count is."""
 LONGEST_TEXT = 4096
 """Characters of a text that is answered as it is; of longer ones (templates) the count is."""
+ANSWERED = 1 << 20
+"""Numbers and characters that are answered together; of what comes then the count is."""
 
 
 class Refused(Exception):
@@ -53,6 +55,7 @@ class Cursor:
         self.data = data
         self.size = size
         self.at = 0
+        self.left = ANSWERED
 
     def need(self, count: int, what: str) -> None:
         """Require ``count`` more bytes in the file, then here."""
@@ -84,6 +87,13 @@ class Cursor:
         except UnicodeDecodeError as error:
             raise Refused(f"{what} at byte {self.at - length} is not UTF-8: {error}") from error
 
+    def answers(self, count: int, longest: int) -> bool:
+        """Whether so many numbers or characters are answered as they are, which is then noted."""
+        if count > min(longest, self.left):
+            return False
+        self.left -= count
+        return True
+
     def value(self, kind: int, key: str) -> Any:
         """The value of an entry; long texts and arrays come as a count: the answer is bounded."""
         if kind in SCALARS:
@@ -93,7 +103,7 @@ class Cursor:
             return bool(found) if kind == BOOL else found
         if kind == STRING:
             text = self.text(key)
-            return text if len(text) <= LONGEST_TEXT else {"count": len(text)}
+            return text if self.answers(len(text), LONGEST_TEXT) else {"count": len(text)}
         if kind != ARRAY:
             raise Refused(f"{key} has the unknown type {kind}")
         inner = self.number("<I", f"the type of {key}")
@@ -109,7 +119,7 @@ class Cursor:
             return {"count": count}
         self.need(count * least, key)
         start, self.at = self.at, self.at + count * least
-        if count > LONGEST_ARRAY:
+        if not self.answers(count, LONGEST_ARRAY):
             return {"count": count}
         found = struct.unpack_from(f"<{count}{SCALARS[inner][1]}", self.data, start)
         return [bool(one) for one in found] if inner == BOOL else list(found)
@@ -145,8 +155,10 @@ def inspect(cursor: Cursor) -> dict[str, Any]:
         ("tensors", tensors, 28, MAX_TENSORS),
         ("entries", entries, 13, MAX_ENTRIES),
     ):
-        if count > min(most, cursor.size // least):
+        if count > cursor.size // least:
             raise Refused(f"truncated: claims {count} {what} in {cursor.size} bytes")
+        if count > most:
+            raise Refused(f"has {count} {what}; no more than {most} are read")
     metadata: dict[str, Any] = {}
     for _ in range(entries):
         key = cursor.text("a key", MAX_NAME)
