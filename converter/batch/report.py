@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from converter.atomic import write_atomic
+from converter.atomic import write_named
 from converter.batch.catalogue import Catalogue
 from converter.batch.status import iso, rows_of
 from converter.ui import size_text
@@ -30,7 +30,7 @@ def write_report(catalogue: Catalogue, out: Path) -> None:
     environment.filters |= {"size": size_text, "number": _number}
     text = environment.get_template("report.html.j2").render(page_of(catalogue))
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, text)
+    write_named(out, text)
 
 
 def page_of(catalogue: Catalogue) -> dict[str, Any]:
