@@ -18,6 +18,7 @@ from converter.adapter.torch_folder import fused_folder
 from converter.allocating import allocated
 from converter.calibrated import statistics_of
 from converter.decode import DecodingReader, View, decoded
+from converter.earlier import earlier_outputs
 from converter.errors import ConvertError, PlanError, UsageError
 from converter.execute import CheckedReader, Job, execute
 from converter.execute.folder import (
@@ -77,6 +78,10 @@ class Request:
     """Folders of the outputs below ``mlx_path``, one for each recipe; derived where empty."""
     dequantize: bool = False
     overwrite: bool = False
+    keep_judged: bool = False
+    """Whether this goes on where all outputs are finished and judged already, to publish them."""
+    replace_others: bool = False
+    """Whether what is in the way of an output goes; for a caller whose folders they are."""
     workers: int | None = None
     calibration_data: Path | None = None
     """Text of the calibrated methods; None for the built-in one."""
@@ -132,6 +137,8 @@ class Converted:
     target: Path | None = None
     """The output that this one drafts for."""
     fusion: Fusion | None = None
+    reused: bool = False
+    """Whether an earlier run made it."""
 
     def reference(self, *, workers: int) -> AbstractContextManager[Path]:
         """The torch checkpoint that the output must compute like: the release, or it fused."""
@@ -271,12 +278,19 @@ def convert(
     targets = output_folders(request, planned)
     drafters = [drafter_folder(out) for out in targets] if planned.drafters else []
     plans, folders = (*planned.plans, *planned.drafters), [*targets, *drafters]
-    done = _reusable(request, planned.release, plans, folders)
+    done = earlier_outputs(
+        plans,
+        folders,
+        release=planned.release,
+        overwrite=request.overwrite,
+        keep_judged=request.keep_judged,
+    )
     source_root = planned.release.root
     for out, finished in zip(folders, done, strict=True):
         if finished is None:
             with explain(out):
-                check_output(out, source=source_root, overwrite=request.overwrite)
+                replaced = request.overwrite or request.replace_others
+                check_output(out, source=source_root, overwrite=replaced)
                 out.parent.mkdir(parents=True, exist_ok=True)
     console.planned(plans, folders)
     for line in planned.kv:
@@ -314,8 +328,9 @@ def convert(
             arch=planned.arch,
             target=target,
             fusion=planned.fusion,
+            reused=before is not None,
         )
-        for plan, out, target in zip(plans, folders, beside, strict=True)
+        for plan, out, target, before in zip(plans, folders, beside, done, strict=True)
     ]
 
 
@@ -450,24 +465,6 @@ def _finish(
     sync_tree(work)
     (work / JOURNAL).unlink()
     forget_parts(work)
-
-
-def _reusable(
-    request: Request, release: Release, plans: Sequence[Plan], folders: Sequence[Path]
-) -> list[Manifest | None]:
-    """Outputs of these very plans and weights that an interrupted run has finished already."""
-    if request.overwrite:
-        return [None] * len(folders)
-    content = release.content()
-    return [_finished(plan, out, content) for plan, out in zip(plans, folders, strict=True)]
-
-
-def _finished(plan: Plan, out: Path, content: str) -> Manifest | None:
-    if not (out / MANIFEST).is_file() or (out / "parity.json").exists():
-        return None
-    manifest = read_manifest(out)
-    same = manifest.plan == plan.hash and manifest.data.get("content") == content
-    return manifest if same else None
 
 
 def _relocated(planned: Planned, release: Release) -> Source:

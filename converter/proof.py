@@ -131,6 +131,36 @@ def prove_drafter(out: Path, *, target: Path, console: Console) -> dict[str, Any
     return publish_report(report, out, None if manifest is None else manifest.checkpoint)
 
 
+def own_report(out: Path) -> dict[str, Any] | None:
+    """The parity report of exactly the plan and files of ``out``'s manifest, None without one."""
+    path = out / "parity.json"
+    if not path.is_file():
+        return None
+    manifest = read_manifest(out)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    mine = {"plan": manifest.plan, "checkpoint": manifest.checkpoint}
+    return data if isinstance(data, dict) and data.items() >= mine.items() else None
+
+
+def standing_report(out: Path, *, kl_threshold: float | None) -> dict[str, Any] | None:
+    """The passing report that a proof of ``out`` by the same gates would repeat, None without one.
+
+    Its page is drawn again: whoever wrote the report may have been killed before that.
+    """
+    data = own_report(out)
+    if data is None or data.get("verdict") != "pass" or data.get("kv_cache") != kv_report(out):
+        return None
+    rows = [c for c in data["checks"] if str(c["name"]).rpartition("/")[2] == "loss"]
+    if any(row["threshold"] != kl_threshold for row in rows):
+        return None
+    note_comparison(out, None)
+    draw_page(out)
+    return data
+
+
 def require_proof(out: Path, *, allow_unproven: bool = False) -> dict[str, Any]:
     """The report that lets exactly this output be published; raises GateError otherwise.
 

@@ -1,18 +1,24 @@
 """Several outputs of one command: what is proven is published, whatever becomes of the others."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
-from release_helpers import status, write_release
+from release_helpers import make, status, write_release
 
 from converter.cli import proving
-from converter.errors import ConvertError, GateError, HubError
+from converter.errors import ConvertError, GateError, HubError, PlanError
+from converter.manifest import read_manifest
+from converter.proof import standing_report
 
 
 @pytest.fixture
 def uploads(monkeypatch):
     """The repos that were uploaded to; proofs and uploads only pretend."""
     done = []
-    monkeypatch.setattr("converter.proof.require_proof", lambda out, **given: {})
+    # Before the other, so that its module has not the pretended one for good.
     monkeypatch.setattr("converter.publish.write_card", lambda out, **given: None)
+    monkeypatch.setattr("converter.proof.require_proof", lambda out, **given: {})
     monkeypatch.setattr("converter.hub.whoami", lambda: "me")
     monkeypatch.setattr(proving, "verdict_text", lambda report, out: "")
     monkeypatch.setattr(proving, "_set_side_by_side", lambda outputs: None)
@@ -29,6 +35,9 @@ def uploads(monkeypatch):
         ({"4bit": "fail"}, 4),
         ({"4bit": "fail", "8bit": ConvertError("cannot be run as the reference")}, 1),
         ({"8bit": HubError("the network is away")}, 5),
+        ({"4bit": "fail", "8bit": HubError("the network is away")}, 4),
+        ({"bf16": PlanError(["a", "b"]), "8bit": HubError("the network is away")}, 5),
+        ({"bf16": RuntimeError("a fault"), "8bit": "fail"}, 1),
     ],
     ids=str,
 )
@@ -37,7 +46,7 @@ def test_an_output_that_fails_leaves_the_others(
 ):
     def prove(out, **given):
         failure = failures.get(out.name.rpartition("-")[2], "pass")
-        if isinstance(failure, ConvertError):
+        if isinstance(failure, Exception):
             raise failure
         return {"verdict": failure, "checks": [{"name": "logits", "verdict": failure}]}
 
@@ -61,3 +70,87 @@ def test_a_single_output_fails_as_it_does(uploads, tmp_path, monkeypatch, capsys
     assert status("--hf-path", source, "--mlx-path", out, "--quiet", "--upload-repo") == 4
     assert capsys.readouterr().err == "not good enough\n"
     assert uploads == []
+
+
+def test_what_failed_is_said_though_the_run_is_interrupted(uploads, tmp_path, monkeypatch, capsys):
+    def prove(out, **given):
+        raise KeyboardInterrupt if out.name.endswith("4bit") else ConvertError("cannot be run")
+
+    monkeypatch.setattr("converter.proof.prove", prove)
+    source, out = write_release(tmp_path / "model"), tmp_path / "out"
+    told = ["--hf-path", source, "--mlx-path", out, "--quiet", "--variants", "bf16,4bit"]
+    assert status(*told) == 130
+    assert f"{out / 'model-bf16'}: cannot be run" in capsys.readouterr().err
+
+
+def passing(out, **changed):
+    """Write the report of a passed proof of exactly this output."""
+    manifest = read_manifest(out)
+    report = {"plan": manifest.plan, "checkpoint": manifest.checkpoint, "verdict": "pass"}
+    report |= {"checks": [{"name": "loss", "threshold": None, "verdict": "info"}]} | changed
+    (out / "parity.json").write_text(json.dumps(report))
+    return report
+
+
+def test_the_same_command_goes_on_where_it_stopped(uploads, tmp_path, monkeypatch, capsys):
+    proofs, away = [], ["me/model-8bit"]
+
+    def prove(out, **given):
+        proofs.append(out.name)
+        return passing(out)
+
+    def upload(out, repo, **given):
+        if repo in away:
+            raise HubError("the network is away")
+        uploads.append(repo)
+
+    def find(repo, plan, folder):
+        return SimpleNamespace(url=f"there/{repo}") if repo in uploads else None
+
+    monkeypatch.setattr("converter.proof.prove", prove)
+    monkeypatch.setattr("converter.proof.draw_page", lambda out: None)
+    monkeypatch.setattr("converter.publish.upload_output", upload)
+    monkeypatch.setattr("converter.batch.published.find_published", find)
+    source, out = write_release(tmp_path / "model"), tmp_path / "out"
+    told = ["--hf-path", source, "--mlx-path", out, "--quiet", "--variants", "bf16,4bit,8bit"]
+    told.append("--upload-repo")
+    assert status(*told) == 5
+    assert (len(proofs), uploads) == (3, ["me/model-bf16", "me/model-4bit"])
+    away.clear()
+    assert status(*told) == 0
+    assert (len(proofs), uploads[2:]) == (3, ["me/model-8bit"])
+    capsys.readouterr()
+    assert status(*told) == 2
+    said = capsys.readouterr().err
+    assert "model-8bit: is published already, at there/me/model-8bit" in said
+    assert "--overwrite" in said
+    assert status(*told[:-1]) == 2  # all are judged, and nothing is left to be done
+    assert "holds a finished conversion; use --overwrite" in capsys.readouterr().err
+    (out / "model-4bit" / "parity.json").unlink()  # as if it had been killed in that proof
+    assert status(*told[:-1]) == 0
+    assert proofs[3:] == ["model-4bit"]
+    config = out / "model-4bit" / "config.json"
+    config.write_text(config.read_text() + " ")  # what is damaged is neither proven nor published
+    assert status(*told) == 2
+    assert (len(proofs), len(uploads)) == (4, 3)
+
+
+def test_a_report_stands_for_its_own_files_and_gates_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("converter.proof.draw_page", lambda out: None)
+    [out] = make(write_release(tmp_path / "model"), tmp_path / "out")
+    assert standing_report(out, kl_threshold=None) is None
+    report = passing(out)
+    assert standing_report(out, kl_threshold=None) == report
+    assert standing_report(out, kl_threshold=0.1) is None
+    for changed in (
+        {"verdict": "fail"},
+        {"verdict": "unproven"},
+        {"plan": "another"},
+        {"checkpoint": "of other files"},
+        {"checks": [{"name": "loss", "threshold": 5.0, "verdict": "pass"}]},
+        {"kv_cache": {"chosen": "uniform"}},
+    ):
+        passing(out, **changed)
+        assert standing_report(out, kl_threshold=None) is None, changed
+    (out / "parity.json").write_text("{")
+    assert standing_report(out, kl_threshold=None) is None

@@ -175,6 +175,7 @@ def request_from(given: dict[str, Any]) -> Request:
         recipes=tuple(_recipes(given)),
         dequantize=given["dequantize"],
         overwrite=given["overwrite"],
+        keep_judged=given.get("upload_repo") is not None,
         workers=given.get("workers"),
         calibration_data=given["calibration_data"],
         trust_remote_code=given["trust_remote_code"],

@@ -27,20 +27,20 @@ def run(command: Callable[[], object]) -> int:
         error.show()
         return 2
     except (KeyboardInterrupt, Abort):
-        _say("interrupted; run the same command again to go on where it stopped")
+        say("interrupted; run the same command again to go on where it stopped")
         return INTERRUPTED
     except PlanError as error:
-        _say("\n".join(["The release cannot be converted:", *(f"  {p}" for p in error.problems)]))
+        say("\n".join(["The release cannot be converted:", *(f"  {p}" for p in error.problems)]))
         return error.exit_code
     except ConvertError as error:
-        _say(str(error))
+        say(str(error))
         return error.exit_code
     except BrokenPipeError:
         return 1
     except Exception as error:
         if os.environ.get("CONVERT_DEBUG"):
             traceback.print_exc()
-        _say(
+        say(
             f"internal error: {type(error).__name__}: {error}. Nothing unfinished looks finished. "
             "Please report this with the command; CONVERT_DEBUG=1 shows where it happened."
         )
@@ -48,7 +48,8 @@ def run(command: Callable[[], object]) -> int:
     return 0
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a message to stderr, its secrets hidden and no line of it forging another."""
     from converter.errors import one_line
     from converter.hub.errors import redact
 

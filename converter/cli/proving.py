@@ -2,57 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import click
 
+from converter.cli.errors import say
 from converter.errors import ConvertError, GateError, HubError, PlanError, UsageError
+from converter.execute.folder import explain
 from converter.memory import size_of
 from converter.mtp import SUFFIX
 from converter.pipeline import Converted
 from converter.ui import Console, verdict_text
 
-_KINDS: Final = (UsageError, PlanError, GateError, HubError, ConvertError)
-"""One for each exit status."""
+_GRAVEST: Final = (GateError, HubError, PlanError, UsageError)
+"""After whatever is none of these; a nightly run ranks failures in the same order."""
 
 
 def prove_and_publish(
     outputs: list[Converted], given: dict[str, Any], console: Console, workers: int
 ) -> None:
-    """Prove every output, then publish those that passed; what failed is raised at the end."""
+    """Prove every output, then publish those that passed; what failed is raised at the end.
+
+    What an earlier run has proven is taken as it is, and not uploaded again where it is published;
+    UsageError where all of it is.
+    """
     if given["upload_repo"] and len(outputs) > 1:
         raise UsageError(
             "--upload-repo REPO names one repo; with --variants or --mtp leave REPO out"
         )
+    there = _published_before(outputs, given)
     proven: list[tuple[Converted, dict[str, Any]]] = []
-    failed: list[tuple[Path, ConvertError]] = []
+    failed: list[tuple[Path, Exception]] = []
+    try:
+        _prove_all(outputs, given, console, workers, proven, failed)
+        _publish_all(proven, there, given, console, failed)
+    except BaseException:  # interrupted: what has failed until then is said all the same
+        for out, error in failed:
+            say(_named(out, error))
+        raise
+    if failed:
+        raise _gravest(failed, alone=len(outputs) == 1)
+
+
+def _prove_all(
+    outputs: Sequence[Converted],
+    given: dict[str, Any],
+    console: Console,
+    workers: int,
+    proven: list[tuple[Converted, dict[str, Any]]],
+    failed: list[tuple[Path, Exception]],
+) -> None:
     for output in outputs:
         console.say(f"validate: {output.folder}")
         try:
             proven.append((output, _proof(output, given, console, workers)))
-        except ConvertError as error:
+        except Exception as error:  # a fault in one is no reason to lose the others
             failed.append((output.folder, error))
-    _set_side_by_side([output.folder for output, _ in proven if output.target is None])
+
+
+def _publish_all(
+    proven: Sequence[tuple[Converted, dict[str, Any]]],
+    there: Mapping[Path, str],
+    given: dict[str, Any],
+    console: Console,
+    failed: list[tuple[Path, Exception]],
+) -> None:
+    try:
+        _set_side_by_side([output.folder for output, _ in proven if output.target is None])
+    except Exception as error:  # a table on a page is worth less than what was proven
+        failed.append((proven[0][0].folder, error))
     for output, report in proven:
         try:
-            _publish(output, report, given, console)
-        except ConvertError as error:
+            _publish(output, report, given, console, there.get(output.folder))
+        except Exception as error:
             failed.append((output.folder, error))
-    if failed:
-        raise _gravest(failed, alone=len(outputs) == 1)
+
+
+def _published_before(outputs: Sequence[Converted], given: dict[str, Any]) -> dict[Path, str]:
+    """Addresses of outputs that an earlier run has published; UsageError where these are all."""
+    from converter.batch.published import find_published
+    from converter.proof import own_report
+
+    there: dict[Path, str] = {}
+    for output in outputs:
+        repo = _repo(output, given) if output.reused and own_report(output.folder) else None
+        if repo is not None:
+            with explain(output.folder.parent), TemporaryDirectory() as folder:
+                found = find_published(repo, output.plan.hash, Path(folder) / "remote")
+            if found is not None:
+                there[output.folder] = found.url
+    if len(there) == len(outputs):
+        told = "\n".join(f"{out}: is published already, at {url}" for out, url in there.items())
+        raise UsageError(f"{told}\nUse --overwrite to make it again")
+    return there
 
 
 def _proof(
     output: Converted, given: dict[str, Any], console: Console, workers: int
 ) -> dict[str, Any]:
     """The report of one output."""
-    from converter.proof import prove, prove_drafter
+    from converter.proof import prove, prove_drafter, standing_report
     from converter.streamed import prove_streamed
 
     out = output.folder
     target = output.target or given["draft_for"]
+    if output.reused and target is None:
+        report = standing_report(out, kl_threshold=given["kl_threshold"])
+        if report is not None:
+            console.say("  has been proven already")
+            return report
     if target is not None:
         return prove_drafter(out, target=target, console=console)
     if output.release.streamed:
@@ -78,24 +139,34 @@ def _proof(
         )
 
 
+def _repo(output: Converted, given: dict[str, Any]) -> str | None:
+    """Where an output is to be published, None where it is not."""
+    from converter.naming import output_name, repo_name
+
+    plan, requested = output.plan, given["upload_repo"]
+    if requested is None:
+        return None
+    dtype = str(plan.config.get("dtype"))
+    derived = output_name(output.release.name, plan.options, dtype=dtype, kept=plan.kept)
+    derived += SUFFIX if output.target is not None else ""
+    return repo_name(requested, derived)
+
+
 def _publish(
-    output: Converted, report: dict[str, Any], given: dict[str, Any], console: Console
+    output: Converted,
+    report: dict[str, Any],
+    given: dict[str, Any],
+    console: Console,
+    there: str | None,
 ) -> None:
-    """Card and verdict of one output, and its upload where that was asked.
+    """Card and verdict of one output, and its upload where that was asked and it is not ``there``.
 
     Raises GateError for one that did not pass.
     """
-    from converter.naming import output_name, repo_name
     from converter.proof import require_proof
     from converter.publish import upload_output, write_card
 
-    out, plan, requested = output.folder, output.plan, given["upload_repo"]
-    repo = None
-    if requested is not None:
-        dtype = str(plan.config.get("dtype"))
-        derived = output_name(output.release.name, plan.options, dtype=dtype, kept=plan.kept)
-        derived += SUFFIX if output.target is not None else ""
-        repo = repo_name(requested, derived)
+    out, repo = output.folder, _repo(output, given)
     write_card(
         out,
         repo_id=repo,
@@ -106,7 +177,7 @@ def _publish(
     require_pass(report, out)
     if repo is not None:
         require_proof(out, allow_unproven=given["allow_unproven"])
-        address = upload_output(
+        address = there or upload_output(
             out,
             repo,
             console=console,
@@ -117,15 +188,22 @@ def _publish(
         click.echo(f"published: {address}")
 
 
-def _gravest(failed: Sequence[tuple[Path, ConvertError]], *, alone: bool) -> ConvertError:
-    """All failures as one, each naming its output, of the class of the first that is no gate."""
-    if alone:
+def _gravest(failed: Sequence[tuple[Path, Exception]], *, alone: bool) -> Exception:
+    """All failures as one, each naming its output, of the class of the gravest."""
+    if alone and len(failed) == 1:
         return failed[0][1]
-    first = next((error for _, error in failed if not isinstance(error, GateError)), failed[0][1])
-    kind = next(kind for kind in _KINDS if isinstance(first, kind))
-    texts = [str(error) if str(out) in str(error) else f"{out}: {error}" for out, error in failed]
-    lines = "\n".join(texts)
+    kinds = {next((k for k in _GRAVEST if isinstance(e, k)), ConvertError) for _, e in failed}
+    kind = next((kind for kind in (ConvertError, *_GRAVEST) if kind in kinds), ConvertError)
+    lines = "\n".join(_named(out, error) for out, error in failed)
     return PlanError(lines.splitlines()) if kind is PlanError else kind(lines)
+
+
+def _named(out: Path, error: Exception) -> str:
+    """What went wrong with an output, in words that name it."""
+    text = str(error)
+    if not isinstance(error, ConvertError):
+        text = f"internal error: {type(error).__name__}: {error}"
+    return text if str(out) in text else f"{out}: {text}"
 
 
 def _set_side_by_side(outputs: list[Path]) -> None:
