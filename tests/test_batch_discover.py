@@ -34,7 +34,7 @@ from converter.batch.needs import PROCESS_BYTES, guessed, needs_of, output_bytes
 from converter.batch.orders import Order, Part
 from converter.batch.recipes import Asked, Policy
 from converter.batch.watchlist import Filters
-from converter.batch.work import convert_release, fetch_release, prove_output
+from converter.batch.work import convert_release, fetch_release, prove_output, publish_output
 from converter.errors import HubError, PlanError
 from converter.execute.parts import Part as Shards
 from converter.hub import api as hub_api
@@ -42,6 +42,7 @@ from converter.hub import fetch as fetch_module
 from converter.hub import resolve_revision
 from converter.plan import Options, layout
 from converter.staging import Fault, Faults, StagingOptions, Weather, running_hub
+from quant.calibrate.text import Calibration
 from quant.recipe import QuantSpec
 from validate.streamed.tensors import whole_run_bytes
 
@@ -306,6 +307,7 @@ def test_a_variant_that_does_not_fit_leaves_the_others(order_of, tmp_path, monke
 
 WIDER = LLAMA | {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 1024}
 TARGET = Options(quant=QuantSpec.make("affine"), target_bits=6.0)
+TEXT = Calibration(sha256="0" * 64, sequences=1, length=1)
 
 
 def test_targets_and_adapters_are_made_as_by_hand(order_of, tmp_path, monkeypatch):
@@ -362,6 +364,50 @@ def test_targets_and_adapters_are_made_as_by_hand(order_of, tmp_path, monkeypatc
     }
 
 
+def test_an_adapter_that_is_not_on_this_machine_leaves_the_other_variants(order_of, tmp_path):
+    pairs = peft_pair("model.layers.0.mlp.down_proj", *factors((64, 128), 2, 2))
+    lora = write_adapter(tmp_path / "lora", peft_config(r=2), pairs)
+    record = read_adapter(lora).record()
+    asked = {
+        "tuned": Asked(options=FOUR_BIT, adapter=record, adapter_path=str(lora)),
+        "bf16": RECIPES["bf16"],
+        "never": Asked(options=replace(TARGET, target_bits=1.0)),
+    }
+    source = write_release(tmp_path / "source")
+    order = order_of(source, "tuned", "bf16", "never", recipes=asked)
+    lora.rename(tmp_path / "elsewhere")
+    answer = convert_release(order)
+    kinds = {job: failure.kind for job, failure in answer.failed.items()}
+    assert kinds == {1: "adapter", 3: "usage"}
+    assert list(answer.facts) == [2]
+
+
+def test_what_was_finished_before_its_worker_was_killed_is_not_made_again(
+    order_of, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = {"bf16": RECIPES["bf16"], "target": Asked(options=TARGET)}
+    order = order_of(write_release(tmp_path / "small", WIDER), "bf16", "target", recipes=asked)
+    first = convert_release(order)
+    with monkeypatch.context() as patch:
+        patch.setattr("converter.pipeline.execute", None)
+        assert convert_release(order).facts == first.facts
+    other = replace(order, parts=(replace(order.parts[1], asked=Asked(options=FOUR_BIT)),))
+    assert convert_release(other).facts[2] != first.facts[2]  # what is in the way is replaced
+
+
+def test_outputs_that_are_published_at_once_use_folders_of_their_own(tmp_path, monkeypatch):
+    seen_in = []
+    there = SimpleNamespace(facts={}, url="there")
+    monkeypatch.setattr(work, "find_published", lambda *given: seen_in.append(given[2]) or there)
+    monkeypatch.setattr(work, "read_manifest", lambda out: SimpleNamespace(plan="p", files={}))
+    for number in (1, 2):
+        asked = RECIPES["bf16"]
+        part = Part(job=number, variant="v", target="n/v", asked=asked, policy=Policy())
+        publish_output(Order(repo="a/b", commit="c", folder=tmp_path, parts=(part,)))
+    assert len({*seen_in}) == 2
+
+
 def test_files_that_were_checked_are_not_read_for_that_again(order_of, tmp_path, monkeypatch):
     monkeypatch.setitem(layout.lay_out.__kwdefaults__, "shard_bytes", 100_000)
     order = order_of(write_release(tmp_path / "source"), "bf16")
@@ -393,6 +439,9 @@ def test_what_a_release_needs_is_guessed_from_its_size_as_from_its_plans():
     assert guessed(2 * 10**9, 1) == {name: found[name] for name in ("disk", "memory")}
     assert needs_of([plan], fused=True, **given)["disk"] == found["disk"] + 4 * 10**9
     assert set(needs_of([], fused=False, **given).values()) == {0}
+    assert found["convert"] < found["memory"]
+    plan.options = Options(quant=QuantSpec.make("affine", 4, method="imatrix"), calibration=TEXT)
+    assert needs_of([plan], fused=False, **given)["convert"] == found["memory"]  # the model is run
     plan.options = Options(quant=QuantSpec.make("affine"), target_bits=4.5)
     assert output_bytes(plan) == 4.5e9 / 8
 

@@ -4,8 +4,10 @@ import json
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from batch_helpers import (
@@ -19,7 +21,7 @@ from batch_helpers import (
     used,
     wait_for,
 )
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from converter import memory as memory_module
 from converter.batch import budget as budget_module
@@ -28,12 +30,14 @@ from converter.batch.budget import Budget
 from converter.batch.catalogue import Catalogue
 from converter.batch.discover import Found
 from converter.batch.engine import Engine, Outcome
+from converter.batch.failures import Failure
+from converter.batch.fleet_worker import Service
 from converter.batch.orders import Answer, Order, Part
 from converter.batch.pieces import Pieces
 from converter.batch.progress import Step
 from converter.batch.recipes import Asked, Policy
 from converter.batch.run import status_of
-from converter.batch.schema import piece
+from converter.batch.schema import job, piece
 from converter.batch.sweep import sweep
 from converter.batch.watchlist import Budgets
 from converter.batch.work import Throttle
@@ -61,11 +65,13 @@ def place(tmp_path):
     return f"sqlite:///{tmp_path / 'ledger.db'}", work
 
 
-def engine(place, lines=None, *, budgets=None, tags=(), shared=False, split=None, **retries):
+def engine(
+    place, lines=None, *, budgets=None, tags=(), shared=False, split=None, made=Engine, **retries
+):
     url, work = place
     mine = ledger(url, **{**QUICK, **retries})
     mine.tags = frozenset(tags)
-    return Engine(
+    return made(
         mine,
         work,
         budgets=Budgets(**(budgets or {})),
@@ -259,6 +265,37 @@ def test_pieces_that_are_made_outlive_a_stop(place):
     assert helper.heartbeat([going_on]) == {going_on.id}
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_folder_stays_while_another_variant_will_go_on_from_it(place, shared):
+    add(catalogue_of(place), "acme/model", "bf16", "4bit")
+    mine = engine(place, shared=shared)
+    later = update(job).where(job.c.variant == "4bit").values(not_before=time.time() + 1000)
+    mine.ledger.database.do(lambda connection: connection.execute(later))
+    mine.run()
+    assert states(place) == {"model-bf16": "published", "model-4bit": "queued"}
+    assert [path.name for path in place[1].iterdir() if path.is_dir()] == ["acme--model@c1"]
+    catalogue_of(place).retry(catalogue_of(place).entries()[1:])
+    engine(place, shared=shared).run()
+    assert [path.name for path in place[1].iterdir()] == ["story.jsonl"]
+
+
+def test_pieces_go_with_their_jobs_and_the_folder_once_nobody_is_at_work_in_it(place):
+    add(catalogue_of(place), "acme/unsupported")
+    mine, theirs = engine(place, shared=True), Pieces(ledger(place[0], lease=60))
+    mine._claim()
+    (hand,) = mine._hands.values()
+    hand.order.folder.mkdir()
+    Pieces(mine.ledger).cut(hand.claim, [1], 2)  # by whoever had the release before
+    one = theirs.claim()
+    step = Step("convert", hand.order.parts)
+    mine._settle(hand, step, used(), Failure("unsupported", "no map"))
+    mine._drop(hand)
+    assert theirs.heartbeat([one]) == {one.id}
+    assert hand.order.folder.is_dir()  # until its worker has seen that
+    sweep(place[1], catalogue_of(place), shared=True)
+    assert not hand.order.folder.exists()
+
+
 def test_transient_failures_back_off_within_the_run(place):
     add(catalogue_of(place), "acme/flaky-fetch", "bf16", "4bit")
     outcome = engine(place).run()
@@ -401,6 +438,80 @@ def test_exit_status(classes, status):
     assert status_of(Found(), Outcome(failed=failed)) == status
 
 
+def test_one_output_of_a_release_is_proved_or_accepted_at_a_time(place):
+    add(catalogue_of(place), "acme/model", "bf16", "4bit", policy=Policy(accept="metal"))
+    mine = engine(place, budgets={"jobs": 4, "memory": 100}, tags={"metal"})
+    mine._claim()
+    (hand,) = mine._hands.values()
+    both = hand.order.parts
+    hand.needs = {"memory": 60, "convert": 60}
+    for stage in ("examine", "fetch", "convert"):
+        hand.settled(Step(stage, both), Answer())
+    hand.settled(Step("prove", both[:1]), Answer())
+    accept = Step("accept", both[:1])
+    assert list(hand.ready()) == [accept]
+    assert mine._room(hand, accept)
+    # One that is somehow beside it has memory of its own, which its end alone frees.
+    assert not mine._room(hand, Step("prove", both[1:]))
+    mine._memory.free(engine_module._key(hand, Step("prove", both[1:])))
+    assert mine._memory.left == 40
+    mine._forget(hand)
+    assert mine._memory.left == 100
+
+
+def test_a_release_that_is_gone_on_with_has_what_its_folder_holds_already(place, monkeypatch):
+    add(catalogue_of(place), "acme/model")
+    mine = engine(place, budgets={"disk": 10**6})
+    mine._claim()
+    (hand,) = mine._hands.values()
+    (hand.order.folder / "hub").mkdir(parents=True)
+    with (hand.order.folder / "hub" / "blob").open("wb") as file:
+        file.write(os.urandom(500_000))
+        os.fsync(file.fileno())
+    (hand.order.folder / "hub" / "link").symlink_to("blob")
+    free = SimpleNamespace(free=350_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: free)
+    fetch = Step("fetch", hand.order.parts)
+    hand.needs = {"disk": 800_000}
+    assert mine._room(hand, fetch)
+    mine._disk.free(hand.claim.release)
+    hand.needs = {"disk": 1_100_000}
+    assert not mine._room(hand, fetch)
+    (told,) = mine.outcome.failed
+    assert "needs 1.1 MB of disk and may use 8" in told["reason"]
+    free.free = 10**9
+    assert mine._disk.refusal(1_100_000, there=500_000).endswith("may use 1.0 MB")
+
+
+def test_a_busy_engine_leaves_pieces_to_others(place):
+    add(catalogue_of(place), "acme/cut-4")
+    mine, other = engine(place, shared=True), ledger(place[0], lease=60)
+    claim = other.claim()
+    Pieces(other).cut(claim, [claim.tasks[0].id], 1)
+    add(catalogue_of(place), "acme/model")
+    mine._claim()
+    mine._begin()  # its own release takes the slot
+    assert [child.stage for child, _, _ in mine._children] == ["examine"]
+    assert len(Pieces(ledger(place[0])).open()) == 1
+    mine.stop()
+    mine.run()
+
+
+def test_a_worker_claims_a_piece_that_it_can_start(place):
+    add(catalogue_of(place), "acme/model")
+    other = ledger(place[0], lease=60)
+    claim = other.claim()
+    Pieces(other).cut(claim, [claim.tasks[0].id], 3)
+    mine = engine(place, shared=True, made=Service)
+    answers = [mine.ask("piece", number, "acme/model", "c1") for number in (1, 2)]
+    mine._claim()
+    assert [answer.done() and not answer.result() for answer in answers] == [False, True]
+    assert [one.number for _, one in mine._piecework.running] == [1]
+    assert [one.id for one in Pieces(ledger(place[0])).open()] == [2, 3]
+    mine.stop()
+    mine.run()
+
+
 def test_budget():
     budget = Budget("disk", lambda: 100)
     assert budget.reserve("a", 60)
@@ -421,6 +532,20 @@ def test_memory_is_that_of_the_container(tmp_path, monkeypatch):
     monkeypatch.setattr(memory_module, "_membership", lambda: "0::/job\n")
     assert budget_module.memory(None).limit == 800
     assert budget_module.memory(5).limit == 5
+
+
+def test_memory_is_that_of_the_machine_where_the_container_does_not_tell(monkeypatch):
+    read_text = Path.read_text
+
+    def denied(path, **given):
+        if str(path) == "/proc/self/cgroup":
+            raise PermissionError(path)
+        return read_text(path, **given)
+
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setattr(Path, "read_text", denied)
+    assert memory_module.installed_memory() == whole
+    assert memory_module.available_memory() > 0
 
 
 def test_throttle_holds_a_download_to_its_rate():

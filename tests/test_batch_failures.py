@@ -2,7 +2,7 @@
 
 import pytest
 
-from converter.batch.failures import classify, verdict
+from converter.batch.failures import AdapterError, classify, verdict
 from converter.batch.watchlist import Retries
 from converter.errors import ConvertError, GateError, HubError, PlanError, UsageError
 from converter.execute.folder import BusyError
@@ -26,6 +26,7 @@ RETRIES = Retries(first_wait=10, longest_wait=45, gated_wait=1000)
         ("failed", 1, 0, "parked", 0),
         ("gated", 9, 0, "waiting", 1000),
         ("resources", 9, 0, "waiting", 1000),
+        ("adapter", 9, 0, "waiting", 1000),
         ("crash", 1, 1, "queued", 10),
         ("crash", 1, 2, "quarantined", 0),
         ("internal", 1, 2, "quarantined", 0),
@@ -58,6 +59,7 @@ def caused(error: BaseException, cause: BaseException) -> BaseException:
         (PlanError(["x"]), "unsupported"),
         (GateError("x"), "gate"),
         (UsageError("x"), "usage"),
+        (AdapterError("x"), "adapter"),
         (BusyError("another process is at it"), "disk"),
         (ConvertError("x"), "failed"),
         (caused(ConvertError("x"), OSError(28, "full")), "disk"),

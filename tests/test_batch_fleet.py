@@ -217,6 +217,25 @@ def test_a_worker_that_is_not_ours_is_handed_nothing(handed):
     assert handed.catalogue.entries()[0].state == "queued"
 
 
+def test_a_tag_that_was_there_a_moment_ago_is_waited_for(handed, monkeypatch):
+    monkeypatch.setattr(fleet_module, "UNFIT_S", 1000.0)
+    add(handed.catalogue, "acme/model", policy=Policy(accept="metal"))
+    claim = handed.ledger.claim()
+    handed.ledger.hand_over(claim, claim.tasks[0].id, "metal")
+    handed.ledger.give_back(claim)
+    handed._client = Client(apple=offered(**APPLE))
+    assert handed._turn()
+    assert list(handed._given) == [("release", claim.release)]
+    handed._given.clear()
+    handed._client = Client(small=offered(**SMALL))  # who can do nothing about it is not asked
+    assert handed._turn()
+    assert handed._given == {}
+    handed._client = Client()  # as when the scheduler was started again
+    assert handed._turn()
+    monkeypatch.setattr(fleet_module, "UNFIT_S", 0.0)
+    assert not handed._turn()
+
+
 def test_a_fleet_without_workers_is_said(handed):
     add(handed.catalogue, "acme/model")
     handed._client = Client()

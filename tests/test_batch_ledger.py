@@ -4,9 +4,11 @@ import multiprocessing
 import sqlite3
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from batch_helpers import (
+    RECIPES,
     add,
     claims_of,
     close_ledgers,
@@ -19,7 +21,7 @@ from batch_helpers import (
 from sqlalchemy import select, text, update
 
 from converter.batch import ledger as ledger_module
-from converter.batch.catalogue import Catalogue, choose
+from converter.batch.catalogue import Catalogue, Wanted, choose
 from converter.batch.claims import LeaseLostError
 from converter.batch.database import Database
 from converter.batch.failures import Failure
@@ -382,3 +384,50 @@ def test_a_busy_sqlite_is_waited_for(mine, catalogue, tmp_path):
 def test_tables_have_what_the_report_needs():
     assert {"peak_memory", "bytes", "host", "outcome", "stage"} <= set(attempt.c.keys())
     assert {"recipe_hash", "tools", "attempts", "facts"} <= set(job.c.keys())
+
+
+def with_adapter(path: str) -> list[Wanted]:
+    (one,) = wanted()
+    asked = replace(one.asked, adapter={"files": {"a": "sha256"}}, adapter_path=path)
+    return [replace(one, asked=asked)]
+
+
+def test_a_job_without_its_adapter_waits_and_begins_anew_when_it_is_wanted_again(mine, catalogue):
+    catalogue.enqueue(seen(), with_adapter("/old"))
+    claim = mine.claim()
+    no = Failure("adapter", "adapter_path /old: no such folder")
+    assert mine.failed(claim, 1, "examine", used(), no) == "waiting"
+    mine.give_back(claim)
+    assert mine.claim() is None
+    catalogue.enqueue(seen(), with_adapter("/old"))  # it may lie there now
+    assert mine.claim() is not None
+    mine.failed(claim := mine.claim(), 1, "convert", used(), Failure("disk", "is failing"))
+    mine.give_back(claim)
+    catalogue.enqueue(seen(), with_adapter("/new"))
+    (entry,) = catalogue.entries()
+    assert (entry.state, entry.job.attempts, entry.job.error) == ("queued", {}, None)
+    assert entry.job.recipe["adapter_path"] == "/new"
+
+
+def test_moving_an_adapter_says_nothing_about_a_missed_gate_or_what_is_held(mine, catalogue):
+    catalogue.enqueue(seen(), with_adapter("/old"))
+    for how in ("gate", "held"):
+        if how == "gate":
+            mine.failed(mine.claim(), 1, "prove", used(), Failure("gate", "KL 0.2"))
+        else:
+            catalogue.park(catalogue.entries(), "not now")
+        catalogue.enqueue(seen(), with_adapter(f"/{how}"))
+        (entry,) = catalogue.entries()
+        assert (entry.job.state, entry.job.error_class) == ("parked", how)
+
+
+def test_versions_that_store_recipes_otherwise_share_no_jobs(mine, catalogue, monkeypatch):
+    add(catalogue)
+    monkeypatch.setattr(ledger_module, "FORMAT", ledger_module.FORMAT + 1)
+    newer = Ledger(mine.database)
+    assert newer.claim() is None
+    assert Catalogue(newer).renew() == 1
+    unknown = {**RECIPES["bf16"].to_json(), "q_new": 1}
+    mine.database.do(lambda c: c.execute(update(job).values(recipe=unknown)))
+    assert catalogue.renew() == 0  # is left to those who know what that is
+    assert newer.claim() is not None

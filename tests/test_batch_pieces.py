@@ -13,6 +13,7 @@ from converter.batch.budget import Budget
 from converter.batch.catalogue import Catalogue
 from converter.batch.claims import LeaseLostError
 from converter.batch.failures import Failure
+from converter.batch.orders import Answer
 from converter.batch.pieces import PIECE_BYTES, Pieces, pieces_of
 from converter.batch.piecework import PieceWork
 from converter.batch.schema import piece
@@ -158,6 +159,34 @@ def test_pieces_are_begun_while_there_is_memory_for_them(tmp_path, monkeypatch):
     assert len(pieces.open()) == 4
 
 
+def test_a_piece_without_some_of_its_outputs_is_left_to_the_holder(tmp_path, monkeypatch):
+    mine = ledger(f"sqlite:///{tmp_path / 'ledger.db'}", lease=60)
+    add(Catalogue(mine))
+    claim = mine.claim()
+    pieces = Pieces(mine)
+    pieces.cut(claim, [1], 1)
+    answer = Answer(failed={1: Failure("adapter", "no such folder")})
+    child = SimpleNamespace(ended=lambda say: answer)
+    monkeypatch.setattr(piecework, "start", lambda *given: child)
+    said = []
+    work = PieceWork(
+        mine,
+        lambda repo, commit: tmp_path,
+        work=STAGES["convert"],
+        context=None,
+        workers=1,
+        memory=Budget("memory", lambda: 1000),
+        say=said.append,
+    )
+    assert work.take(1)
+    work.begin(lambda: True)
+    work.listen()
+    assert said[-1].endswith("is left to the holder of the release (adapter): no such folder")
+    assert pieces.left(claim) == 0
+    pieces.cut(claim, [1], 1)  # which is not done, and is tried again with the release
+    assert pieces.left(claim) == 1
+
+
 @pytest.fixture
 def shared(tmp_path):
     """A ledger's address, and a folder that several machines work in."""
@@ -223,3 +252,42 @@ def test_a_release_that_is_begun_while_folders_are_swept_keeps_its_own(shared, m
     monkeypatch.setattr(sweep, "_idle_releases", lambda mine: stale)
     sweep.sweep(work, catalogue, shared=True)
     assert left_in(work) == ["acme--model"]
+
+
+def test_a_folder_that_another_machine_sweeps_meanwhile_ends_nothing(shared, monkeypatch):
+    url, work = shared
+    mine = ledger(url)
+    for name in ("gone", "denied", "over"):
+        add(Catalogue(mine), f"acme/{name}")
+        worked_on(work, f"acme/{name}")
+        claim = mine.claim()
+        mine.passed(claim, claim.tasks[0].id, "publish", used(), published=True)
+        mine.give_back(claim)
+    rename = type(work).rename
+
+    def refused(path, target):
+        for name, error in (("gone", FileNotFoundError), ("denied", PermissionError)):
+            if path.name.startswith(f"acme--{name}"):
+                raise error(path)
+        return rename(path, target)
+
+    monkeypatch.setattr(type(work), "rename", refused)
+    sweep.sweep(work, Catalogue(mine), shared=True)
+    assert left_in(work) == ["acme--denied", "acme--gone"]
+    assert {entry.release.owner for entry in Catalogue(mine).entries()} == {None}
+
+
+def test_a_piece_whose_job_is_over_is_left_alone(ledger_url):
+    catalogue = Catalogue(ledger(ledger_url))
+    add(catalogue, "acme/model", "bf16", "4bit")
+    mine, other = ledger(ledger_url, lease=60), ledger(ledger_url, lease=60)
+    claim = mine.claim()
+    pieces, theirs = Pieces(mine), Pieces(other)
+    pieces.cut(claim, [task.id for task in claim.tasks], 3)
+    first = theirs.claim()
+    catalogue.park(catalogue.entries()[:1], "not this one")
+    assert (theirs.open(), theirs.claim([first.id])) == ([], None)
+    assert pieces.left(claim) == 1  # the one that somebody has
+    theirs.settle(first, "done")
+    assert pieces.left(claim) == 0
+    assert pieces.clear(claim) == 0

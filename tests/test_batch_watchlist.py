@@ -8,6 +8,7 @@ import pytest
 import yaml
 from release_helpers import factors, peft_config, peft_pair, write_adapter
 
+from converter.batch.failures import AdapterError
 from converter.batch.recipes import Asked, digest, policy_of, recipes_of
 from converter.batch.watchlist import WatchList, read_watchlist
 from converter.errors import UsageError
@@ -220,10 +221,10 @@ def test_a_target_and_an_adapter_tell_recipes_apart(tmp_path):
     moved.parent.mkdir()
     lora.rename(moved)
     assert asked(f'q_bits = 4\nadapter_path = "{moved}"').hash == made[-1].hash
-    with pytest.raises(UsageError, match="no such folder"):
+    with pytest.raises(AdapterError, match=r"on this machine: .*no such folder"):
         made[-1].checked_adapter()
     other = adapter(lora, scale=2.0)
-    with pytest.raises(UsageError, match="has changed since the watch list was read"):
+    with pytest.raises(AdapterError, match="has changed since the watch list was read"):
         made[-1].checked_adapter()
     assert asked(f'q_bits = 4\nadapter_path = "{other}"').hash != made[-1].hash
 
@@ -251,3 +252,13 @@ def test_recipes_survive_the_ledger(tmp_path):
         assert Asked.from_json(asked.to_json()) == asked
         assert asked.hash == digest(asked.options.to_json())  # as ledgers have known them always
     assert len({asked.hash for asked in recipes.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"rotate_values": True}, "rotate_values"), ({"target_size": {"x": 1}}, "target_size.x")],
+)
+def test_a_stored_recipe_is_made_as_a_whole_or_not_at_all(change, said):
+    stored = Asked(options=Options(dtype="bfloat16")).to_json()
+    with pytest.raises(UsageError, match=f"says {said}, which this version"):
+        Asked.from_json(stored | change)

@@ -13,8 +13,11 @@ from sqlalchemy import Connection, Row, and_, delete, select, update
 from converter.batch.ledger import OPEN, Ledger, insert_new
 from converter.batch.recipes import Asked, Policy, digest
 from converter.batch.schema import attempt, job, piece, release, run, watermark
+from converter.errors import UsageError
 
 UNFINISHED = (*OPEN, "parked", "quarantined")
+_UNMOVED = (None, "held", "usage", "gate")
+"""Classes of failure that have nothing to do with where a job's adapter lies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,9 +134,15 @@ class Catalogue:
         )
 
     def _renew_policy(self, connection: Connection, row: Row[Any], one: Wanted, now: float) -> None:
-        if digest(row.recipe) != digest(one.asked.to_json()):  # its adapter has been moved
+        moved = digest(row.recipe) != digest(one.asked.to_json())
+        if moved:  # its adapter lies elsewhere
             changed = update(job).where(job.c.id == row.id)
             connection.execute(changed.values(recipe=one.asked.to_json(), updated=now))
+        if row.state in UNFINISHED and (
+            row.error_class == "adapter" or (moved and row.error_class not in _UNMOVED)
+        ):
+            changed = update(job).where(job.c.id == row.id)
+            connection.execute(changed.values(**_fresh(now)))
         if Policy(**row.policy) == one.policy:
             return
         values: dict[str, Any] = {"policy": one.policy.to_json(), "updated": now}
@@ -153,13 +162,14 @@ class Catalogue:
 
         def work(connection: Connection) -> int:
             now = self.database.now(connection)
-            stale = connection.execute(
+            found = connection.execute(
                 select(job).where(
                     job.c.tools != self.ledger.tools,
                     job.c.state.in_(UNFINISHED),
                     (job.c.error_class != "held") | job.c.error_class.is_(None),
                 )
             ).all()
+            stale = [row for row in found if _is_known(row.recipe)]
             kept = ("release_id", "recipe_hash", "target", "kind", "variant", "recipe", "policy")
             for row in stale:
                 values = {name: getattr(row, name) for name in kept}
@@ -300,6 +310,15 @@ def choose(entries: Sequence[Entry], patterns: Sequence[str]) -> list[Entry]:
         return any(fnmatchcase(name, pattern) for name in names)
 
     return [e for e in entries if any(matches(e, pattern) for pattern in patterns)]
+
+
+def _is_known(recipe: Mapping[str, Any]) -> bool:
+    """Whether this version of the program can make what a recipe asks for."""
+    try:
+        Asked.from_json(recipe)
+    except UsageError:
+        return False
+    return True
 
 
 def _fresh(now: float) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from converter.batch import budget
+from converter.batch.budget import bytes_in
 from converter.batch.child import WARM, Child, context, start
 from converter.batch.claims import Claim, LeaseLostError, Used
 from converter.batch.failures import Failure
@@ -29,7 +30,7 @@ from converter.batch.pieces import pieces_of
 from converter.batch.piecework import STAGE as PIECE_STAGE
 from converter.batch.piecework import PieceWork
 from converter.batch.progress import InHand, Step, parts_of
-from converter.batch.sweep import folder_name
+from converter.batch.sweep import folder_name, is_wanted
 from converter.batch.watchlist import Budgets
 
 TICK_S: Final = 0.2
@@ -189,6 +190,9 @@ class Engine:
             if claim is None:
                 break
             self._take(claim)
+
+    def _help(self) -> None:
+        """Look for a piece of another worker's release, where a slot is left for it."""
         if self.shared and self._slot_free(PIECE_STAGE):
             self._piecework.look(None)
 
@@ -241,6 +245,7 @@ class Engine:
                 continue
             elif held and self._slot_free(step.stage) and self._room(hand, step):
                 self._start(hand, step)
+        self._help()
         self._piecework.begin(partial(self._slot_free, PIECE_STAGE))
         for hand in [hand for hand in self._hands.values() if hand.done()]:
             self._drop(hand)
@@ -273,19 +278,22 @@ class Engine:
 
     def _room(self, hand: InHand, step: Step) -> bool:
         """Whether disk and memory can be set aside; what could never be is a failure."""
-        wanted = []
+        key: object
         if step.stage == "fetch":
-            wanted = [(self._disk, hand.claim.release, hand.needs.get(DISK, 0))]
+            resource, need = self._disk, hand.needs.get(DISK, 0)
+            key, there = hand.claim.release, bytes_in(hand.order.folder)
             if (why := self._memory.refusal(hand.needs.get(MEMORY, 0))) is not None:
                 return self._refuse(hand, step, why)  # before anything is downloaded
         elif step.stage in _LARGE:
-            needed = CONVERT if step.stage == "convert" else MEMORY
-            wanted = [(self._memory, hand.claim.release, hand.needs.get(needed, 0))]
-        for resource, key, size in wanted:
-            if not resource.reserve(key, size):
-                why = resource.refusal(size)
-                return self._refuse(hand, step, why) if why else False
-        return True
+            named = CONVERT if step.stage == "convert" else MEMORY
+            resource, need = self._memory, hand.needs.get(named, 0)
+            key, there = _key(hand, step), 0
+        else:
+            return True
+        if resource.reserve(key, need, there=there):
+            return True
+        why = resource.refusal(need, there=there)
+        return self._refuse(hand, step, why) if why else False
 
     def _refuse(self, hand: InHand, step: Step, why: str) -> bool:
         failure = Failure("resources", f"{hand.claim.repo}: {why}")
@@ -317,7 +325,7 @@ class Engine:
                 continue
             self._children.remove(entry)
             if step.stage in _LARGE:
-                self._memory.free(hand.claim.release)
+                self._memory.free(_key(hand, step))
             size = ended.bytes if isinstance(ended, Answer) else None
             used = Used(
                 started=child.started, ended=time.time(), peak_memory=child.peak_memory, bytes=size
@@ -371,16 +379,18 @@ class Engine:
         self.say(f"{hand.name}: {target} is {state} ({failure.kind}): {failure.text}")
 
     def _drop(self, hand: InHand) -> None:
-        """Give a release back; folder and pieces stay for jobs that will be tried again soon."""
-        if hand.finished():
-            shutil.rmtree(hand.order.folder, ignore_errors=True)
-            if hand.cut:
-                self._clear_pieces(hand)
+        """Give a release back; folder and pieces stay for jobs that will be tried again."""
+        if hand.done():
+            with contextlib.suppress(LeaseLostError):
+                pieces = self._piecework.pieces
+                # Where one is at work the next sweep finds the folder; its worker stops soon.
+                if not is_wanted(self.ledger, hand.claim) and not pieces.clear(hand.claim):
+                    shutil.rmtree(hand.order.folder, ignore_errors=True)
         self.ledger.give_back(hand.claim)
         self._forget(hand)
 
     def _clear_pieces(self, hand: InHand) -> None:
-        """The outputs are whole, or given up, and so are their pieces."""
+        """The outputs are whole, and so are their pieces."""
         with contextlib.suppress(LeaseLostError):
             self._piecework.pieces.clear(hand.claim)
         hand.cut = False
@@ -388,4 +398,11 @@ class Engine:
     def _forget(self, hand: InHand) -> None:
         self._hands.pop(hand.claim.release, None)
         self._disk.free(hand.claim.release)
-        self._memory.free(hand.claim.release)
+        for stage in _LARGE:
+            for part in hand.order.parts:
+                self._memory.free(_key(hand, Step(stage, (part,))))
+
+
+def _key(hand: InHand, step: Step) -> tuple[str, int, int]:
+    """What a stage's memory is set aside under: the end of one frees nobody else's."""
+    return step.stage, hand.claim.release, step.parts[0].job

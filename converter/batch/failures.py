@@ -26,17 +26,22 @@ Kind = Literal[
     "internal",  # a fault of this program
     "lost",  # the worker vanished with its lease
     "held",  # parked by hand
+    "adapter",  # waits for its adapter, which does not lie on this machine
     "worker",  # waits for a worker with the tag that a stage needs
 ]
 State = Literal["queued", "waiting", "parked", "quarantined", "published", "superseded"]
 
 PERMANENT: Final = frozenset({"unsupported", "gate", "usage", "failed"})
 """Parked at once; another version of the tools, or other gates, give a new chance."""
-WAITING: Final = frozenset({"gated", "resources"})
+WAITING: Final = frozenset({"gated", "resources", "adapter"})
 BELIEVED_AFTER: Final = 3
 """Refusals in a row before a 401, 403 or 404 is taken for the truth: a hub shows new repos late."""
 CRASHES: Final = 2
 _FATAL: Final = frozenset({"crash", "internal"})
+
+
+class AdapterError(UsageError):
+    """The adapter that a job asks for does not lie where the watch list says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,8 @@ def _kind(error: BaseException) -> Kind:
         return "gate"
     if isinstance(error, BusyError):
         return "disk"
+    if isinstance(error, AdapterError):
+        return "adapter"
     if isinstance(error, UsageError):
         return "usage"
     if isinstance(error, HubError):

@@ -32,6 +32,8 @@ ANSWER_S: Final = 5.0
 UNFIT_S: Final = 30.0
 """How long a worker that is large enough may be away, as all are when the scheduler restarts."""
 _LONGEST_REST_S: Final = 60.0
+_PIECE_REST_S: Final = 2.0
+"""A worker that has no slot for a piece will soon have one."""
 Key = tuple[str, int]
 Workers = Mapping[str, Mapping[str, float]]
 """The resources of workers, by address."""
@@ -79,6 +81,8 @@ class Fleet:
         self._unfit: dict[int, float] = {}
         """Since when no worker has been large enough for a release."""
         self._jobs: set[int] = set()
+        self._tags: dict[str, float] = {}
+        """When a worker with a tag was last there."""
         self._silent = False
         self._manned_at = time.monotonic()
         self._strangers = 0
@@ -105,7 +109,7 @@ class Fleet:
         if workers:
             self._manned_at = time.monotonic()
         self._collect(workers)
-        self.ledger.tags = frozenset(tag for one in workers.values() for tag in tags_of(one))
+        self._know_tags(workers)
         self._hand_out(workers)
         if self._given:
             return True
@@ -114,6 +118,13 @@ class Fleet:
             return self._others_at_work()
         self._require_workers()
         return True
+
+    def _know_tags(self, workers: Workers) -> None:
+        """What waits for a tag is due while a worker has it, or may soon be back with it."""
+        now = time.monotonic()
+        self._tags |= dict.fromkeys((t for one in workers.values() for t in tags_of(one)), now)
+        self._tags = {tag: seen for tag, seen in self._tags.items() if now - seen <= UNFIT_S}
+        self.ledger.tags = frozenset(self._tags)
 
     def _require_workers(self) -> None:
         """ConvertError when for as long as a retry is waited for nobody has been there to work."""
@@ -188,7 +199,8 @@ class Fleet:
             if _was_free(given.future):
                 self._rests.pop(key, None)
             else:  # somebody else has it, or the worker was lost while its lease goes on
-                wait = min(2 * self._rests[key].wait, _LONGEST_REST_S) if key in self._rests else 1
+                most = _LONGEST_REST_S if key[0] == RELEASE else _PIECE_REST_S
+                wait = min(2 * self._rests[key].wait, most) if key in self._rests else 1
                 self._rests[key] = _Rest(time.monotonic() + wait, wait)
             given.future.release()
 
@@ -196,10 +208,13 @@ class Fleet:
         if not workers:
             return
         unfit, now = {}, time.monotonic()
+        there = {None, *(tag for one in workers.values() for tag in tags_of(one))}
         for due in self.ledger.due():
             self._jobs |= {task.id for task in due.tasks}
             if self._resting((RELEASE, due.release)):
                 continue
+            if there.isdisjoint(task.needs for task in due.tasks):
+                continue  # who could do any of it is away
             wanted, planned = self._wanted(due, workers)
             if not _taken_by_one(wanted, workers):
                 if planned:

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Final
@@ -24,6 +25,7 @@ from converter.batch.child import WARM
 from converter.batch.dask import Scheduler, distributed, offered
 from converter.batch.engine import TICK_S, Engine, Stages
 from converter.batch.ledger import Ledger
+from converter.batch.piecework import STAGE as PIECE_STAGE
 from converter.batch.progress import InHand
 from converter.batch.run import FAILED, TERMINATED, engine_settings, stopping
 from converter.batch.site import Place, Site, at_work
@@ -83,15 +85,20 @@ class Service(Engine):
                 asked.done.set_result(False)
             else:
                 self._waited[asked.kind, asked.number] = asked
-        if self.shared and self._hands and self._slot_free("convert"):
-            self._piecework.look(set(self._hands))  # a scheduler that is lost stops nothing
         for one in self._piecework.ended:
             self._answer(PIECE, one.id)
         self._piecework.ended.clear()
 
+    def _help(self) -> None:
+        if self.shared and self._hands and self._slot_free(PIECE_STAGE):
+            self._piecework.look(set(self._hands))  # a scheduler that is lost stops nothing
+
     def _try(self, asked: _Asked) -> bool:
         if asked.kind == PIECE:
-            return self._piecework.take(asked.number)
+            free = partial(self._slot_free, PIECE_STAGE)
+            taken = free() and self._piecework.take(asked.number)
+            self._piecework.begin(free)  # at once, so that the next one finds its slot taken
+            return taken
         claim = self.ledger.claim(self._hands, only=asked.number)
         if claim is None:
             return False
@@ -154,7 +161,8 @@ def _attended(service: Service, scheduler: Scheduler, budgets: Budgets, site: Si
     """Run the engine beside Dask's worker; whether it ended as it was asked to."""
     resources = offered(
         memory=budget.memory(budgets.memory).limit,
-        disk=budget.disk(site.work, budgets.disk).limit,
+        # What lies here is counted in what its release needs, and is no loss of room for it.
+        disk=budget.disk(site.work, budgets.disk).limit_with(budget.bytes_in(site.work)),
         tags=site.ledger.tags,
     )
     errors: list[BaseException] = []

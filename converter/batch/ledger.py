@@ -29,7 +29,7 @@ from sqlalchemy import (
 from converter.batch.claims import Claim, Due, LeaseLostError, Task, Used, task_of
 from converter.batch.database import Database
 from converter.batch.failures import Failure, State, verdict
-from converter.batch.recipes import digest
+from converter.batch.recipes import FORMAT, digest
 from converter.batch.schema import attempt, job, release, toolset, twin
 from converter.batch.watchlist import Retries
 from converter.manifest import installed_versions
@@ -66,7 +66,7 @@ class Ledger:
         self.host = platform.node() or "localhost"
         self.owner = owner or f"{self.host}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.versions = tool_versions()
-        self.tools = digest(self.versions)
+        self.tools = digest({**self.versions, "recipes": FORMAT})
         database.do(self._know_tools)
 
     def _know_tools(self, connection: Connection) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Final
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Row,
     and_,
     delete,
     exists,
@@ -26,9 +27,11 @@ from sqlalchemy import (
 )
 
 from converter.batch.claims import Claim, Task, task_of
-from converter.batch.ledger import Ledger
+from converter.batch.ledger import OPEN, Ledger
 from converter.batch.schema import job, piece, release
 
+_TRIED: Final = 20
+"""Free pieces that are tried before a claim gives up, for others are quicker."""
 PIECE_BYTES: Final = 16_000_000_000
 """Bytes of weights in a piece: about a minute of a disk, where starting one takes seconds."""
 
@@ -95,20 +98,30 @@ class Pieces:
 
         self.database.do(work)
 
-    def clear(self, claim: Claim) -> None:
-        """Remove the pieces of a release whose conversion is over."""
+    def clear(self, claim: Claim) -> int:
+        """Remove the pieces of a release whose conversion is over; at how many a worker was."""
+        mine = piece.c.release_id == claim.release
 
-        def work(connection: Connection) -> None:
-            self.ledger.fence(connection, claim)
-            connection.execute(delete(piece).where(piece.c.release_id == claim.release))
+        def work(connection: Connection) -> int:
+            now = self.ledger.fence(connection, claim)
+            count = select(func.count()).select_from(piece).where(mine, _in_hand(now))
+            at_work = int(connection.scalar(count) or 0)
+            connection.execute(delete(piece).where(mine))
+            return at_work
 
-        self.database.do(work)
+        return self.database.do(work)
 
     def left(self, claim: Claim) -> int:
-        """How many pieces of a release nobody has finished."""
+        """How many pieces of a release a worker has, or will still take."""
         mine = and_(piece.c.release_id == claim.release, piece.c.state == "open")
-        count = select(func.count()).select_from(piece).where(mine)
-        return int(self.database.do(lambda connection: connection.scalar(count)) or 0)
+
+        def look(connection: Connection) -> int:
+            now = self.database.now(connection)
+            held = select(func.count()).select_from(piece).where(mine, _in_hand(now))
+            free = connection.execute(select(piece).where(mine, ~_in_hand(now))).all()
+            return int(connection.scalar(held) or 0) + len(_of_open_jobs(connection, free))
+
+        return self.database.do(look)
 
     def open(self) -> list[OpenPiece]:
         """Every piece that could be claimed now."""
@@ -117,7 +130,7 @@ class Pieces:
             rows = connection.execute(self._listed(self.database.now(connection))).all()
             return [
                 OpenPiece(id=row.id, repo=row.repo, commit=row.commit, memory=row.memory)
-                for row in rows
+                for row in _of_open_jobs(connection, rows)
             ]
 
         return self.database.do(look)
@@ -145,7 +158,8 @@ class Pieces:
 
     def _claim(self, connection: Connection, wanted: ColumnElement[bool]) -> Piece | None:
         now = self.database.now(connection)
-        for row in connection.execute(self._listed(now).where(wanted).limit(20)).all():
+        rows = connection.execute(self._listed(now).where(wanted)).all()
+        for row in _of_open_jobs(connection, rows)[:_TRIED]:
             taken = connection.execute(
                 update(piece)
                 .where(piece.c.id == row.id, self._free(now), piece.c.claims == row.claims)
@@ -241,3 +255,16 @@ class Pieces:
             piece.c.owner == self.ledger.owner,
             piece.c.claims == one.fence,
         )
+
+
+def _in_hand(now: float) -> ColumnElement[bool]:
+    """Pieces that a worker has, as far as its lease tells."""
+    return and_(piece.c.owner.is_not(None), piece.c.lease_until >= now)
+
+
+def _of_open_jobs(connection: Connection, rows: Sequence[Row[Any]]) -> list[Row[Any]]:
+    """The pieces among these whose jobs are all still to be done: no others are of any use."""
+    ids = {one for row in rows for one in row.jobs}
+    found = select(job.c.id).where(job.c.id.in_(ids), job.c.state.in_(OPEN))
+    still = set(connection.scalars(found))
+    return [row for row in rows if still.issuperset(row.jobs)]

@@ -100,10 +100,11 @@ class PieceWork:
             if ended is None:
                 continue
             self.running.remove((child, one))
-            if isinstance(ended, Failure):
+            failed = [ended] if isinstance(ended, Failure) else [*ended.failed.values()]
+            for why in failed[:1]:
                 text = f"piece {one.number} of {one.count} is left to the holder of the release"
-                self._say(f"{name_of(one)}: {text} ({ended.kind}): {ended.text}")
-            self._leave(one, "failed" if isinstance(ended, Failure) else "done")
+                self._say(f"{name_of(one)}: {text} ({why.kind}): {why.text}")
+            self._leave(one, "failed" if failed else "done")
 
     def _quote(self, one: Piece, line: str) -> None:
         self._say(f"{name_of(one)} | {line}")

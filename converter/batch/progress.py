@@ -58,7 +58,6 @@ class InHand:
         self._parts = {part.job: part for part in order.parts}
         self._next = {task.id: "card" if task.kind == "card" else "examine" for task in claim.tasks}
         self._busy: set[int] = set()
-        self._again = False
 
     @property
     def name(self) -> str:
@@ -70,11 +69,10 @@ class InHand:
         for stage in ("publish", "card"):
             for job in self._waiting(stage):
                 yield Step(stage, (self._parts[job],))
-        proving = any(self._next[job] in _ALONE for job in self._busy)
-        for stage in _ALONE:
-            for job in self._waiting(stage)[:1]:
-                if not proving:  # one reference at a time was counted
-                    yield Step(stage, (self._parts[job],))
+        if not any(self._next[job] in _ALONE for job in self._busy):
+            alone = [(stage, job) for stage in _ALONE for job in self._waiting(stage)]
+            for stage, job in alone[:1]:  # one reference at a time was counted
+                yield Step(stage, (self._parts[job],))
         for stage in _TOGETHER:
             if jobs := self._waiting(stage):
                 yield Step(stage, tuple(self._parts[job] for job in jobs))
@@ -92,10 +90,7 @@ class InHand:
             self.needs, self.cuts = answer.needs, answer.cuts
         for part in step.parts:
             self._busy.discard(part.job)
-            if part.job in answer.failed:
-                self._again |= answer.failed[part.job].kind not in ("unsupported", "gate", "usage")
-                del self._next[part.job]
-            elif part.job in answer.published or step.stage not in NEXT:
+            if part.job in {**answer.failed, **answer.published} or step.stage not in NEXT:
                 del self._next[part.job]
             else:
                 asked = step.stage == "prove" and part.policy.accept is not None
@@ -115,12 +110,7 @@ class InHand:
     def leave(self, part: Part) -> None:
         """Another worker does the rest of this job, from what the folder holds."""
         del self._next[part.job]
-        self._again = True
 
     def done(self) -> bool:
         """Whether every job has left."""
         return not self._next
-
-    def finished(self) -> bool:
-        """Whether no job will want the release's folder again."""
-        return self.done() and not self._again

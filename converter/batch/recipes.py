@@ -7,10 +7,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from converter.adapter import read_adapter
-from converter.errors import UsageError
+from converter.batch.failures import AdapterError
+from converter.errors import PlanError, UsageError
 from converter.plan import Options
 from converter.variants import named_variant
 from quant.calibrate.text import (
@@ -21,6 +22,15 @@ from quant.calibrate.text import (
     calibration_of,
 )
 from quant.recipe import CALIBRATED, QuantSpec
+
+FORMAT: Final = 2
+"""Of stored recipes, to be raised with every key that is new in one.
+
+Versions of the program with different formats share no jobs: one would not see the other's keys.
+"""
+_PLANNED: Final = ("dtype", "quantization", "predicate", "target", "calibration", "target_size")
+_KEYS: Final = frozenset((*_PLANNED, "adapter", "adapter_path"))
+_SIZES: Final = frozenset(("bits", "bytes", "group_size"))
 
 if TYPE_CHECKING:
     from converter.batch.watchlist import Recipe, Watch, WatchList
@@ -78,12 +88,18 @@ class Asked:
         )
 
     def checked_adapter(self) -> Path | None:
-        """The adapter's folder; UsageError where another adapter lies there now, or none."""
+        """The adapter's folder; AdapterError where another adapter lies there now, or none."""
         if self.adapter_path is None:
             return None
         path = Path(self.adapter_path)
-        if read_adapter(path).record() != self.adapter:
-            raise UsageError(
+        try:
+            found = read_adapter(path).record()
+        except (OSError, PlanError, UsageError) as error:
+            raise AdapterError(
+                f"adapter_path {path}: the adapter cannot be read on this machine: {error}"
+            ) from error
+        if found != self.adapter:
+            raise AdapterError(
                 f"adapter_path {path}: has changed since the watch list was read; run it again"
             )
         return path
@@ -141,9 +157,14 @@ def digest(data: Any) -> str:
 
 
 def _options_from(recipe: Mapping[str, Any]) -> Options:
-    """The options that ``Options.to_json`` gave."""
-    quant, calibration = recipe["quantization"], recipe.get("calibration")
+    """The options that ``Options.to_json`` gave; UsageError for what this version knows not."""
     size = recipe.get("target_size", {})
+    if unknown := sorted({*recipe} - _KEYS | {f"target_size.{key}" for key in {*size} - _SIZES}):
+        raise UsageError(
+            f"a recipe in the ledger says {', '.join(unknown)}, which this version of the program "
+            "does not know: use the version that wrote it"
+        )
+    quant, calibration = recipe["quantization"], recipe.get("calibration")
     return Options(
         dtype=recipe["dtype"],
         quant=None

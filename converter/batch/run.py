@@ -34,7 +34,7 @@ HUB: Final = 5
 TERMINATED: Final = 143
 _STATUS: Final = {"unsupported": UNSUPPORTED, "usage": UNSUPPORTED, "gate": GATE} | {
     **dict.fromkeys(("hub", "refused"), HUB),
-    **dict.fromkeys(("gated", "resources", "worker"), DONE),
+    **dict.fromkeys(("gated", "resources", "adapter", "worker"), DONE),
 }
 _GRAVEST: Final = (FAILED, GATE, HUB, UNSUPPORTED)
 

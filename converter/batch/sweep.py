@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -36,11 +38,16 @@ def sweep(work: Path, catalogue: Catalogue, *, shared: bool = False) -> None:
     ledger = catalogue.ledger
     for number, repo, commit in _idle_releases(ledger):
         folder = work / folder_name(repo, commit)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             continue
         claim = _seized(ledger, number)
-        if claim is not None:
-            folder.rename(work / f"{_SWEPT}{uuid.uuid4().hex}")
+        if claim is None:
+            continue
+        try:
+            if os.path.isdir(folder):  # and nobody has swept it between the two looks
+                with suppress(OSError):  # what cannot be removed now is left to the next sweep
+                    folder.rename(work / f"{_SWEPT}{uuid.uuid4().hex}")
+        finally:
             ledger.give_back(claim)
     for folder in work.glob(f"{_SWEPT}*"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -89,12 +96,31 @@ def _seized(ledger: Ledger, number: int) -> Claim | None:
     return ledger.database.do(take)
 
 
+def is_wanted(ledger: Ledger, claim: Claim) -> bool:
+    """Whether some job will go on from the folder of a release in hand, whoever does it.
+
+    Raises LeaseLostError where the release is another worker's.
+    """
+
+    def look(connection: Connection) -> bool:
+        ledger.fence(connection, claim)
+        mine = select(release.c.id).where(release.c.id == claim.release, _wanted())
+        return connection.scalar(mine) is not None
+
+    return ledger.database.do(look)
+
+
+def _wanted() -> ColumnElement[bool]:
+    """Releases with a job that will go on from what their folder holds."""
+    left = or_(job.c.state == "queued", and_(job.c.state == "waiting", job.c.needs.is_not(None)))
+    return exists().where(job.c.release_id == release.c.id, left)
+
+
 def _idle(now: float) -> ColumnElement[bool]:
     """Releases that nobody works on, pieces included, and whose folder no job will go on from."""
-    wanted = or_(job.c.state == "queued", and_(job.c.state == "waiting", job.c.needs.is_not(None)))
     return and_(
         or_(release.c.owner.is_(None), release.c.lease_until < now),
-        ~exists().where(job.c.release_id == release.c.id, wanted),
+        ~_wanted(),
         ~exists().where(
             piece.c.release_id == release.c.id,
             piece.c.owner.is_not(None),

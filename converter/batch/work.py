@@ -79,7 +79,10 @@ def convert_release(order: Order) -> Answer:
     answer = Answer(bytes=0)
     todo = [part for part in order.parts if not finished(order.out(part), part)]
     for group in together(todo):
-        _convert(order, group, answer)
+        try:
+            _convert(order, group, answer)
+        except (PlanError, UsageError) as error:
+            answer.failed |= {part.job: classify(error) for part in group}
     if order.shards is None:  # a piece makes nothing whole
         for part in order.parts:
             if part.job not in answer.failed:
@@ -94,9 +97,6 @@ def _convert(order: Order, group: tuple[Part, ...], answer: Answer) -> None:
         group = tuple(part for part in group if _target_is_met(order, part, answer))
     if not group:
         return
-    if order.shards is None:  # a piece is no judge of what another worker has finished
-        for part in group:
-            shutil.rmtree(order.out(part), ignore_errors=True)
     request = _request(order, group)
     planned = believed(order.repo, lambda: plan_request(request))
     for part, output in zip(group, convert(request, _QUIET, planned=planned), strict=False):
@@ -138,6 +138,8 @@ def _request(order: Order, parts: tuple[Part, ...]) -> Request:
         cache=order.cache,
         command=command_of(order),
         part=order.shards,
+        keep_judged=True,
+        replace_others=True,
     )
 
 
@@ -212,7 +214,8 @@ def publish_output(order: Order) -> Answer:
     (part,) = order.parts
     out = order.out(part)
     manifest = read_manifest(out)
-    there = find_published(part.target, manifest.plan, order.folder / "remote")
+    remote = order.folder / "remote" / str(part.job)  # several outputs may be at this stage
+    there = find_published(part.target, manifest.plan, remote)
     if there is None:
         upload_output(
             out,
@@ -222,7 +225,7 @@ def publish_output(order: Order) -> Answer:
             allow_gated=part.policy.allow_gated,
             allow_unproven=part.policy.allow_unproven,
         )
-        there = find_published(part.target, manifest.plan, order.folder / "remote")
+        there = find_published(part.target, manifest.plan, remote)
         if there is None:
             raise HubError(
                 f"{part.target}: was uploaded, and somebody else has changed it since; look at "
