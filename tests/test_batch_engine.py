@@ -592,6 +592,7 @@ def test_a_missed_gate_leaves_its_report(tmp_path, monkeypatch):
     answer = work.prove_output(order)
     kept = tmp_path / "reports" / "night" / "m-4bit" / "parity.html"
     assert kept.read_text() == "why"
+    assert not (out / "parity.json").exists()  # for it is judged anew when the gates change
     assert answer.failed[7].kind == "gate"
     assert answer.failed[7].text == (f"night/m-4bit: the parity report says fail (kl); see {kept}")
     assert answer.facts[7]["parity"]["failed"] == ["kl"]

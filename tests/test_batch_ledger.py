@@ -427,7 +427,9 @@ def test_versions_that_store_recipes_otherwise_share_no_jobs(mine, catalogue, mo
     newer = Ledger(mine.database)
     assert newer.claim() is None
     assert Catalogue(newer).renew() == 1
-    unknown = {**RECIPES["bf16"].to_json(), "q_new": 1}
-    mine.database.do(lambda c: c.execute(update(job).values(recipe=unknown)))
-    assert catalogue.renew() == 0  # is left to those who know what that is
+    quant = {**RECIPES["4bit"].to_json()["quantization"], "method": "new"}
+    for change in ({"q_new": 1}, {"quantization": quant}):
+        unknown = {**RECIPES["bf16"].to_json(), **change}
+        mine.database.do(lambda c, found=unknown: c.execute(update(job).values(recipe=found)))
+        assert catalogue.renew() == 0  # is left to those who know what that is
     assert newer.claim() is not None

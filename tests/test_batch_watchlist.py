@@ -240,10 +240,11 @@ def test_calibration_text_serves_a_target(tmp_path):
 
 
 def test_recipes_survive_the_ledger(tmp_path):
-    text = LEAST.replace('variants = ["4bit"]', 'recipes = ["own", "plain", "seen"]') + (
+    text = LEAST.replace('variants = ["4bit"]', 'recipes = ["own", "plain", "seen", "tuned"]') + (
         '[recipes.own]\nq_bits = 4\nq_group_size = 32\nq_method = "search"\n'
         'quant_predicate = "mixed_4_6"\n[recipes.plain]\ndtype = "float16"\n'
         '[recipes.seen]\nq_bits = 3\nq_method = "imatrix"\n'
+        '[recipes.tuned]\nq_bits = 4\nq_method = "autoround"\n'
     )
     watchlist = read_watchlist(write(tmp_path, text))
     recipes = recipes_of(watchlist, watchlist.watch[0])
@@ -251,14 +252,22 @@ def test_recipes_survive_the_ledger(tmp_path):
     for asked in recipes.values():
         assert Asked.from_json(asked.to_json()) == asked
         assert asked.hash == digest(asked.options.to_json())  # as ledgers have known them always
-    assert len({asked.hash for asked in recipes.values()}) == 3
+    assert len({asked.hash for asked in recipes.values()}) == 4
+
+
+FOUR = {"mode": "affine", "bits": 4, "group_size": 64, "method": "rtn"}
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"rotate_values": True}, "rotate_values"), ({"target_size": {"x": 1}}, "target_size.x")],
+    [
+        ({"rotate_values": True}, "rotate_values"),
+        ({"target_size": {"x": 1}}, "target_size"),
+        ({"dtype": "float16", "q_new": 1}, "q_new"),
+        ({"quantization": {**FOUR, "levels": 3}}, "quantization"),
+    ],
 )
 def test_a_stored_recipe_is_made_as_a_whole_or_not_at_all(change, said):
     stored = Asked(options=Options(dtype="bfloat16")).to_json()
-    with pytest.raises(UsageError, match=f"says {said}, which this version"):
+    with pytest.raises(UsageError, match=f"ledger has {said} as this version"):
         Asked.from_json(stored | change)

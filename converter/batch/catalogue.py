@@ -316,7 +316,7 @@ def _is_known(recipe: Mapping[str, Any]) -> bool:
     """Whether this version of the program can make what a recipe asks for."""
     try:
         Asked.from_json(recipe)
-    except UsageError:
+    except (UsageError, ValueError, KeyError):  # a method, say, that this version has not
         return False
     return True
 

@@ -22,15 +22,14 @@ from quant.calibrate.text import (
     calibration_of,
 )
 from quant.recipe import CALIBRATED, QuantSpec
+from quant.tune import DEFAULT_ITERATIONS
 
 FORMAT: Final = 2
 """Of stored recipes, to be raised with every key that is new in one.
 
 Versions of the program with different formats share no jobs: one would not see the other's keys.
 """
-_PLANNED: Final = ("dtype", "quantization", "predicate", "target", "calibration", "target_size")
-_KEYS: Final = frozenset((*_PLANNED, "adapter", "adapter_path"))
-_SIZES: Final = frozenset(("bits", "bytes", "group_size"))
+_ADAPTER: Final = ("adapter", "adapter_path")
 
 if TYPE_CHECKING:
     from converter.batch.watchlist import Recipe, Watch, WatchList
@@ -158,14 +157,10 @@ def digest(data: Any) -> str:
 
 def _options_from(recipe: Mapping[str, Any]) -> Options:
     """The options that ``Options.to_json`` gave; UsageError for what this version knows not."""
-    size = recipe.get("target_size", {})
-    if unknown := sorted({*recipe} - _KEYS | {f"target_size.{key}" for key in {*size} - _SIZES}):
-        raise UsageError(
-            f"a recipe in the ledger says {', '.join(unknown)}, which this version of the program "
-            "does not know: use the version that wrote it"
-        )
+    size, tuning = recipe.get("target_size", {}), recipe.get("tuning", {})
+    steps = tuning.get("iterations")
     quant, calibration = recipe["quantization"], recipe.get("calibration")
-    return Options(
+    options = Options(
         dtype=recipe["dtype"],
         quant=None
         if quant is None
@@ -175,6 +170,7 @@ def _options_from(recipe: Mapping[str, Any]) -> Options:
         target_bits=size.get("bits"),
         target_bytes=size.get("bytes"),
         target_group_size=size.get("group_size"),
+        iterations=None if steps == DEFAULT_ITERATIONS else steps,
         calibration=None
         if calibration is None
         else Calibration(
@@ -184,6 +180,13 @@ def _options_from(recipe: Mapping[str, Any]) -> Options:
             pictures=calibration.get("pictures", ""),
         ),
     )
+    made, asked = options.to_json(), {k: v for k, v in recipe.items() if k not in _ADAPTER}
+    if unknown := sorted(k for k in {*made, *asked} if made.get(k) != asked.get(k)):
+        raise UsageError(
+            f"a recipe in the ledger has {', '.join(unknown)} as this version of the program does "
+            "not know it: use the version that wrote it"
+        )
+    return options
 
 
 def _calibration(entry: Watch, quant: QuantSpec | None, *, targeted: bool) -> Calibration | None:

@@ -185,8 +185,8 @@ def prove_output(order: Order) -> Answer:
     except GateError as error:
         kept = order.kept_report(part)  # the output goes, and a person will ask why
         kept.mkdir(parents=True, exist_ok=True)
-        for name in (PARITY, "parity.html"):
-            shutil.copyfile(out / name, kept / name)
+        for name in (PARITY, "parity.html"):  # an output that stays for now is judged anew by then
+            shutil.move(out / name, kept / name)
         text = str(error).replace(str(out / "parity.html"), str(kept / "parity.html"))
         answer.failed[part.job] = Failure("gate", text.replace(str(out), part.target))
     return answer
@@ -202,7 +202,7 @@ def accept_one(order: Order) -> Answer:
         failed = [f"{r['runtime']}: {r['name']}" for r in report["rows"] if r["verdict"] == "fail"]
         kept = order.kept_report(part)
         kept.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(out / ACCEPTANCE, kept / ACCEPTANCE)
+        shutil.move(out / ACCEPTANCE, kept / ACCEPTANCE)
         told = ", ".join(failed) or "no row applies to it"
         text = f"{part.target}: not accepted ({told}); see {kept / ACCEPTANCE}"
         answer.failed[part.job] = Failure("gate", text)
