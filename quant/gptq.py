@@ -5,7 +5,9 @@ decreasing activation, while scales and biases are fixed before in the original 
 that the stored groups stay contiguous. Their grid is that of method "imatrix".
 """
 
-from typing import Any, Final
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Final, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +22,24 @@ DAMPING: Final = 0.01
 _BLOCK: Final = 128
 
 Matrix = npt.NDArray[np.float64]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
+def _on_one_thread(run: Callable[P, R]) -> Callable[P, R]:
+    """``run`` with one BLAS thread: how many there are decides the order in which it adds up."""
+
+    @wraps(run)
+    def limited(*args: P.args, **named: P.kwargs) -> R:
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(limits=1, user_api="blas"):
+            return run(*args, **named)
+
+    return limited
+
+
+@_on_one_thread
 def quantize_gptq(
     w: npt.NDArray[Any], spec: QuantSpec, hessian: npt.NDArray[Any]
 ) -> dict[str, npt.NDArray[Any]]:
@@ -42,6 +60,7 @@ def quantize_gptq(
     return parts
 
 
+@_on_one_thread
 def inverse_factor(
     hessian: npt.NDArray[Any], *, damping: float = DAMPING
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]:

@@ -249,6 +249,7 @@ def microscaled_descent(kind: int, format: int) -> Kernel:
                 value = load(store(v + r * f[INVERSE + i]))
                 move = value - v
                 gain = (r - move * f[HALF + i]) * move
+                gain = gain if gain > _ZERO else _ZERO  # NaN, whose sign differs by processor, too
                 f[R + i] = r
                 f[V + i] = v
                 f[BEST + i] = value

@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from quant.gptq import inverse_factor, quantize_gptq
 from quant.moments import diagonal_blocks
@@ -102,3 +103,21 @@ def test_dead_and_dependent_columns():
     nothing = quantize_gptq(w, SPECS[2], np.zeros_like(hessian))
     search = quantize_rows(w, QuantSpec.make("affine", 4, 64, "search"))
     assert nothing["weight"].tobytes() == search["weight"].tobytes()
+
+
+def test_sums_do_not_depend_on_the_number_of_threads(monkeypatch):
+    """A factor whose last bit moves flips codes, and those every later block's."""
+    seen = []
+    stock = np.linalg.cholesky
+
+    def cholesky(matrix):
+        seen.extend(one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas")
+        return stock(matrix)
+
+    monkeypatch.setattr(np.linalg, "cholesky", cholesky)
+    with threadpool_limits(limits=2, user_api="blas"):
+        inverse_factor(np.eye(8))
+        after = [one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"]
+    assert seen
+    assert set(seen) == {1}
+    assert 2 in after

@@ -112,5 +112,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 def forget_parts(work: Path) -> None:
     """Remove records and journals of parts from a folder that has become whole."""
-    for path in (*work.glob(f"*{_RECORD}.*"), *work.glob(f"{JOURNAL}.*")):
-        path.unlink()
+    drafts = work.glob(f".{'[0-9a-f]' * 16}.partial")  # of programs that were killed
+    for path in (*work.glob(f"*{_RECORD}.*"), *work.glob(f"{JOURNAL}.*"), *drafts):
+        path.unlink(missing_ok=True)

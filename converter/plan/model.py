@@ -15,7 +15,7 @@ from converter.plan.options import Options
 from converter.source.header import paused_gc
 from quant.recipe import QuantSpec
 
-FORMAT = 2
+FORMAT = 3
 """Version of the plan's JSON and of everything that decides output bytes."""
 
 

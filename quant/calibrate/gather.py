@@ -111,7 +111,8 @@ class Gathering:
                     if exact is not None and tuning is not None:
                         work = BlockTuning(streamed, index, run, exact)
                         losses = work.tune(block, self.reader, self.shapes, tuning)
-                        block.losses[f"{TUNED}{streamed.path}.{index}"] = losses
+                        if losses is not None:
+                            block.losses[f"{TUNED}{streamed.path}.{index}"] = losses
                     names = streamed.parameters(index)
                     streamed.weights.load(names, block.changed)
                     run.forward(index, keep=True)

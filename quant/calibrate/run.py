@@ -23,6 +23,8 @@ Say = Callable[[str], None]
 _WIDTH: Final = 64
 """Columns of a block of moments, where no group is wider."""
 _VERSIONS: Final = ("torch", "transformers")
+CODES_REVISION: Final = 2
+"""Raised when "gptq" or "autoround" gives other codes: theirs on disk are then not taken."""
 
 
 def calibrate(
@@ -64,7 +66,10 @@ def calibrate(
         tuning = None
     moments_store = Store("moments", key | {"width": width})
     recipes = sorted((t.module, t.dtype, sorted(asdict(t.spec).items())) for t in tasks)
-    settings: dict[str, Any] = {"recipes": recipes}
+    settings: dict[str, Any] = {
+        **{"recipes": recipes, "revision": CODES_REVISION},
+        "numpy": version("numpy"),
+    }
     if tuning is not None:
         settings["tuning"] = tuning.to_json()
     store = moments_store if coded is None else Store(coded, key | settings)

@@ -415,18 +415,18 @@ def usable(value: Any) -> Any:
 
     if isinstance(value, torch.Tensor):
         return value.clone()
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):
         return type(value)(usable(item) for item in value)
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {key: usable(item) for key, item in value.items()}
     return value
 
 
 def _uncopied(value: Any) -> str | None:
     """The type of what ``usable`` would share, None where it copies all that can change."""
-    if isinstance(value, dict):
+    if type(value) is dict:
         value = list(value.values())
-    if isinstance(value, tuple | list):
+    if type(value) in (tuple, list):
         return next((found for item in value if (found := _uncopied(item))), None)
     return None if _unchanging(value) else type(value).__name__
 

@@ -13,6 +13,7 @@ from arch_maps.ops import RowReader
 from quant.calibrate.links import Place, Task, places_of, stored_rows
 from quant.calibrate.loading import Shapes
 from quant.calibrate.stream import Pass, StreamedModel
+from quant.errors import CalibrationError
 from quant.tune import TunedMatrix, Tuning
 
 if TYPE_CHECKING:
@@ -99,11 +100,12 @@ class BlockTuning:
 
     def tune(
         self, codes: BlockCodes, reader: RowReader, shapes: Shapes, tuning: Tuning
-    ) -> tuple[float, float]:
+    ) -> tuple[float, float] | None:
         """Tune ``codes`` in place where that lowers the loss; the loss before and after.
 
-        The loss is the squared error of the block's outputs over the sum of their squares. Raises
-        CalibrationError for a block that cannot run again and again.
+        None for a block with nothing to tune. The loss is the squared error of the block's outputs
+        over the sum of their squares. Raises CalibrationError for a block that cannot run again and
+        again, or lets no gradient through.
         """
         tensors = {name: value.clone() for name, value in codes.changed.items()}
         pieces = [
@@ -120,9 +122,11 @@ class BlockTuning:
             for index in range(task.count)
             if (task.module, index) not in codes.fixed
         ]
+        if not pieces:
+            return None
         groups = self._groups(tensors)
         before = self._loss(tensors)
-        for number in range(tuning.iterations if pieces else 0):
+        for number in range(tuning.iterations):
             rows = tuning.batch(number, self._run.count)
             gradients = self._descend(groups, rows)
             for piece in pieces:
@@ -175,7 +179,13 @@ class BlockTuning:
         with torch.enable_grad():
             for row in rows:
                 loss: Any = (self._answer(row) - self._exact.handed(row)).square().sum()
-                loss.backward()
+                try:
+                    loss.backward()
+                except RuntimeError as error:
+                    raise CalibrationError(
+                        f"block {self._index} lets no gradient through, which autoround needs "
+                        f"({error}); use --q-method gptq"
+                    ) from error
         found: dict[str, Tensor] = {}
         for group, parameters in zip(groups, held, strict=True):
             # Experts that no token was sent to have none.
