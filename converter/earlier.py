@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from converter.errors import ConvertError
 from converter.execute.folder import MANIFEST
-from converter.manifest import Manifest, read_manifest, verify
+from converter.kv import KEY
+from converter.manifest import Manifest, file_sha256, read_manifest, verify
 from converter.plan import Plan
 from converter.release import Release
+from converter.sidecars import is_sidecar
+from converter.source.folder import folder_of
 
 
 def earlier_outputs(
@@ -19,11 +23,13 @@ def earlier_outputs(
     release: Release,
     overwrite: bool,
     keep_judged: bool,
+    studied: bool,
 ) -> list[Manifest | None]:
     """Manifests of the outputs that need not be made again, by folder; None for the others.
 
-    Such an output is of that very plan and of the weights of ``release``, and its files are as
-    its manifest says. An earlier run that has judged all outputs was not interrupted, so that
+    Such an output is of that very plan and of the weights and further files of ``release``, its
+    files are as its manifest says, and it has KV settings only where they are ``studied`` now. An
+    earlier run that has judged all outputs was not interrupted, so that
     without ``keep_judged`` there is nothing to go on with.
     """
     if overwrite:
@@ -31,7 +37,10 @@ def earlier_outputs(
     from converter.proof import own_report
 
     content = release.content()
-    found = [_finished(plan, out, content) for plan, out in zip(plans, folders, strict=True)]
+    found = [
+        _finished(plan, out, content, release=release, studied=studied)
+        for plan, out in zip(plans, folders, strict=True)
+    ]
     judged = all(
         before is not None and own_report(out) is not None
         for before, out in zip(found, folders, strict=True)
@@ -39,14 +48,31 @@ def earlier_outputs(
     return [None] * len(folders) if judged and not keep_judged else found
 
 
-def _finished(plan: Plan, out: Path, content: str) -> Manifest | None:
+def _finished(
+    plan: Plan, out: Path, content: str, *, release: Release, studied: bool
+) -> Manifest | None:
     if not (out / MANIFEST).is_file():
         return None
-    manifest = read_manifest(out)
-    if manifest.plan != plan.hash or manifest.data.get("content") != content:
-        return None
     try:
+        manifest = read_manifest(out)
+        if manifest.plan != plan.hash or manifest.data.get("content") != content:
+            return None
         verify(out)
     except ConvertError:
         return None
-    return manifest
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    if KEY in config and not studied:
+        return None
+    return manifest if _same_sidecars(release, manifest) else None
+
+
+def _same_sidecars(release: Release, manifest: Manifest) -> bool:
+    """Whether the files that go along byte for byte are still those of the release."""
+    if release.root is None:
+        return True  # files of the hub belong to its commit
+    root = folder_of(release.root)
+    return all(
+        file_sha256(root / name) == entry["sha256"]
+        for name, entry in manifest.files.items()
+        if is_sidecar(name) and (root / name).is_file()
+    )

@@ -284,6 +284,7 @@ def convert(
         release=planned.release,
         overwrite=request.overwrite,
         keep_judged=request.keep_judged,
+        studied=request.kv is not None,
     )
     source_root = planned.release.root
     for out, finished in zip(folders, done, strict=True):

@@ -29,7 +29,9 @@ REPORTS = frozenset(
 )
 """Files of an output that are made after its manifest, or are it."""
 _REWRITTEN = frozenset({"config.json"} | {name.lower() for name in REPORTS})
-_STALE = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})
+_STALE = frozenset(
+    {"hf_quant_config.json", "quantize_config.json", "quant_config.json", "kv_cache.json"}
+)
 TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model"}
 )

@@ -8,7 +8,7 @@ from release_helpers import make, status, write_release
 
 from converter.cli import proving
 from converter.errors import ConvertError, GateError, HubError, PlanError
-from converter.manifest import read_manifest
+from converter.manifest import file_sha256, read_manifest, refresh
 from converter.proof import standing_report
 
 
@@ -93,7 +93,7 @@ def passing(out, **changed):
 
 
 def test_the_same_command_goes_on_where_it_stopped(uploads, tmp_path, monkeypatch, capsys):
-    proofs, away = [], ["me/model-8bit"]
+    proofs, away, there = [], ["me/model-8bit"], {}
 
     def prove(out, **given):
         proofs.append(out.name)
@@ -103,15 +103,18 @@ def test_the_same_command_goes_on_where_it_stopped(uploads, tmp_path, monkeypatc
         if repo in away:
             raise HubError("the network is away")
         uploads.append(repo)
+        there[repo] = read_manifest(out).checkpoint
 
     def find(repo, plan, folder):
-        return SimpleNamespace(url=f"there/{repo}") if repo in uploads else None
+        facts = {"checkpoint": there.get(repo)}
+        return SimpleNamespace(url=f"there/{repo}", facts=facts) if repo in there else None
 
     monkeypatch.setattr("converter.proof.prove", prove)
     monkeypatch.setattr("converter.proof.draw_page", lambda out: None)
     monkeypatch.setattr("converter.publish.upload_output", upload)
     monkeypatch.setattr("converter.batch.published.find_published", find)
     source, out = write_release(tmp_path / "model"), tmp_path / "out"
+    (source / "chat_template.jinja").write_text("hello")
     told = ["--hf-path", source, "--mlx-path", out, "--quiet", "--variants", "bf16,4bit,8bit"]
     told.append("--upload-repo")
     assert status(*told) == 5
@@ -124,15 +127,30 @@ def test_the_same_command_goes_on_where_it_stopped(uploads, tmp_path, monkeypatc
     said = capsys.readouterr().err
     assert "model-8bit: is published already, at there/me/model-8bit" in said
     assert "--overwrite" in said
+    there["me/model-8bit"] = "another checkpoint of the same plan"
+    assert status(*told) == 0
+    assert (len(proofs), uploads[3:]) == (3, ["me/model-8bit"])
     assert status(*told[:-1]) == 2  # all are judged, and nothing is left to be done
     assert "holds a finished conversion; use --overwrite" in capsys.readouterr().err
     (out / "model-4bit" / "parity.json").unlink()  # as if it had been killed in that proof
     assert status(*told[:-1]) == 0
     assert proofs[3:] == ["model-4bit"]
-    config = out / "model-4bit" / "config.json"
-    config.write_text(config.read_text() + " ")  # what is damaged is neither proven nor published
+    (source / "chat_template.jinja").write_text("hello, hello")
+    capsys.readouterr()
     assert status(*told) == 2
-    assert (len(proofs), len(uploads)) == (4, 3)
+    assert "holds a finished conversion; use --overwrite" in capsys.readouterr().err
+    (source / "chat_template.jinja").write_text("hello")
+    config = out / "model-4bit" / "config.json"
+    plain = config.read_text()
+    config.write_text(json.dumps({**json.loads(plain), "kv_cache_quantization": {}}))
+    refresh(config.parent, {"config.json": file_sha256(config)})
+    assert status(*told) == 2  # KV settings that this command does not ask for
+    assert "holds a finished conversion; use --overwrite" in capsys.readouterr().err
+    config.write_text(plain)
+    refresh(config.parent, {"config.json": file_sha256(config)})
+    config.write_text(plain + " ")  # what is damaged is neither proven nor published
+    assert status(*told) == 2
+    assert (len(proofs), len(uploads)) == (4, 4)
 
 
 def test_a_report_stands_for_its_own_files_and_gates_alone(tmp_path, monkeypatch):

@@ -185,8 +185,9 @@ def prove_output(order: Order) -> Answer:
     except GateError as error:
         kept = order.kept_report(part)  # the output goes, and a person will ask why
         kept.mkdir(parents=True, exist_ok=True)
-        for name in (PARITY, "parity.html"):  # an output that stays for now is judged anew by then
-            shutil.move(out / name, kept / name)
+        for name in ("parity.html", PARITY):  # an output that stays for now is judged anew by then
+            if (out / name).is_file():
+                shutil.move(out / name, kept / name)
         text = str(error).replace(str(out / "parity.html"), str(kept / "parity.html"))
         answer.failed[part.job] = Failure("gate", text.replace(str(out), part.target))
     return answer

@@ -84,6 +84,7 @@ def _publish_all(
 def _published_before(outputs: Sequence[Converted], given: dict[str, Any]) -> dict[Path, str]:
     """Addresses of outputs that an earlier run has published; UsageError where these are all."""
     from converter.batch.published import find_published
+    from converter.manifest import read_manifest
     from converter.proof import own_report
 
     there: dict[Path, str] = {}
@@ -91,8 +92,13 @@ def _published_before(outputs: Sequence[Converted], given: dict[str, Any]) -> di
         repo = _repo(output, given) if output.reused and own_report(output.folder) else None
         if repo is not None:
             with explain(output.folder.parent), TemporaryDirectory() as folder:
-                found = find_published(repo, output.plan.hash, Path(folder) / "remote")
-            if found is not None:
+                try:
+                    found = find_published(repo, output.plan.hash, Path(folder) / "remote")
+                except HubError:  # uploading says what is wrong with the hub
+                    continue
+            # A plan says nothing of the weights of a folder, nor of KV settings.
+            own = read_manifest(output.folder).checkpoint
+            if found is not None and found.facts["checkpoint"] == own:
                 there[output.folder] = found.url
     if len(there) == len(outputs):
         told = "\n".join(f"{out}: is published already, at {url}" for out, url in there.items())

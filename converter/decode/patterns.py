@@ -21,7 +21,9 @@ from converter.source.header import quote
 
 MAX_LENGTH: Final = 500
 MAX_REPEATS: Final = 4
-"""Nodes that may match in more than one way; a choice between whole expressions is none."""
+"""Pieces that are repeated as often as they fit."""
+MAX_CHOICES: Final = (4096, 4096, 4096, 64, 8)
+"""Ways that optional pieces and alternatives may make together, by the number of repetitions."""
 MAX_NAME: Final = 256
 """Characters of a name: four repetitions then take some seconds at the very worst."""
 MAX_SECONDS: Final = 20.0
@@ -75,16 +77,33 @@ def pattern_problem(text: str) -> str | None:
         tree = parser.parse(text)
     except (RecursionError, OverflowError):
         return "is nested too deeply"
-    repeats = -_is_choice(tree)
+    repeats, choices = 0, 1
     for name, body, least, most in _nodes(tree):
         if name == "GROUPREF":
             return "refers back to what it matched"
         if most > 1 and any(n == "BRANCH" or low != high for n, _, low, high in _nodes(body)):
             return "repeats repetitions or alternatives"
-        repeats += least != most or name == "BRANCH"
-    if repeats > MAX_REPEATS:
-        return f"has more than {MAX_REPEATS} repetitions, optional pieces and alternatives"
+        repeats += most > 1 and least != most
+        choices *= 2 if least != most and most == 1 else 1
+    for count in _alternatives(tree):
+        choices *= count
+    if _is_choice(tree):  # each of which is tried once
+        choices = 1
+    if repeats > MAX_REPEATS or choices > MAX_CHOICES[repeats]:
+        return (
+            f"has more than {MAX_REPEATS} repetitions, or too many optional pieces and alternatives"
+        )
     return None
+
+
+def _alternatives(tree: Any) -> Iterator[int]:
+    """How many ways each place has at which an expression offers several."""
+    for operator, argument in tree:
+        if str(operator) == "BRANCH":
+            yield len(argument[1])
+        below = [argument[2]] if str(operator) in _REPEATS else _trees(argument)
+        for part in below:
+            yield from _alternatives(part)
 
 
 def _is_choice(tree: Any) -> bool:

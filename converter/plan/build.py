@@ -53,6 +53,7 @@ def build_plan(
     facts = Facts(source.config)
     with config_errors(f"the map for {match.arch.model_type}"):
         config = match.arch.config(dict(source.config), facts)
+    config.pop("kv_cache_quantization", None)  # which is of the checkpoint that it was measured on
     problems = list(facts.problems) + prequantized(source)
     dtype = options.dtype or stored_dtype(source.config)
     if dtype is not None and dtype not in TORCH_NAMES:

@@ -79,7 +79,7 @@ def sensitivity(
                 for (of, one, bits), kl in zip(tried, losses, strict=True):
                     if of == role:
                         known.setdefault(one, {})[bits] = kl
-                one = min(known, key=lambda one: prod(known[one].values()))
+                one = min(known, key=lambda one: geometric_mean(known[one]))
                 layouts[place] = one
                 found.measured |= {(*place, bits) for bits in known[one]}
                 for bits in {*widths, *known[one]}:
@@ -87,6 +87,11 @@ def sensitivity(
                         found.kl[(*place, bits)] = _between(known[one], bits, one)
     found.seen = replace(seen, layouts=layouts)
     return found
+
+
+def geometric_mean(known: Mapping[float, float]) -> float:
+    """Of losses by width: of two widths that one layout has for three, as many count."""
+    return float(prod(known.values()) ** (1 / len(known)))
 
 
 def _between(known: Mapping[float, float], bits: float, one: Layout) -> float:

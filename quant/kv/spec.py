@@ -56,7 +56,8 @@ class TensorSpec:
         name = stored["basis"]
         if name is not None and name not in bases:
             raise KvError(
-                f"the settings need the basis {name[:12]}, which is not in the {BASES} given"
+                f"the settings need the basis {name[:12]}, which is not in the {BASES} given; "
+                "stock loaders do not fetch that file: download the whole repo"
             )
         lists = {
             "aside": tuple(tuple(one) for one in stored["aside"]),

@@ -80,7 +80,8 @@ def spreads(
     ``context`` into one, which changes no prediction. Where it does, the runtime does not take it,
     or the context is unknown (0), all are run as beginnings, which tell nothing of keys further on:
     then there are no keys in the answer. The first ``skip`` tokens of each are left out, and keys
-    of the layers of ``means`` are taken less that of the first of them, as the cache takes it off.
+    of the layers of ``means`` are taken less the mean of the text's first, wherever they are: a
+    cache takes off the mean of its first tokens for good, which rotary embeddings turn further on.
     """
     import mlx.core as mx
 
@@ -91,6 +92,7 @@ def spreads(
     if not everywhere:
         last = 0
     found: dict[tuple[int, str], Spread] = {}
+    first: dict[int, Any] = {}
     for number in range(max(_PLACES, len(parts))):
         place = last * (number % _PLACES) // (_PLACES - 1)
         taken = _run(model, parts[number % len(parts)], place)[1]
@@ -102,7 +104,8 @@ def spreads(
                     continue
                 plain = np.array(x[0, :, skip:].astype(mx.float32)).astype(np.float64)
                 if role == "key" and fact.index in means:
-                    plain -= plain[:, :AVERAGED].mean(axis=1, keepdims=True)
+                    begun = plain[:, :AVERAGED].mean(axis=1, keepdims=True)
+                    plain -= first.setdefault(fact.index, begun)  # the first run is at place 0
                 one = Spread(plain.sum(axis=1), plain.swapaxes(-1, -2) @ plain, plain.shape[1])
                 known = found.get((fact.index, role))
                 found[fact.index, role] = known.add(one) if known else one

@@ -68,7 +68,9 @@ def study(
         raise KvError(f"no layer's cache can be quantized: {'; '.join(reasons)}")
     report: dict[str, Any] = {"layers": [asdict(fact) for fact in facts]}
     short = list(ids[:SHORT])
-    seen = observed(model, facts, short, bits=bits, lesson=ids[:_FAR] if choice == "auto" else ())
+    # Directions are learned from what lies before the tokens that are measured of the long text.
+    lesson = ids[: _start(ids[:LONG])] if choice == "auto" else ()
+    seen = observed(model, facts, short, bits=bits, lesson=lesson)
     if choice == "auto":
         measured = sensitivity(model, facts, short, seen=seen, progress=progress)
         seen = measured.seen
