@@ -90,8 +90,11 @@ def sensitivity(
 
 
 def geometric_mean(known: Mapping[float, float]) -> float:
-    """Of losses by width: of two widths that one layout has for three, as many count."""
-    return float(prod(known.values()) ** (1 / len(known)))
+    """Of losses by width: of two widths that one layout has for three, as many count.
+
+    What rounding takes below zero counts as next to nothing.
+    """
+    return float(prod(max(kl, 1e-12) for kl in known.values()) ** (1 / len(known)))
 
 
 def _between(known: Mapping[float, float], bits: float, one: Layout) -> float:
