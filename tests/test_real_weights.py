@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from converter.pipeline import Request, convert
 from converter.plan import Options
 from converter.proof import prove
 from converter.ui import Console
+from converter.written import written_weights
 from quant.recipe import QuantSpec
 
 QUIET = Console(quiet=True)
@@ -74,6 +76,12 @@ def test_sentence_model_passes_parity(tmp_path, recipe):
     report = prove(out, source=source, console=QUIET)
     failed = [check for check in report["checks"] if check["verdict"] == "fail"]
     assert report["verdict"] == "pass", failed
+    with written_weights(out, source) as folder:  # numbers that count stay what they are
+        back = {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
+    known = load_file(source / "model.safetensors")
+    counted = [name for name, value in known.items() if value.dtype.kind in "iu"]
+    assert all(np.array_equal(back[name], known[name]) for name in counted)
+    assert all(back[name].dtype == known[name].dtype for name in counted)
     assert (out / "1_Pooling" / "config.json").read_bytes() == (
         source / "1_Pooling" / "config.json"
     ).read_bytes()

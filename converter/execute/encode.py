@@ -62,7 +62,13 @@ def encode(
     for role, array in parts.items():
         tensor = out.stored[role]
         row_bytes = tensor.nbytes // row_count(tensor.shape)
+        _within(tensor, array, row_bytes * row_count(rows.shape))
         yield tensor, tensor.start + start * row_bytes, array
+
+
+def _within(tensor: StoredTensor, array: np.ndarray, planned: int) -> None:
+    """What is wider than planned would be written over its neighbour."""
+    assert array.nbytes == planned, f"{tensor.name}: {array.nbytes} bytes where {planned} are due"
 
 
 def repack(

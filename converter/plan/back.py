@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from arch_maps.config import spell_dtype, start, stored_dtype
+from arch_maps.dtypes import FLOAT_CODES
 from arch_maps.facts import Facts, spell_shape
 from arch_maps.inverse import invert
 from arch_maps.ops import Expr, sources
@@ -67,7 +68,9 @@ def build_back_plan(
     outputs = []
     for rule in rules:
         leaf = sources(rule.expr)[0]
-        code = options.dtype_code or source.tensors[leaf.name].dtype
+        code = source.tensors[leaf.name].dtype
+        if code in FLOAT_CODES:  # a dtype is asked for weights, not for numbers that count
+            code = options.dtype_code or code
         if rule.kind is Kind.INDEX:
             code = "I64"  # as torch indexes
         out = Output(rule, code, None, {})
