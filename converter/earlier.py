@@ -12,7 +12,6 @@ from converter.kv import KEY
 from converter.manifest import Manifest, file_sha256, read_manifest, verify
 from converter.plan import Plan
 from converter.release import Release
-from converter.sidecars import is_sidecar
 from converter.source.folder import folder_of
 
 
@@ -29,8 +28,8 @@ def earlier_outputs(
 
     Such an output is of that very plan and of the weights and further files of ``release``, its
     files are as its manifest says, and it has KV settings only where they are ``studied`` now. An
-    earlier run that has judged all outputs was not interrupted, so that
-    without ``keep_judged`` there is nothing to go on with.
+    earlier run that has judged all outputs was not interrupted, so that without ``keep_judged``
+    there is nothing to go on with.
     """
     if overwrite:
         return [None] * len(folders)
@@ -72,7 +71,7 @@ def _same_sidecars(release: Release, manifest: Manifest) -> bool:
         return True  # files of the hub belong to its commit
     root = folder_of(release.root)
     return all(
-        file_sha256(root / name) == entry["sha256"]
-        for name, entry in manifest.files.items()
-        if is_sidecar(name) and (root / name).is_file()
+        name in manifest.files and manifest.files[name]["sha256"] == file_sha256(root / name)
+        for name in release.sidecars
+        if (root / name).is_file()
     )

@@ -122,14 +122,17 @@ def _summaries(checks: Sequence[Mapping[str, Any]]) -> Iterator[SummaryView]:
 
 
 def _worst(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """A failed row before all, then one whose value is no number, then the one nearest its gate."""
+    """A failed row before all, then one whose value is no number, then the largest, or the least
+    where that is what the gate is about.
+    """
 
-    def badness(row: Mapping[str, Any]) -> tuple[bool, bool, float]:
+    def badness(row: Mapping[str, Any]) -> tuple[bool, float]:
         value = row.get("value")
-        known = isinstance(value, int | float) and math.isfinite(value)
         least = str(row.get("name", "")).rpartition("/")[2] in _AT_LEAST
-        size = float(value) if known and value is not None else 0.0
-        return row["verdict"] == "fail", not known and value is not None, -size if least else size
+        size = 0.0 if value is None else math.inf
+        if isinstance(value, int | float) and math.isfinite(value):
+            size = -float(value) if least else float(value)
+        return row["verdict"] == "fail", size
 
     return max(rows, key=badness)
 

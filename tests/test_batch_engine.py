@@ -1,6 +1,5 @@
 """The engine with stages that only pretend: order, overlap, budgets, crashes, stops, leases."""
 
-import json
 import os
 import signal
 import threading
@@ -23,25 +22,20 @@ from batch_helpers import (
 )
 from sqlalchemy import select, update
 
-from converter import memory as memory_module
-from converter.batch import budget as budget_module
 from converter.batch import engine as engine_module
-from converter.batch.budget import Budget
 from converter.batch.catalogue import Catalogue
 from converter.batch.discover import Found
 from converter.batch.engine import Engine, Outcome
 from converter.batch.failures import Failure
 from converter.batch.fleet_worker import Service
-from converter.batch.orders import Answer, Order, Part
+from converter.batch.orders import Answer
 from converter.batch.pieces import Pieces
 from converter.batch.progress import Step
-from converter.batch.recipes import Asked, Policy
+from converter.batch.recipes import Policy
 from converter.batch.run import status_of
 from converter.batch.schema import job, piece
 from converter.batch.sweep import sweep
 from converter.batch.watchlist import Budgets
-from converter.batch.work import Throttle
-from converter.plan import Options
 
 QUICK = {"first_wait": 0.01, "longest_wait": 0.05, "patience": 1.0}
 
@@ -510,92 +504,6 @@ def test_a_worker_claims_a_piece_that_it_can_start(place):
     assert [one.id for one in Pieces(ledger(place[0])).open()] == [2, 3]
     mine.stop()
     mine.run()
-
-
-def test_budget():
-    budget = Budget("disk", lambda: 100)
-    assert budget.reserve("a", 60)
-    assert not budget.reserve("b", 50)
-    assert budget.refusal(500) is None  # others may leave
-    assert budget.reserve("a", 90)
-    budget.free("a")
-    assert budget.refusal(500) == "needs 500 B of disk and may use 100 B"
-    assert budget.reserve("b", 100)
-
-
-def test_memory_is_that_of_the_container(tmp_path, monkeypatch):
-    whole = memory_module.installed_memory()
-    assert budget_module.memory(None).limit == whole * 4 // 5
-    (tmp_path / "job").mkdir()
-    (tmp_path / "job" / "memory.max").write_text("1000\n")
-    monkeypatch.setattr(memory_module, "_CGROUP", tmp_path)
-    monkeypatch.setattr(memory_module, "_membership", lambda: "0::/job\n")
-    assert budget_module.memory(None).limit == 800
-    assert budget_module.memory(5).limit == 5
-
-
-def test_memory_is_that_of_the_machine_where_the_container_does_not_tell(monkeypatch):
-    read_text = Path.read_text
-
-    def denied(path, **given):
-        if str(path) == "/proc/self/cgroup":
-            raise PermissionError(path)
-        return read_text(path, **given)
-
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    monkeypatch.setattr(Path, "read_text", denied)
-    assert memory_module.installed_memory() == whole
-    assert memory_module.available_memory() > 0
-
-
-def test_throttle_holds_a_download_to_its_rate():
-    now, slept = [0.0], []
-
-    def sleep(seconds):
-        slept.append(seconds)
-        now[0] += seconds
-
-    throttle = Throttle(100.0, clock=lambda: now[0], sleep=sleep)
-    for done in range(0, 1001, 50):
-        throttle(done, 1000)
-    assert now[0] == pytest.approx(10.0)
-    assert throttle.done == 1000
-    free = Throttle(None, clock=lambda: now[0], sleep=sleep)
-    count = len(slept)
-    free(10**9, 10**9)
-    assert len(slept) == count
-
-
-def test_a_missed_gate_leaves_its_report(tmp_path, monkeypatch):
-    from converter.batch import work
-    from converter.errors import GateError
-
-    part = Part(
-        job=7,
-        variant="4bit",
-        target="night/m-4bit",
-        asked=Asked(options=Options()),
-        policy=Policy(),
-    )
-    order = Order(repo="a/m", commit="c", folder=tmp_path / "work" / "a--m@c", parts=(part,))
-    out = order.out(part)
-    out.mkdir(parents=True)
-    failed = {"name": "kl", "verdict": "fail", "value": 0.5}
-    (out / "parity.json").write_text(json.dumps({"verdict": "fail", "checks": [failed]}))
-    (out / "parity.html").write_text("why")
-    monkeypatch.setattr(work, "write_card", lambda *arguments, **named: None)
-
-    def refuse(folder, **named):
-        raise GateError(f"{folder}: the parity report says fail (kl); see {folder}/parity.html")
-
-    monkeypatch.setattr(work, "require_proof", refuse)
-    answer = work.prove_output(order)
-    kept = tmp_path / "reports" / "night" / "m-4bit" / "parity.html"
-    assert kept.read_text() == "why"
-    assert not (out / "parity.json").exists()  # for it is judged anew when the gates change
-    assert answer.failed[7].kind == "gate"
-    assert answer.failed[7].text == (f"night/m-4bit: the parity report says fail (kl); see {kept}")
-    assert answer.facts[7]["parity"]["failed"] == ["kl"]
 
 
 def test_grace_is_shorter_than_what_a_service_manager_waits():

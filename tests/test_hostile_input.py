@@ -149,6 +149,7 @@ def test_near_names_are_looked_for_among_few(count, hinted):
     [
         *("(a|aa)+$", "(a+)+$", "(.*a){9}", r"(\w+)\1", ".*" * 5 + "x"),
         *("a?" * 24 + "c", "(?:a|aa)" * 24 + "c", "(?:a??b?" * 8 + ")" * 8),
+        "(?:" + "(?:a|aa)" * 24 + "c|x)",
     ],
 )
 def test_expressions_that_could_take_forever_are_not_run(text):

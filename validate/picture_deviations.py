@@ -1,5 +1,6 @@
-"""Documented faults of mlx-vlm that only pictures show."""
+"""Documented faults of mlx-vlm that only pictures and videos show."""
 
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, Final
 
@@ -38,29 +39,24 @@ def _exact_merger_gelu(model: Any) -> list[Patch]:
     return [(block, "act", nn.GELU()) for block in model.merger.mlp]
 
 
+def _by_grids(model_type: str, setting: str, patches: Callable[..., Sequence[Patch]]) -> Deviation:
+    """The positions of a video, which the release counts by seconds as ``setting`` has it."""
+    return Deviation(
+        name="time",
+        runtime="mlx_vlm",
+        model_types=(model_type,),
+        modality="video",
+        what="mlx-vlm 0.7.10 counts the positions of a video by its grids, where the release "
+        f"counts them by seconds ({setting})",
+        bound=1.5,
+        patches=patches,
+        configured=True,
+    )
+
+
 PICTURES: Final = (
-    Deviation(
-        name="time",
-        runtime="mlx_vlm",
-        model_types=("qwen2_5_vl",),
-        modality="video",
-        what="mlx-vlm 0.7.10 counts the positions of a video by its grids, where the release "
-        "counts them by seconds (tokens_per_second)",
-        bound=1.5,
-        patches=video_faults.qwen2_5_vl,
-        configured=True,
-    ),
-    Deviation(
-        name="time",
-        runtime="mlx_vlm",
-        model_types=("qwen3_omni_moe",),
-        modality="video",
-        what="mlx-vlm 0.7.10 counts the positions of a video by its grids, where the release "
-        "counts them by seconds (position_id_per_seconds)",
-        bound=1.5,
-        patches=video_faults.qwen3_omni,
-        configured=True,
-    ),
+    _by_grids("qwen2_5_vl", "tokens_per_second", video_faults.qwen2_5_vl),
+    _by_grids("qwen3_omni_moe", "position_id_per_seconds", video_faults.qwen3_omni),
     Deviation(
         name="merger activation",
         runtime="mlx_vlm",

@@ -1,4 +1,7 @@
-"""Positions of a video's tokens as its release counts them, in a loaded mlx-vlm model."""
+"""Positions of a video's tokens as its release counts them, in a loaded mlx-vlm model.
+
+What a config leaves out is as transformers' configuration classes have it.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -24,7 +24,7 @@ from converter.execute.folder import MANIFEST
 from converter.hub import download, resolve_revision, upload
 from converter.manifest import read_manifest
 from converter.pipeline import Request, convert, plan_request
-from converter.proof import prove, require_proof
+from converter.proof import gated_alike, own_report, prove, require_proof
 from converter.publish import upload_output, write_card
 from converter.release import fetch, open_release
 from converter.ui import Console
@@ -159,7 +159,8 @@ def prove_output(order: Order) -> Answer:
     """The parity report and card of one output; GateError when it may not be published."""
     (part,) = order.parts
     out = order.out(part)
-    if not (out / PARITY).is_file():
+    report, gate = own_report(out), part.policy.kl_threshold
+    if report is None or not gated_alike(report, kl_threshold=gate):
         release = open_release(str(order.source))
         adapter = part.asked.checked_adapter()
         request = Request(
@@ -172,7 +173,7 @@ def prove_output(order: Order) -> Answer:
                 source=reference,
                 console=_QUIET,
                 plan=planned.plans[0],
-                kl_threshold=part.policy.kl_threshold,
+                kl_threshold=gate,
                 workers=order.workers,
                 arch=planned.arch,
             )

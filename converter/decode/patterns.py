@@ -87,8 +87,7 @@ def pattern_problem(text: str) -> str | None:
         choices *= 2 if least != most and most == 1 else 1
     for count in _alternatives(tree):
         choices *= count
-    if _is_choice(tree):  # each of which is tried once
-        choices = 1
+    choices //= _choice(tree)  # of whole expressions each is tried once
     if repeats > MAX_REPEATS or choices > MAX_CHOICES[repeats]:
         return (
             f"has more than {MAX_REPEATS} repetitions, or too many optional pieces and alternatives"
@@ -106,13 +105,15 @@ def _alternatives(tree: Any) -> Iterator[int]:
             yield from _alternatives(part)
 
 
-def _is_choice(tree: Any) -> bool:
-    """Whether an expression is a choice between others, each of which is then tried once."""
+def _choice(tree: Any) -> int:
+    """Between how many others an expression is a choice as a whole; 1 for none."""
     nodes = [(str(operator), argument) for operator, argument in tree if str(operator) != "AT"]
     if len(nodes) != 1:
-        return False
+        return 1
     [(name, argument)] = nodes
-    return name == "BRANCH" or (name == "SUBPATTERN" and _is_choice(argument[-1]))
+    if name == "BRANCH":
+        return len(argument[1])
+    return _choice(argument[-1]) if name == "SUBPATTERN" else 1
 
 
 def _nodes(tree: Any) -> Iterator[tuple[str, Any, int, int]]:

@@ -76,7 +76,8 @@ class _Group:
         import torch
 
         if not self.numbers:
-            return dict(zip(self.group.names, parameters.values(), strict=False))
+            (name,) = self.group.names
+            return dict.fromkeys((name,), *parameters.values()) if parameters else {}
         sizes = [value.numel() for value in self.values.values()]
         flat = torch.zeros(sum(sizes))
         for name, gradient in parameters.items():

@@ -19,6 +19,8 @@ _RUNTIMES: Final = ("mlx_lm", "mlx_vlm")
 _ATTENTION: Final = "quantized_scaled_dot_product_attention"
 _WHOLE: Final = "scaled_dot_product_attention"
 _LENGTH: Final = "kv_sequence_length"
+_READS: Final = "reads_quantized_state"
+"""What marks a function of a runtime that is wrapped already."""
 _OURS: Final = (QuantizedStateCache, BatchQuantizedStateCache)
 
 
@@ -91,7 +93,7 @@ def install(runtime: str) -> None:
     base: Any = import_module(f"{runtime}.models.base")
     for name, wrapped in ((_ATTENTION, _reading), (_WHOLE, _reading), (_LENGTH, _measuring)):
         stock = getattr(base, name, None)  # mlx-lm has no function for lengths
-        if stock is not None and not hasattr(stock, "reads_quantized_state"):
+        if stock is not None and not hasattr(stock, _READS):
             setattr(base, name, wrapped(stock))
     for path, module in list(sys.modules.items()):
         for name in (_WHOLE, _LENGTH):
@@ -158,7 +160,7 @@ def _reading(stock: Callable[..., Any]) -> Callable[..., Any]:
             raise ValueError("quantized caches are not attended to with attention sinks")
         return keys.attend(queries, scale=given["scale"], mask=given.get("mask"))
 
-    attention.reads_quantized_state = True  # type: ignore[attr-defined]
+    vars(attention)[_READS] = True
     return attention
 
 
@@ -169,5 +171,5 @@ def _measuring(stock: Callable[[Any], int]) -> Callable[[Any], int]:
     def length(keys: Any) -> int:
         return int(keys.size()) if isinstance(keys, _OURS) else stock(keys)
 
-    length.reads_quantized_state = True  # type: ignore[attr-defined]
+    vars(length)[_READS] = True
     return length
