@@ -40,6 +40,17 @@ def cohere2_vision(model: Any, config: Config) -> list[Patch]:
     ]
 
 
+def muse_glimmer(model: Any, config: Config) -> list[Patch]:
+    """Positions in the order of the release: it walks its table by columns, the patches by rows."""
+    embedder = model.vision_tower.patch_embedder
+    stock = embedder._position_embeddings
+
+    def turned(grid: Any) -> Any:
+        return stock([(frames, width, height) for frames, height, width in grid])
+
+    return [(embedder, "_position_embeddings", turned)]
+
+
 def swapped_gelu(model: Any, config: Config) -> list[Patch]:
     """The tanh form of GELU in the tower's blocks, the exact one in its mergers."""
     del config

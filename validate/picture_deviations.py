@@ -102,6 +102,15 @@ PICTURES: Final = (
     ),
     _picture(
         "positions",
+        "muse_glimmer",
+        what="mlx-vlm 0.7.10 resamples the tower's table of positions by rows, where the release "
+        "walks it by columns, so that the patches of a picture that is not square get others "
+        "(transformers before 5.24 has the same fault)",
+        bound=3.0,
+        patches=image_faults.muse_glimmer,
+    ),
+    _picture(
+        "positions",
         "idefics3",
         "smolvlm",
         what="mlx-vlm 0.7.10 rounds the position of a patch within its picture otherwise than the "

@@ -5,6 +5,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -167,9 +168,23 @@ class TorchReference:
         return self.greedy_from(self.text_inputs(ids), count)
 
     def steps_with_cache(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether steps hand on ``past_key_values``; pure state-space models do otherwise."""
-        usual = "past_key_values" in inspect.signature(self.model.forward).parameters
-        return usual and set(inputs) <= {"input_ids", "attention_mask"}
+        """Whether steps hand on a cache; what comes with a picture is computed anew each time."""
+        return self.cache_name is not None and set(inputs) <= {"input_ids", "attention_mask"}
+
+    @cached_property
+    def cache_name(self) -> str | None:
+        """How this class calls its cache, as an argument and in what it answers.
+
+        transformers 5.24 renamed ``past_key_values``; code that comes with a release has the old
+        name. None of a state-space model of before, which takes a state of another kind.
+        """
+        known = inspect.signature(self.model.forward).parameters
+        return next((name for name in ("cache", "past_key_values") if name in known), None)
+
+    def kept_by(self, output: Any) -> dict[str, Any]:
+        """The cache that ``output`` brought, as an argument of the next step; {} without one."""
+        cache = None if self.cache_name is None else getattr(output, self.cache_name, None)
+        return {} if cache is None else {str(self.cache_name): cache}
 
     def ends(self, token: int) -> bool:
         """Whether a continuation ends with ``token``, one that stands for a picture or a sound."""
@@ -195,14 +210,14 @@ class TorchReference:
         current = dict(self.cast(inputs))
         apart = bool(self.answer_so_far(()))
         cached = self.steps_with_cache(inputs) and not apart
-        cache = None
+        kept: dict[str, Any] = {}
         with torch.inference_mode():
             for _ in range(count):
                 if cached:
-                    step = current if cache is None else {"input_ids": _row(tokens[-1:])}
-                    output = self.model(**step, past_key_values=cache, use_cache=True)
-                    cache = getattr(output, "past_key_values", None)
-                    cached = cache is not None  # some classes leave making one to generation
+                    step = {"input_ids": _row(tokens[-1:])} if kept else current
+                    output = self.model(**step, **kept, use_cache=True)
+                    kept = self.kept_by(output)
+                    cached = bool(kept)  # some classes leave making one to generation
                 else:
                     answered = self.answer_so_far(tokens)
                     output = self.model(**current, **answered, use_cache=False)

@@ -40,9 +40,14 @@ def mend(model_type: str) -> None:
     """Make a class of transformers buildable that contradicts itself, for this process.
 
     5.23.0 wants every layer of these drafters to share the keys and values of another model, and
-    rejects a stack whose layers all share them. Where timm is missing, a class whose tower comes
+    rejects a stack whose layers all share them. 5.24.0 asks the answer of Llama 4's text stack for
+    the pictures' features, which it does not have. Where timm is missing, a class whose tower comes
     from there is built without that tower, and answers nothing about pictures.
     """
+    if model_type == "llama4":
+        outputs: Any = import_module("transformers.modeling_outputs")
+        if not hasattr(outputs.MoeCausalLMOutputWithPast, "image_outputs"):
+            outputs.MoeCausalLMOutputWithPast.image_outputs = None
     if unbuilt(model_type):
         _leave_out(_BY_TIMM[model_type][0])
     if model_type not in _ALL_SHARED:

@@ -141,11 +141,11 @@ class _Row:
         token = int(self._rows[-1].argmax())
         self._tokens.append(token)
         self.ended = self._model.ends(token)
-        cache = getattr(output, "past_key_values", None)
-        self._cached = self._cached and cache is not None
+        kept = self._model.kept_by(output)
+        self._cached = self._cached and bool(kept)
         if self._cached:
             ids = self._model.text_inputs([token])["input_ids"]
-            self.inputs = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+            self.inputs = {"input_ids": ids, **kept, "use_cache": True}
         else:
             self._whole = self._model.extended(self._whole, token)
             self.inputs = self._whole
