@@ -36,6 +36,8 @@ class Kind(StrEnum):
     """Recurrence parameters that the runtimes keep in the precision of the release."""
     INDEX = "index"
     """Integers that a runtime looks things up by: stored as int32, as MLX indexes."""
+    HASH = "hash"
+    """Integers that a runtime computes hashes of 64 bits with: stored as they are."""
 
 
 QUANTIZABLE = frozenset({Kind.LINEAR, Kind.EMBEDDING, Kind.HEAD})

@@ -13,7 +13,6 @@ UNMAPPED: Final[dict[str, str]] = {
     "nemotron_h_omni": "not written yet",
     "openai_privacy_filter": "a classifier of tokens, which no check judges",
     "pp_doclayout_v3": "a detector, which no check judges",
-    "qwen4_exp": "not written yet",
     "rt_detr_v2": "the runtime's loader transposes every convolution on each load, so that no file "
     "is loaded as written",
     "sam3": "a segmenter, which no check judges",

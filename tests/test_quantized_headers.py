@@ -82,6 +82,28 @@ def test_stacked_experts_in_fp8(tmp_path):
     np.testing.assert_array_equal(rows[:, :, 0], [[1, 1, 2, 2], [3, 3, 4, 4]])
 
 
+@pytest.mark.parametrize("method", ["fp8", "modelopt"])
+def test_a_table_in_parts_has_one_scale(method, tmp_path):
+    """As Qwen3.8-Flash-Next's n-grams, which releases list among what they leave plain."""
+    tensors = {f"ngram.table.shard_{i}.weight": e4m3(2, 8, code=ONE + 8 * i) for i in range(3)}
+    tensors["ngram.table.weight_scale"] = torch.tensor([0.5], dtype=torch.bfloat16)
+    listed = {"modules_to_not_convert": ["ngram"], "exclude_modules": ["*ngram*"]}
+    settings = {**FP8, "quant_algo": "FP8", **listed, "quant_method": method}
+    view = view_of(release(tmp_path, tensors, settings))
+    assert set(view.source.tensors) == set(tensors) - {"ngram.table.weight_scale"}
+    for i in range(3):
+        rows = rows_of(tmp_path, view, f"ngram.table.shard_{i}.weight", step=1)
+        np.testing.assert_array_equal(rows, np.full((2, 8), 0.5 * 2**i))
+
+
+def test_a_part_without_the_scale_of_its_table(tmp_path):
+    found = problems(tmp_path, {"ngram.table.shard_0.weight": e4m3(2, 8)}, FP8)
+    assert found == [
+        "ngram.table.shard_0.weight: is FP8 with no ngram.table.shard_0.weight_scale_inv; "
+        "it cannot be decoded"
+    ]
+
+
 def test_fbgemm_has_a_scale_per_row(tmp_path):
     tensors = named(weight=e4m3(3, 8), weight_scale=torch.tensor([[1.0], [2.0], [4.0]]))
     view = view_of(release(tmp_path, tensors, {"quant_method": "fbgemm_fp8"}))

@@ -84,15 +84,18 @@ def stack(at: Mount, s: Sizes, feed_forward: FeedForward = dense) -> None:
     at.norm("norm", s.hidden, offset=NORM_OFFSET)
 
 
-def gated_attention(at: Mount, s: Sizes) -> None:
-    """Grouped-query attention whose query projection also makes an output gate per head."""
+def gated_attention(at: Mount, s: Sizes, *, offset: float = NORM_OFFSET) -> None:
+    """Grouped-query attention whose query projection also makes an output gate per head.
+
+    ``offset`` is what the runtime has added to the weights of its norms.
+    """
     bias = s.attention_bias
     at.linear("q_proj", s.heads * (2 * s.head_dim), s.hidden, bias=bias)
     at.linear("k_proj", s.kv_heads * s.head_dim, s.hidden, bias=bias)
     at.linear("v_proj", s.kv_heads * s.head_dim, s.hidden, bias=bias)
     at.linear("o_proj", s.hidden, s.heads * s.head_dim, bias=bias)
-    at.norm("q_norm", s.head_dim, offset=NORM_OFFSET)
-    at.norm("k_norm", s.head_dim, offset=NORM_OFFSET)
+    at.norm("q_norm", s.head_dim, offset=offset)
+    at.norm("k_norm", s.head_dim, offset=offset)
     at.changed_values("a gate multiplies what attention gives, channel by channel")
 
 
@@ -132,15 +135,7 @@ def spell_config(
             f"config.json: {facts.path}linear_num_value_heads ({int(s.value_heads)}) must be a "
             f"multiple of linear_num_key_heads ({int(s.key_heads)})"
         )
-    settings = spell.rope(facts)
-    settings.setdefault("partial_rotary_factor", 0.25)
-    settings.setdefault("mrope_section", [11, 11, 10])
-    if settings["rope_type"] not in ("default", "mrope"):
-        facts.problem(
-            f"config.json: {facts.path}rope_type is {settings['rope_type']!r}; the runtimes "
-            "compute unscaled positions only"
-        )
-    settings["rope_type"] = "default"
+    spell_rope(config, facts)
     config.update(
         full_attention_interval=interval,
         num_key_value_heads=int(s.kv_heads),
@@ -154,8 +149,21 @@ def spell_config(
         tie_word_embeddings=tied,
         rms_norm_eps=facts.number("rms_norm_eps", 1e-6),
         max_position_embeddings=int(facts.size("max_position_embeddings", 32768)),
-        **spell.spell_rope(settings),
     )
+
+
+def spell_rope(config: dict[str, Any], facts: Facts, *, rotary: float = 0.25) -> None:
+    """Write positions on three axes, in place; ``rotary`` is the reference's default share."""
+    settings = spell.rope(facts)
+    settings.setdefault("partial_rotary_factor", rotary)
+    settings.setdefault("mrope_section", [11, 11, 10])
+    if settings["rope_type"] not in ("default", "mrope"):
+        facts.problem(
+            f"config.json: {facts.path}rope_type is {settings['rope_type']!r}; the runtimes "
+            "compute unscaled positions only"
+        )
+    settings["rope_type"] = "default"
+    config.update(spell.spell_rope(settings))
     config["rope_scaling"] = config["rope_parameters"]
 
 

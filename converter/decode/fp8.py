@@ -7,6 +7,7 @@ multiplies, whatever it is called; ``weight_block_size`` states its blocks. Deep
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -99,6 +100,7 @@ def read(settings: Mapping[str, Any], build: Builder) -> None:
     ignored = name_matcher(
         settings.get("modules_to_not_convert"), build, where="modules_to_not_convert"
     )
+    add_parts(build, powers=powers)
     for name in fp8_names(build):
         module = name.removesuffix(".weight")
         if build.stays_plain(module, ignored):
@@ -127,6 +129,26 @@ def fp8_names(build: Builder) -> list[str]:
         for info in build.tensors.values()
         if info.dtype in ("F8_E4M3", "F8_E5M2") and not info.name.endswith("_scale")
     ]
+
+
+def add_parts(build: Builder, *, powers: bool = False) -> None:
+    """Tables in parts ``X.PART.weight`` with one scale of all, ``X.weight_scale``.
+
+    As Qwen3.8-Flash-Next has its n-grams. Lists of what is left plain name linear layers, and
+    cover such a table in releases that quantize it, so they are not asked.
+    """
+    parts: dict[str, list[str]] = defaultdict(list)
+    for name in fp8_names(build):
+        module = name.removesuffix(".weight")
+        above = module.rpartition(".")[0]
+        own = any(f"{name}{ending}" in build.tensors for ending in ("_scale_inv", "_scale"))
+        if above and not own and f"{above}.weight" not in build.tensors:
+            parts[f"{above}.weight_scale"].append(name)
+    for scale, names in parts.items():
+        found = build.tensors.get(scale)
+        for name in names if found is not None else ():
+            build.tensors[scale] = found  # which every part takes with it
+            add_fp8(build, name, scale, tile=None, powers=powers)
 
 
 def add_fp8(

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from converter.decode.build import Builder, name_matcher
 from converter.decode.fp4 import add_nvfp4
-from converter.decode.fp8 import ACTIVATIONS, KV_SCALES, add_fp8
+from converter.decode.fp8 import ACTIVATIONS, KV_SCALES, add_fp8, add_parts
 
 _ALGORITHMS: Final = ("FP8", "NVFP4", "MIXED_PRECISION")
 
@@ -29,6 +29,7 @@ def read(settings: Mapping[str, Any], build: Builder) -> None:
     left = inner.get("exclude_modules", inner.get("ignore"))
     ignored = name_matcher(left, build, where="exclude_modules")
     expected = {"FP8": ("F8_E4M3",), "NVFP4": ("U8",)}.get(algorithm, ("F8_E4M3", "U8"))
+    add_parts(build)
     for module in build.with_ending(".weight_scale"):
         if build.stays_plain(module, ignored):
             continue

@@ -29,7 +29,7 @@ from converter.plan.repack import Repack, repack
 from converter.source import Source
 from converter.source.header import paused_gc
 from converter.version import program_version
-from quant.recipe import QuantSpec
+from quant.recipe import AFFINE_GROUP_SIZES, QuantSpec
 
 _CODES_TO_TORCH = {code: name for name, code in TORCH_NAMES.items()}
 _RENAMED = "model.language_model."
@@ -193,7 +193,8 @@ def _outputs(
         spec, kept = spec_for(rule), ""
         if spec is not None and int(rule.expr.shape[-1]) % spec.group_size:
             kept = f"rows of {int(rule.expr.shape[-1])} do not divide into {spec.group_size}"
-            spec = None
+            spec = _narrow(rule, spec)
+            kept = "" if spec is not None else kept
         own = _own_codes(view, rule, spec, code, options)
         if isinstance(own, Repack):
             spec, kept = own.spec, ""
@@ -223,6 +224,16 @@ def _outputs(
         f"{count} {why}: method search, without activations" for why, count in uncalibrated.items()
     ]
     return outputs, notes
+
+
+def _narrow(rule: Rule, spec: QuantSpec) -> QuantSpec | None:
+    """A table's affine format in the narrowest groups, where its rows divide into these.
+
+    As mlx-vlm's own converter falls back for tables of n-grams, which are most of their release.
+    """
+    group = AFFINE_GROUP_SIZES[0]
+    fits = spec.mode == "affine" and int(rule.expr.shape[-1]) % group == 0
+    return replace(spec, group_size=group) if fits and rule.kind is Kind.EMBEDDING else None
 
 
 def _own_codes(
@@ -280,6 +291,8 @@ def _storage_dtype(source: Source, rule: Rule, dtype: str | None) -> tuple[str, 
         codes = frozenset(source.tensors[leaf.name].dtype for leaf in sources(rule.expr))
     if rule.kind is Kind.INDEX:
         code, wanted = ("I32" if codes <= {"I64", "I32"} else None), "integers"
+    elif rule.kind is Kind.HASH:
+        code, wanted = ("I64" if codes == {"I64"} else None), "integers of 64 bits"
     else:
         code, wanted = _stored_code(codes, dtype, state=rule.kind is Kind.STATE), "floats"
     if code is None:

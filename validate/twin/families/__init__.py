@@ -154,6 +154,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_next": qwen.TEXT,
     "qwen3_vl": qwen.QWEN3_5,
     "qwen3_vl_moe": qwen.QWEN3_5,
+    "qwen4_exp": qwen.QWEN4,
     "recurrent_gemma": state_space.RECURRENT_GEMMA,
     "rwkv7": remote.RWKV7,
     "siglip": siglip.FAMILY,

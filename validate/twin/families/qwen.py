@@ -1,5 +1,6 @@
 """Qwen 3 and 3.5: ChatML tokens; the multimodal one cuts images into merged patches."""
 
+from dataclasses import replace
 from types import MappingProxyType
 
 from validate.twin.family import CHAT_TOKENS, Family, Files, Json
@@ -61,6 +62,21 @@ def _dflash(config: Json, source: Json) -> Json:
 
 DFLASH = Family(adjust=_dflash)
 
+
+def _qwen4(config: Json, source: Json) -> Json:
+    """Small n-gram tables in two layers, and so few blocks chosen that every prompt has more.
+
+    With as many heads of the indexer no two blocks have a score of zero, which would tie.
+    """
+    config, text = _adjust(config, source), config["text_config"]
+    text |= {"ple_layer_ids": [2, 4], "ple_embed_dim": text["hidden_size"], "heads_per_ngram": 2}
+    text |= {"ngram_vocab_size_base": 90, "make_ngram_vocab_size_divisible_by": 8}
+    text |= {"split_ngram_parts": 4, "hc_count": 3, "hc_lowrank": 64, "seed": 4321}
+    text |= {"indexer_n_heads": 16, "indexer_head_dim": 64}
+    text |= {"indexer_budget": 8, "indexer_compress_ratio": 2}
+    return config
+
+
 QWEN3_5 = Family(
     tokenizer_class="Qwen2Tokenizer",
     specials=(*CHAT_TOKENS, VISION_START, VISION_END, IMAGE, VIDEO),
@@ -85,4 +101,11 @@ QWEN3_5 = Family(
     video_markup=f"{VISION_START}{VIDEO}{VISION_END}",
     adjust=_adjust,
     processor=_processor,
+)
+
+# n-grams begin anew at this token, so it is one that prompts have.
+QWEN4 = replace(
+    QWEN3_5,
+    tokens=MappingProxyType({**QWEN3_5.tokens, "bos_token_id": "<|im_end|>"}),
+    adjust=_qwen4,
 )
