@@ -14,6 +14,7 @@ from validate.twin import load_example, make_twin
 LAYERS = {
     "qwen3_5": ("text_config", "mtp_num_hidden_layers"),
     "glm4_moe_lite": ("", "num_nextn_predict_layers"),
+    "qwen4_exp": ("text_config", "mtp_num_hidden_layers"),
 }
 
 

@@ -139,7 +139,8 @@ def twin_source(model_type):
     tensors = {drop.name: ("BF16", tuple(map(int, drop.shape))) for drop in needed}
     for rule in expanded.rules:
         # As releases store them: the state of a recurrence may be float32.
-        code = {Kind.STATE: "F32", Kind.INDEX: "I64"}.get(rule.kind, "BF16")
+        whole = dict.fromkeys((Kind.INDEX, Kind.HASH), "I64")
+        code = {Kind.STATE: "F32", **whole}.get(rule.kind, "BF16")
         tensors |= {leaf.name: (code, tuple(map(int, leaf.shape))) for leaf in sources(rule.expr)}
     return source_of({**config, "dtype": "bfloat16"}, tensors)
 
@@ -194,6 +195,7 @@ def test_targets_are_the_parameters_of_the_stock_runtimes(model_type, recipe, tm
 
 _CODES = {"mlx.core.bfloat16": "BF16", "mlx.core.float32": "F32"}
 _CODES |= {"mlx.core.uint32": "U32", "mlx.core.uint8": "U8", "mlx.core.int32": "I32"}
+_CODES["mlx.core.int64"] = "I64"
 
 
 def _tower(name):

@@ -1,11 +1,12 @@
 """Qwen4-Exp: tables of n-grams, hashes of 64 bits, and layers by three names."""
 
 import json
-from pathlib import Path
+from itertools import pairwise
 
 import header_fixtures
 import numpy as np
 import pytest
+from release_helpers import make
 
 from arch_maps.facts import Facts
 from arch_maps.ops import sources
@@ -13,6 +14,7 @@ from arch_maps.registry import find
 from arch_maps.text.qwen4_exp import MAX_TABLES, primes_from
 from converter.plan import Options, build_plan
 from converter.plan.match import match_release
+from converter.source import open_folder
 from quant.recipe import QuantSpec
 from validate.twin import load_example
 
@@ -66,13 +68,13 @@ def test_a_whole_table_is_shared_out_as_its_parts_are():
     assert len({leaf for rule in whole for leaf in sources(rule.expr)}) == 1
     cuts = [(rule.expr.start, rule.expr.stop) for rule in whole]
     assert cuts[0][0] == 0
-    assert all(stop == start for (_, stop), (start, _) in zip(cuts, cuts[1:], strict=False))
+    assert all(stop == start for (_, stop), (start, _) in pairwise(cuts))
     assert cuts[-1][1] == 320_001_536
 
 
 @pytest.mark.parametrize("kind", ["full_attention", "indexed_attention", "qwen_sparse_attention"])
 def test_layers_that_choose_tokens_have_three_names(kind):
-    """The release's, transformers' and the runtime's; the first is written, which all three read."""
+    """The release's, transformers' and the runtime's; the first is written, which all read."""
     config = load_example("qwen4_exp")
     kinds = config["text_config"]["layer_types"]
     config["text_config"]["layer_types"] = [kind if k == "full_attention" else k for k in kinds]
@@ -110,14 +112,13 @@ def test_an_output_gate_that_is_not_stated_is_the_activation():
 
 def test_hashes_keep_64_bits(twin_of, tmp_path):
     from safetensors import safe_open
-    from twin_helpers import convert_twin
 
     source = twin_of("qwen4_exp")
-    out = convert_twin(source, tmp_path / "out")
+    [out] = make(source, tmp_path / "out")
     names = [f"layers.{layer}.ple.ple_embedding.layer_multipliers" for layer in (1, 3)]
     with (
         safe_open(source / "model.safetensors", "numpy") as old,
-        safe_open(Path(out) / "model.safetensors", "numpy") as new,
+        safe_open(out / "model.safetensors", "numpy") as new,
     ):
         for name in names:
             was = old.get_tensor(f"model.language_model.{name}")
@@ -125,5 +126,24 @@ def test_hashes_keep_64_bits(twin_of, tmp_path):
             assert now.dtype == was.dtype == np.int64
             assert now.max() > 2**31
             np.testing.assert_array_equal(now, was)
-    config = json.loads((Path(out) / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text())
     assert config["text_config"]["ple_layer_ids"] == [2, 4]
+
+
+def test_rows_of_a_table_in_parts_are_read_alone(twin_of):
+    """So that the block-by-block reference never holds the table of a release, 100 GB of it."""
+    import torch
+
+    from quant.calibrate.loading import Weights, empty_model
+
+    folder = twin_of("qwen4_exp")
+    source = open_folder(folder)
+    shapes = {name: info.shape for name, info in source.tensors.items()}
+    path = f"model.language_model.layers.1.{TABLE}"
+    names = [f"{path}.shard_{part}.weight" for part in range(12)]
+    with source.open() as reader:
+        whole = np.concatenate([reader.read_rows(name, 0, shapes[name][0]) for name in names])
+        read = Weights(empty_model(folder), reader, shapes).rows_of(f"{path}.weight")
+        for start, stop in ((0, 1), (33, 35), (30, 110), (0, len(whole)), (5, 5)):
+            rows = read(start, stop)
+            torch.testing.assert_close(rows, torch.from_numpy(whole[start:stop]), rtol=0, atol=0)

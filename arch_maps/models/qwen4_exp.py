@@ -63,4 +63,10 @@ MAP = ArchMap(
     parts=("text.qwen4_exp", "text.qwen3_5", "text.moe", "vision.qwen_vit"),
     modalities=("text", "image"),
     pipeline_tag="image-text-to-text",
+    remarks=(
+        "Blocks of tokens that no head of the indexer scores above zero tie, and torch and MLX may "
+        "choose others of these.",
+        "On a GPU and in 16 bits mlx-vlm attends to chosen blocks by a Metal kernel of its own, "
+        "which no check on a CPU runs.",
+    ),
 )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,17 @@ def _model_class(config: Any) -> Callable[..., Any]:
         else transformers.AutoModelForCausalLM
     )
     return auto.from_config  # type: ignore[no-any-return]
+
+
+def _adds_rows(converter: Any) -> bool:
+    """Whether what transformers makes of tensors is their rows, one tensor's after another's."""
+    loading: Any = import_module("transformers.core_model_loading")
+    operations = converter.operations
+    return (
+        len(operations) == len(converter.source_patterns) == len(converter.target_patterns) == 1
+        and type(operations[0]) is loading.Concatenate
+        and operations[0].dim == 0
+    )
 
 
 @dataclass(frozen=True)
@@ -172,12 +184,31 @@ class Weights:
         return torch.from_numpy(np.ascontiguousarray(array))
 
     def rows_of(self, parameter: str) -> Callable[[int, int], Tensor] | None:
-        """What reads rows of a parameter alone; None unless one tensor of the release is it."""
+        """What reads rows of a parameter alone; None unless tensors of the release make it so.
+
+        These are one tensor, or several whose rows follow one another.
+        """
         group = self.group_of.get(self.tied.get(parameter, parameter))
-        if group is None or group.converter is not None or group.names[0] in self.replaced:
+        if group is None or not (group.converter is None or _adds_rows(group.converter)):
             return None
-        name = group.names[0]
-        return lambda start, stop: self.rounded(self.read_rows(name, start, stop))
+        names = group.names if group.converter is not None else group.names[:1]
+        if any(name in self.replaced for name in names):
+            return None
+        ends = list(accumulate(self._shapes[name][0] for name in names))
+
+        def rows(start: int, stop: int) -> Tensor:
+            import torch
+
+            pieces = []
+            for name, end in zip(names, ends, strict=True):
+                first = end - self._shapes[name][0]
+                if start < end and stop > first:
+                    low, high = max(start, first) - first, min(stop, end) - first
+                    pieces.append(self.read_rows(name, low, high))
+            found = torch.cat(pieces) if pieces else self.read_rows(names[0], 0, 0)
+            return self.rounded(found)
+
+        return rows
 
     def rounded(self, value: Tensor) -> Tensor:
         """A parameter's value with the rounding that is asked for, in its own dtype."""

@@ -70,8 +70,8 @@ def _qwen4(config: Json, source: Json) -> Json:
     """
     config, text = _adjust(config, source), config["text_config"]
     text |= {"ple_layer_ids": [2, 4], "ple_embed_dim": text["hidden_size"], "heads_per_ngram": 2}
-    text |= {"ngram_vocab_size_base": 90, "make_ngram_vocab_size_divisible_by": 8}
-    text |= {"split_ngram_parts": 4, "hc_count": 3, "hc_lowrank": 64, "seed": 4321}
+    text |= {"ngram_vocab_size_base": 90, "make_ngram_vocab_size_divisible_by": 24}
+    text |= {"split_ngram_parts": 12, "hc_count": 3, "hc_lowrank": 64, "seed": 4321}
     text |= {"indexer_n_heads": 16, "indexer_head_dim": 64}
     text |= {"indexer_budget": 8, "indexer_compress_ratio": 2}
     return config
