@@ -146,7 +146,9 @@ def add_parts(build: Builder, *, powers: bool = False) -> None:
             parts[f"{above}.weight_scale"].append(name)
     for scale, names in parts.items():
         found = build.tensors.get(scale)
-        for name in names if found is not None else ():
+        if found is None:
+            continue
+        for name in names:
             build.tensors[scale] = found  # which every part takes with it
             add_fp8(build, name, scale, tile=None, powers=powers)
 
