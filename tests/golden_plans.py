@@ -33,8 +33,8 @@ _INDEX = re.compile(r"\.(\d+)\.")
 LARGEST = 2100
 """Tensors of a release with golden plans; per-expert lists of more would fill megabytes."""
 
-BULKY = {"florence2", "gemma3n", "phimoe"}
-"""Types whose plans would, because hardly two of their layers or blocks are alike."""
+BULKY = {"florence2", "gemma3n", "phimoe", "qwen4_exp"}
+"""Types whose plans would, because hardly two of their layers, blocks or parts are alike."""
 
 
 def golden_types(wanted: Sequence[str] = ()) -> list[str]:
