@@ -6,7 +6,8 @@ from itertools import pairwise
 import header_fixtures
 import numpy as np
 import pytest
-from release_helpers import make
+from mtp_twins import make_mtp_twin
+from release_helpers import make, stored
 
 from arch_maps.facts import Facts
 from arch_maps.ops import sources
@@ -147,3 +148,16 @@ def test_rows_of_a_table_in_parts_are_read_alone(twin_of):
         for start, stop in ((0, 1), (33, 35), (30, 110), (0, len(whole)), (5, 5)):
             rows = read(start, stop)
             torch.testing.assert_close(rows, torch.from_numpy(whole[start:stop]), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("runtimes")
+def test_the_drafter_has_the_tensors_of_the_stock_splitter(tmp_path):
+    from mlx_vlm.split_mtp import split_mtp
+
+    twin = make_mtp_twin("qwen4_exp", tmp_path / "twin")
+    _, drafter = make(twin, tmp_path / "out", mtp=True)
+    split_mtp(str(twin), str(tmp_path / "stock"))
+    wanted, found = stored(tmp_path / "stock"), stored(drafter)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name].view(np.uint32), value.view(np.uint32), name)
