@@ -17,6 +17,9 @@ from converter.plan import Options, build_plan
 from converter.plan.match import match_release
 from converter.source import open_folder
 from quant.recipe import QuantSpec
+from validate.batched import batched
+from validate.metrics import relative_error
+from validate.runtime import MlxRuntime
 from validate.twin import load_example
 
 TABLE = "ple.ple_embedding.ngram_embedding"
@@ -161,3 +164,36 @@ def test_the_drafter_has_the_tensors_of_the_stock_splitter(tmp_path):
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         np.testing.assert_array_equal(found[name].view(np.uint32), value.view(np.uint32), name)
+
+
+def test_padded_rows_decode_with_all_tokens_until_the_indexers_mask_is_put_in(
+    twin_of, tmp_path, monkeypatch, runtimes
+):
+    """The cause that reports name where rows of a batch part (``validate/batch_faults.py``)."""
+    from mlx_vlm.models.qwen4_exp import language
+
+    (out,) = make(twin_of("qwen4_exp"), tmp_path / "out")
+    model = MlxRuntime.load(out, runtime="mlx_vlm")
+    prompts = [[*range(20, 38)], [*range(60, 90)]]
+    answers = [[5, 6, 7], [8, 9, 10]]
+    alone = [model.run(model.text_inputs(p), a) for p, a in zip(prompts, answers, strict=True)]
+    wanted = [run.steps for run in alone]
+
+    def error():
+        found = batched(model, prompts, answers)
+        return max(relative_error(w, f) for w, f in zip(wanted, found, strict=True))
+
+    assert 0.02 < error() < 0.5
+    forward = language.Qwen4ExpBatchInvariantForward
+    stock = forward._qsa_attention
+
+    def chosen(self, attention, states, cache, positions, mask):
+        if mask != "left_padded_decode":
+            return stock(self, attention, states, cache, positions, mask)
+        projected = self._linear(attention.indexer.index_qk_proj, states)
+        own = attention.indexer.from_projected(projected, cache, positions)
+        mask = mask if own is None else own
+        return self._attention(attention, states, mask, cache, positions, None)
+
+    monkeypatch.setattr(forward, "_qsa_attention", chosen)
+    assert error() < 1e-5
