@@ -33,7 +33,6 @@ _ULP_ONE: Final = np.float32(2.0**23)
 _ULP_F16: Final = np.float32(2.0**-1)
 _ULP_E4M3: Final = np.float32(2.0**14)
 _LEAST_NORMAL_F16: Final = np.float32(2.0**-14)
-_E2M1_DISTINCT: Final = np.float32(2.0**21)
 
 
 @jit
@@ -275,34 +274,20 @@ def _power_of_two(e: np.int32) -> np.float32:
     return _float(tiny if e < np.int32(-126) else normal)
 
 
-@jit
-def _first_nearest_e2m1(x: np.float32) -> np.uint32:
-    """First code at the least distance in float32, where far from all of them many are equal."""
-    best = np.uint32(0)
-    distance = np.float32(np.inf)
-    for code in range(16):
-        d = abs(x - _load_e2m1(np.uint32(code)))
-        if d < distance:
-            distance = d
-            best = np.uint32(code)
-    return best
-
-
 @cache
-def microscaled_codes(kind: int, format: int) -> Kernel:
+def mxfp8_codes(kind: int) -> Kernel:
     """``(w, stock, codes, scales) -> int`` over (rows, cols) bits; one code per byte.
 
-    ``stock`` repeats mx.quantize on CPU outside the range of the formats too, where it wraps
-    block exponents under -127 and loses nvfp4 values far beyond 2688; otherwise these saturate.
+    ``stock`` repeats mx.quantize on CPU outside the range of the format too, where it wraps block
+    exponents under -127; otherwise these saturate. Rejects non-finite elements.
     """
-    group = 16 if format == NVFP4 else 32
-    top = np.float32(448 if format == MXFP8 else 6)
-    top_scale = np.float32(448)
+    group = 32
+    top = np.float32(448)
     signed, magnitude, infinity = _layout(kind)
 
     def run(w: Array, stock: bool, codes: Array, scales: Array) -> int:
         columns = w.shape[1]
-        most, scale = np.empty(columns, signed), np.empty(columns // 16, np.float32)
+        most, scale = np.empty(columns, signed), np.empty(columns // group, np.float32)
         return int(kernel(w, stock, codes, scales, most, scale))
 
     @jit
@@ -320,36 +305,17 @@ def microscaled_codes(kind: int, format: int) -> Kernel:
                 if most[g] >= infinity:
                     return int(r * columns + g * group)
             for g in range(groups):
-                wanted = _round_to(_load(np.uint32(most[g]), kind) / top, kind)
-                if format == NVFP4:
-                    code = _store_e4m3(wanted)
-                    scale[g] = _load_e4m3(code)
-                else:
-                    exponent = _ceil_exponent(wanted)
-                    if not stock:
-                        exponent = max(exponent, np.int32(-127))
-                    code = np.uint32(np.uint32(exponent + np.int32(127)) & np.uint32(0xFF))
-                    scale[2 * g] = _power_of_two(exponent)
-                    scale[2 * g + 1] = scale[2 * g]
-                scales[r, g] = code
-            for block in range(columns // 32):
-                first = scale[2 * block]
-                second = scale[2 * block + 1]
-                source = row[block * 32 : (block + 1) * 32]
-                out = codes[r, block * 32 : (block + 1) * 32]
-                for i in range(32):
-                    s = first if i < 16 else second
-                    x = _load(np.uint32(source[i]), kind) / s
-                    if format == MXFP8:
-                        out[i] = _store_e4m3(x)
-                    else:
-                        out[i] = _store_e2m1(x) if s > _ZERO else np.uint32(0)
-                if stock and format == NVFP4 and max(first, second) == top_scale:
-                    for i in range(32):
-                        s = first if i < 16 else second
-                        x = _load(np.uint32(source[i]), kind) / s
-                        if _E2M1_DISTINCT < abs(x) < np.float32(np.inf):
-                            out[i] = _first_nearest_e2m1(_round_to(x, kind))
+                exponent = _ceil_exponent(_round_to(_load(np.uint32(most[g]), kind) / top, kind))
+                if not stock:
+                    exponent = max(exponent, np.int32(-127))
+                scale[g] = _power_of_two(exponent)
+                scales[r, g] = np.uint32(np.uint32(exponent + np.int32(127)) & np.uint32(0xFF))
+            for g in range(groups):
+                s = scale[g]
+                source = row[g * group : (g + 1) * group]
+                out = codes[r, g * group : (g + 1) * group]
+                for i in range(group):
+                    out[i] = _store_e4m3(_load(np.uint32(source[i]), kind) / s)
         return -1
 
     return run

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from arch_maps.dtypes import CODES, NUMPY_DTYPES
 from quant.floats import KINDS, as_bits, reject_group
-from quant.packing import pack_rows, unpack_rows
+from quant.packing import unpack_rows
 from quant.recipe import QuantSpec
 
 ROUNDING_RULES: Final[dict[str, str]] = {
@@ -20,7 +20,6 @@ ROUNDING_RULES: Final[dict[str, str]] = {
 """How scales and codes are rounded, by mode; runtimes have changed these between versions."""
 
 _FORMATS: Final = {"mxfp4": 0, "mxfp8": 1, "nvfp4": 2}
-_SLICE = 1 << 20
 
 
 def quantize_microscaled(
@@ -32,33 +31,19 @@ def quantize_microscaled(
     repeats mx.quantize (block exponents under -127 wrap around; nvfp4 values beyond about 1e5
     may become anything) while "rtn" saturates.
     """
-    from quant import kernels
+    kind = KINDS[CODES[w.dtype]]
+    packed = out["weight"].view(np.uint8)
+    if spec.bits == 8:
+        from quant import kernels
 
-    rows, columns = w.shape
-    if columns % 32:  # only nvfp4: quantize with one more group, of zeros, and drop it
-        even = np.zeros((rows, columns + 16), w.dtype)
-        even[:, :columns] = w
-        padded = {
-            "weight": np.empty((rows, columns // 8 + 2), np.uint32),
-            "scales": np.empty((rows, columns // 16 + 1), np.uint8),
-        }
-        quantize_microscaled(even, spec, out=padded)
-        for suffix, part in out.items():
-            part[:] = padded[suffix][:, : part.shape[1]]
-        return
-    kernel = kernels.microscaled_codes(KINDS[CODES[w.dtype]], _FORMATS[spec.mode])
-    step = rows if spec.bits == 8 else max(1, _SLICE // columns)
-    scratch = np.empty((0 if spec.bits == 8 else min(step, rows), columns), np.uint8)
-    bits = as_bits(w)
-    for row in range(0, rows, step):
-        block = slice(row, min(row + step, rows))
-        packed = out["weight"][block]
-        codes = packed.view(np.uint8) if spec.bits == 8 else scratch[: block.stop - row]
-        index = kernel(bits[block], spec.method == "mlx", codes, out["scales"][block])
-        if index >= 0:
-            raise reject_group(w, row * columns + index, spec.group_size)
-        if spec.bits != 8:
-            pack_rows(codes, spec.bits, out=packed)
+        kernel = kernels.mxfp8_codes(kind)
+    else:
+        from quant import kernels_fp4
+
+        kernel = kernels_fp4.e2m1_codes(kind, _FORMATS[spec.mode])
+    index = kernel(as_bits(w), spec.method == "mlx", packed, out["scales"])
+    if index >= 0:
+        raise reject_group(w, index, spec.group_size)
 
 
 def dequantize_microscaled(

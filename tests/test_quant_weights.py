@@ -154,6 +154,53 @@ def test_float32_block_maxima_beside_every_scale_boundary(mode):
     assert same_bytes(parts["weight"], expected["weight"])
 
 
+def every_scale(mode, code):
+    """For each scale of the format its value, and the largest magnitude that a block of it has."""
+    if mode == "nvfp4":
+        scales = np.arange(1, 127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    else:
+        scales = np.exp2(np.arange(-149, 125, dtype=np.float64))
+    with np.errstate(over="ignore"):
+        largest = (scales * 6).astype(np.float32).astype(NUMPY_DTYPES[code])
+    within = (largest.astype(np.float32) > 0) & np.isfinite(largest.astype(np.float32))
+    return scales[within], largest[within]
+
+
+@pytest.mark.parametrize("code", ["F16", "BF16"])
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4"])
+def test_every_half_precision_value_under_every_scale(mode, code):
+    """Both signs of all magnitudes up to the largest of a block, for each scale that there is."""
+    spec = QuantSpec.make(mode, method="mlx")
+    blocks = []
+    for top in every_scale(mode, code)[1].view(np.uint16):
+        within = np.arange(top + 1, dtype=np.uint16)
+        within[::2] |= 0x8000
+        block = np.full((-(-len(within) // 15), 16), top, np.uint16)
+        block[:, 1:].flat[: len(within)] = within
+        blocks.append(np.pad(block, ((0, 0), (0, spec.group_size - 16))))
+    w = np.concatenate(blocks).view(NUMPY_DTYPES[code])
+    w = np.concatenate([w, w[::-1]], axis=1) if w.shape[1] % 32 else w
+    parts, expected = quantize_rows(w, spec), stock_quantize(w, spec)
+    assert same_bytes(parts["scales"], expected["scales"])
+    assert same_bytes(parts["weight"], expected["weight"])
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4"])
+def test_float32_values_beside_every_edge_under_every_scale(mode):
+    spec = QuantSpec.make(mode, method="mlx")
+    scales, largest = every_scale(mode, "F32")
+    edges = scales[:, None] * np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5])
+    bits = edges.astype(np.float32).view(np.int32)
+    w = np.zeros((len(scales), 32), np.float32)
+    w[:, 0] = w[:, 16] = largest
+    for i, step in enumerate((-1, 0, 1, 2)):
+        part = (bits + step).clip(0).astype(np.int32).view(np.float32)
+        w[:, 1 + 16 * (i // 2) + 7 * (i % 2) :][:, :7] = part * np.float32((-1) ** i)
+    parts, expected = quantize_rows(w, spec), stock_quantize(w, spec)
+    assert same_bytes(parts["scales"], expected["scales"])
+    assert same_bytes(parts["weight"], expected["weight"])
+
+
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
 @pytest.mark.parametrize("code", FLOATS)
 def test_every_code_under_every_scale_dequantizes_like_mlx(mode, code):
