@@ -13,7 +13,7 @@ from typing import Any, Final
 
 COLUMNS: Final = 2048
 _ROUNDS: Final = 5
-_ROWS: Final = {"mlx": 2048, "rtn": 2048, "search": 256, "imatrix": 128}
+_ROWS: Final = {"mlx": 2048, "rtn": 2048, "search": 256, "imatrix": 512}
 _STOCK_ROWS: Final = {"affine": 512, "mxfp8": 512, "mxfp4": 128, "nvfp4": 128}
 
 

@@ -98,13 +98,15 @@ def _search_codes(
         if spec.mode == "affine":
             keep_codes(bits, spec, kind, edges=edges, codes=codes, scales=scales, biases=biases)
         return codes
-    from quant import kernels_moments
-
     if spec.mode == "affine":
+        from quant import kernels_moments
+
         descent = kernels_moments.affine_descent(kind, size)
         descent(bits, moments, levels, codes, scales, biases)
     else:
-        descent = kernels_moments.microscaled_descent(kind, FORMATS[spec.mode])
+        from quant import kernels_moments_microscaled
+
+        descent = kernels_moments_microscaled.microscaled_descent(kind, FORMATS[spec.mode])
         descent(bits, moments, codes, scales)
     return codes
 
@@ -131,5 +133,6 @@ def damped(moments: Moments) -> Moments | None:
     if mean <= 0:
         return None
     size = moments.shape[-1]
-    scaled = moments / np.float32(mean) + np.float32(DAMPING) * np.eye(size, dtype=np.float32)
-    return np.ascontiguousarray(scaled, np.float32)
+    scaled = np.divide(moments, np.float32(mean), order="C", dtype=np.float32)
+    scaled.reshape(-1, size * size)[:, :: size + 1] += np.float32(DAMPING)
+    return scaled

@@ -136,6 +136,30 @@ def test_no_change_of_one_code_makes_the_output_better(bits, group):
         assert (cost - step * pull > -1e-3 * cost)[allowed].all(), step
 
 
+@pytest.mark.parametrize("mode", MICROSCALED)
+def test_no_other_code_makes_the_output_of_a_microscaled_group_better(mode):
+    spec = QuantSpec.make(mode, method="imatrix")
+    group, w = spec.group_size, weights_of(rows=70)[3:]
+    moments = moments_of(group)
+    parts = quantize_rows(w, spec, moments=moments)
+    m = search.damped(moments).astype(np.float64)
+    error = (w.astype(np.float64) - values(parts, spec)).reshape(len(w), -1, group)
+    pull = np.einsum("rgi,gij->rgj", error, m)
+    cost = m.diagonal(axis1=1, axis2=2)
+    if mode == "nvfp4":
+        scale = parts["scales"].view(ml_dtypes.float8_e4m3fn).astype(np.float64)[..., None]
+    else:
+        scale = np.exp2(parts["scales"].astype(np.float64) - 127)[..., None]
+    now = values(parts, spec).reshape(error.shape)
+    lattice = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    if mode == "mxfp8":
+        lattice = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    for value in np.concatenate([-lattice, lattice]):
+        move = value * scale - now
+        gain = move * (2 * pull - move * cost)
+        assert (gain <= 1e-3 * np.square(scale) * cost).all(), value
+
+
 def slow_best(w, v, spec, dtype):
     """The least weighted error of one group over a dense grid of scales and fitted biases."""
     n = 2**spec.bits - 1
@@ -182,6 +206,27 @@ def test_block_exponent_is_the_best_of_three():
         least = np.where(first - down >= 0, np.minimum(least, error), least)
     assert np.allclose(group_errors(w, found, spec, v), least, rtol=1e-4)
     assert (found["scales"].astype(int) < first).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nvfp4_scale_is_the_best_of_eight(dtype):
+    spec = QuantSpec.make("nvfp4", method="search")
+    w, v = weights_of(rows=70, dtype=dtype, seed=3), np.ones(256)
+    found = quantize_rows(w, spec)
+    first = quantize_rows(w, QuantSpec.make("nvfp4"))["scales"].astype(int)
+    fp4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    lattice = np.concatenate([-fp4, fp4])
+    least = np.full(first.shape, np.inf)
+    for step in range(-5, 3):
+        code = first + step
+        there = (code > 0) & (code < 127) | (step == 0)
+        scale = np.where(there, code, 0).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
+        scale = np.repeat(scale.astype(np.float64), 16, 1)
+        near = np.abs(w.astype(np.float64)[..., None] - scale[..., None] * lattice).min(-1)
+        error = (v * near**2).reshape(len(w), -1, 16).sum(-1)
+        least = np.where(there, np.minimum(least, error), least)
+    assert np.allclose(group_errors(w, found, spec, v), least, rtol=1e-4, atol=0)
+    assert len(np.unique(found["scales"].astype(int) - first)) > 4
 
 
 def test_rows_do_not_depend_on_their_neighbours():
