@@ -31,12 +31,13 @@ def quantize_affine(
     levels = np.float32(2**spec.bits - 1)
     rows, columns = w.shape
     step = max(1, _SLICE // columns)
-    scratch = np.empty((min(step, rows), columns), np.uint8)
+    scratch = np.empty((0 if spec.bits == 8 else min(step, rows), columns), np.uint8)
     bits = as_bits(w)
     scales, biases = as_bits(out["scales"]), as_bits(out["biases"])
     for row in range(0, rows, step):
         block = slice(row, min(row + step, rows))
-        codes = scratch[: block.stop - row]
+        packed = out["weight"][block]
+        codes = packed.view(np.uint8) if spec.bits == 8 else scratch[: block.stop - row]
         index = quantize(
             bits[block],
             levels,
@@ -47,7 +48,8 @@ def quantize_affine(
         )
         if index >= 0:
             raise reject_group(w, row * columns + index, spec.group_size)
-        pack_rows(codes, spec.bits, out=out["weight"][block])
+        if spec.bits != 8:
+            pack_rows(codes, spec.bits, out=packed)
     if spec.method == "rtn":
         parts = {"weight": out["weight"], "scales": scales, "biases": biases}
         keep_lattice(bits, spec, kind, parts=parts)
