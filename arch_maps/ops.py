@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,12 @@ class RowReader(Protocol):
 def row_count(shape: Shape) -> int:
     """Rows along axis 0; a scalar counts as one row."""
     return shape[0] if shape else 1
+
+
+@lru_cache(maxsize=1024)  # layers repeat each other
+def plain(shape: Shape) -> Shape:
+    """The same sizes without names: with them, every product spells one out."""
+    return tuple(map(int, shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,13 +296,17 @@ def evaluate(expr: Expr, reader: RowReader, start: int = 0, stop: int | None = N
     return expr.rows(reader, start, row_count(expr.shape) if stop is None else stop)
 
 
+_JOINED = (Concat, Stack)
+_LEAVES = (Source, Constant)
+
+
 def children(expr: Expr) -> tuple[Expr, ...]:
     """Direct inputs of a node."""
-    if isinstance(expr, Concat | Stack):
+    if isinstance(expr, _JOINED):
         return expr.parts
     if isinstance(expr, LowRank):
         return (expr.x, expr.up, expr.down)
-    return () if isinstance(expr, Source | Constant) else (expr.x,)
+    return () if isinstance(expr, _LEAVES) else (expr.x,)
 
 
 def sources(expr: Expr) -> tuple[Source, ...]:
@@ -314,6 +325,8 @@ def factors(expr: Expr) -> tuple[Source, ...]:
 
 def streamable(expr: Expr) -> bool:
     """Whether rows can be made without holding a whole input tensor in memory."""
+    if isinstance(expr, Source):
+        return True
     if isinstance(expr, LowRank) or (isinstance(expr, Permute) and not expr.row_local):
         return False
     return all(streamable(child) for child in children(expr))

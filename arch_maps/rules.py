@@ -22,6 +22,7 @@ MAX_TENSORS: Final = 400_000
 class Kind(StrEnum):
     """What a tensor is; it decides quantization and storage, not the computation."""
 
+    __hash__ = str.__hash__  # an enum's own is interpreted, and large releases ask by the 100,000
     LINEAR = "linear"
     EMBEDDING = "embedding"
     HEAD = "head"
@@ -152,11 +153,12 @@ class Mount:
 
     def at(self, *, source: str, target: str, part: Part | None = None) -> Mount:
         """The child that is called ``source`` there and ``target`` here."""
-        return replace(
-            self,
-            source=_join(self.source, source),
-            target=_join(self.target, target),
-            part=part or self.part,
+        return Mount(
+            self.out,
+            _join(self.source, source),
+            _join(self.target, target),
+            part or self.part,
+            self.leaves,
         )
 
     def layers(self, name: str, count: int) -> Iterator[tuple[int, Mount]]:

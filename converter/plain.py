@@ -56,8 +56,8 @@ def _plan(view: View) -> Plan:
     outputs = []
     for info in view.source.tensors.values():
         rule = Rule(info.name, Leaf(info.name, info.shape), Kind.LINEAR, "text")
-        pending = pending_tensors(info.name, info.shape, info.dtype, None)
-        outputs.append((Output(rule, info.dtype, None, {}), pending))
+        stored = pending_tensors(info.name, info.shape, info.dtype, None)
+        outputs.append(Output(rule, info.dtype, None, stored))
     return assemble(
         view.source,
         outputs,

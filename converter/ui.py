@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,17 +204,24 @@ def memory_estimate(plan: Plan, workers: int) -> int:
 
 def _grouped(outputs: Sequence[Output]) -> dict[str, list[Output]]:
     """Outputs that differ only in their layer number, under one collapsed name."""
-    groups: dict[tuple[str, str], list[Output]] = {}
+    groups: dict[tuple[str, str, str], list[tuple[Output, str]]] = {}
     for out in outputs:
-        pattern = _INDEX.sub("{}", out.rule.target)
-        groups.setdefault((pattern, _stored_as(out)), []).append(out)
+        before, number, after = out.rule.target, "", ""
+        if found := _INDEX.search(before):
+            before, number, after = before[: found.start()], found[0], before[found.end() :]
+        key = (before, _without_indices(after), _stored_as(out))
+        groups.setdefault(key, []).append((out, number))
     named = {}
-    for (pattern, _), group in groups.items():
-        found = (_INDEX.search(out.rule.target) for out in group)
-        numbers = sorted({int(index[0]) for index in found if index})
-        name = _fill(pattern, numbers)
-        named[name if name not in named else f"{name} "] = group
+    for (before, after, _), members in groups.items():
+        numbers = sorted({int(number) for _, number in members if number})
+        name = _fill(f"{before}{{}}{after}" if numbers else before, numbers)
+        named[name if name not in named else f"{name} "] = [out for out, _ in members]
     return named
+
+
+@lru_cache(maxsize=4096)  # layers repeat each other
+def _without_indices(name: str) -> str:
+    return _INDEX.sub("{}", name)
 
 
 def collapsed(drops: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

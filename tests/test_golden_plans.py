@@ -1,5 +1,6 @@
 """Plans of real releases equal the golden files; a difference changes what users get."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 from golden_plans import golden, golden_cases, path_of, plan_of, render
 
 from converter.plan import Plan
+from quant.recipe import QuantSpec
 
 CASES = golden_cases()
 
@@ -50,3 +52,31 @@ def test_layers_that_differ_are_told_apart():
         "layers.{0-1,3}.w": {"from": "layers.{}.w", "bits": 4},
         "layers.{2}.w": {"from": "layers.{}.w", "bits": 6},
     }
+
+
+@pytest.mark.parametrize("recipe", ["4bit", "bf16"])
+def test_the_hash_is_that_of_the_json_with_its_keys_sorted(recipe):
+    plan: Plan = plan_of("llama", recipe)
+    strange = plan.outputs[-1]._replace(
+        quant=QuantSpec.make("affine", method="search"), kept='a "quoted" é', origin="decoded:\n\\"
+    )
+    for told in (plan, replace(plan, outputs=(*plan.outputs, strange))):
+        data = told.to_json()
+        found = data.pop("hash")
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+        assert found == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_headers_are_as_json_writes_them():
+    for shard in plan_of("llama", "4bit").shards:
+        start = len(shard.header)
+        entries = {
+            t.name: {
+                "dtype": t.dtype,
+                "shape": t.shape,
+                "data_offsets": [t.start - start, t.start - start + t.nbytes],
+            }
+            for t in shard.tensors
+        }
+        text = json.dumps({"__metadata__": {"format": "mlx"}, **entries}, separators=(",", ":"))
+        assert shard.header[8:].rstrip() == text.encode()

@@ -143,9 +143,28 @@ def test_layout_problems_name_both_tensors() -> None:
     assert problems(blob(first, 5)) == ("a: hole of 1 bytes after the header",)
 
 
-def test_duplicate_tensor() -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"w":%s,"w":%s}',
+        '{ "w" : %s , "w" : %s }',
+        '{"__metadata__":{"a:b":"::"},"w":%s,"w":%s}',
+        '{"a\\u003a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"w":%s,"w":%s}',
+    ],
+)
+def test_duplicate_tensor(text: str) -> None:
     body = json.dumps(GOOD)
-    assert problems(blob(f'{{"w":{body},"w":{body}}}'.encode())) == ("w: appears more than once",)
+    assert problems(blob((text % (body, body)).encode())) == ("w: appears more than once",)
+
+
+def test_names_like_numbers_and_with_colons_are_names() -> None:
+    names = ["a:b", "-1", f"x,{10**30}", "w: -0"]
+    entries = {
+        name: {"dtype": "U8", "shape": [1], "data_offsets": [at, at + 1]}
+        for at, name in enumerate(names)
+    }
+    file = blob(entries, 4)
+    assert list(parse_header(file, len(file), "x").tensors) == names
 
 
 def test_all_problems_at_once() -> None:

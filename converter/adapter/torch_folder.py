@@ -32,8 +32,8 @@ def fused_folder(
     outputs = []
     for name, info in fusion.source.tensors.items():
         rule = Rule(name, Leaf(name, info.shape), Kind.STATE, "text")
-        pending = pending_tensors(name, info.shape, info.dtype, None)
-        outputs.append((Output(rule, info.dtype, None, {}), pending))
+        stored = pending_tensors(name, info.shape, info.dtype, None)
+        outputs.append(Output(rule, info.dtype, None, stored))
     plan = assemble(
         fusion.source,
         outputs,

@@ -73,8 +73,8 @@ def build_back_plan(
             code = options.dtype_code or code
         if rule.kind is Kind.INDEX:
             code = "I64"  # as torch indexes
-        out = Output(rule, code, None, {})
-        outputs.append((out, pending_tensors(rule.target, rule.expr.shape, code, None)))
+        stored = pending_tensors(rule.target, rule.expr.shape, code, None)
+        outputs.append(Output(rule, code, None, stored))
     used = main_dtype(outputs)
     if options.dtype or stored_dtype(config) != used:  # else the config stays to the letter
         spell_dtype(config, used)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, Final
 
 from arch_maps.config import spell_dtype, stored_dtype
-from arch_maps.dtypes import FLOAT_CODES, TORCH_NAMES
+from arch_maps.dtypes import FLOAT_CODES, TORCH_NAMES, itemsize
 from arch_maps.facts import Facts
-from arch_maps.ops import Affine, Expr, children, describe, sources
+from arch_maps.ops import Affine, Expr, children, describe, plain, sources
 from arch_maps.ops import Source as Leaf
 from arch_maps.rules import Kind, Rule
 from converter.config_errors import config_errors
@@ -21,9 +22,9 @@ from converter.decode import View, quantization_settings
 from converter.errors import PlanError, UsageError
 from converter.plan import rotate
 from converter.plan.calibrated import calibrated_spec, unseen_pictures
-from converter.plan.layout import Pending, lay_out
+from converter.plan.layout import lay_out
 from converter.plan.match import Match
-from converter.plan.model import Output, Plan, Shard
+from converter.plan.model import Output, Plan, StoredTensor
 from converter.plan.options import Options
 from converter.plan.repack import Repack, repack
 from converter.source import Source
@@ -32,6 +33,7 @@ from converter.version import program_version
 from quant.recipe import AFFINE_GROUP_SIZES, QuantSpec
 
 _CODES_TO_TORCH = {code: name for name, code in TORCH_NAMES.items()}
+_INTEGERS: Final = {Kind.INDEX: "integers", Kind.HASH: "integers of 64 bits"}
 _RENAMED = "model.language_model."
 
 
@@ -70,13 +72,13 @@ def build_plan(
     outputs, notes = _outputs(view, rules, dtype, spec_for, problems, options)
     if problems:
         raise PlanError(problems)
-    if options.quant is not None and all(out.quant is None for out, _ in outputs):
+    if options.quant is not None and all(out.quant is None for out in outputs):
         raise PlanError(["-q: no tensor of this release can be quantized with this recipe"])
     used = main_dtype(outputs)
     spell_dtype(config, used)
     base = options.quant or _usual_spec(outputs)
     if base is not None:
-        config["quantization"] = _quantization_config(base, [o for o, _ in outputs])
+        config["quantization"] = _quantization_config(base, outputs)
         config["quantization_config"] = config["quantization"]
     return assemble(
         source,
@@ -97,7 +99,7 @@ def build_plan(
 
 def assemble(
     source: Source,
-    outputs: Sequence[tuple[Output, dict[str, Pending]]],
+    outputs: Sequence[Output],
     *,
     model_type: str,
     layout: str,
@@ -111,14 +113,19 @@ def assemble(
     map: dict[str, Any] | None = None,
     decoding: dict[str, Any] | None = None,
 ) -> Plan:
-    """Give every pending tensor its place, in its output's ``stored``, and freeze the plan."""
-    pending = [tensor for _, roles in outputs for tensor in roles.values()]
+    """Give every output's pending tensors their places and freeze the plan."""
+    tensors = [tensor for out in outputs for tensor in out.stored.values()]
     sizing = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
-    shards: tuple[Shard, ...] = lay_out(pending, metadata=metadata, **sizing)
-    placed = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
-    for out, roles in outputs:  # filled in here: a second copy of each would take a third longer
-        out.stored.update({role: placed[tensor.name] for role, tensor in roles.items()})
-    located = tuple(out for out, _ in outputs)
+    shards = lay_out(tensors, metadata=metadata, **sizing)
+    placed = iter(_as_given(tensors, [tensor for shard in shards for tensor in shard.tensors]))
+    parameters = 0
+    read: dict[str, int] = {}
+    for out in outputs:  # in place: a second copy of each would take a third longer
+        for role in out.stored:
+            out.stored[role] = next(placed)
+        parameters += out.elements
+        for leaf in sources(out.rule.expr):
+            read[leaf.name] = source.tensors[leaf.name].nbytes
     return Plan(
         version=program_version(),
         model_type=model_type,
@@ -126,18 +133,26 @@ def assemble(
         options=options,
         source=identity(source, origin),
         config=config,
-        outputs=located,
+        outputs=tuple(outputs),
         drops=tuple(drops),
         shards=shards,
         notes=tuple(dict.fromkeys(notes)),
         map=map,
         decoding=decoding,
-        parameters=sum(out.elements for out in located),
-        source_bytes=sum(
-            source.tensors[name].nbytes
-            for name in {leaf.name for out in located for leaf in sources(out.rule.expr)}
-        ),
+        parameters=parameters,
+        source_bytes=sum(read.values()),
     )
+
+
+def _as_given(
+    tensors: Sequence[StoredTensor], placed: Sequence[StoredTensor]
+) -> list[StoredTensor]:
+    """``placed``, which is in name order, in the order of ``tensors``."""
+    names = [tensor.name for tensor in tensors]
+    found = list(placed)
+    for index, tensor in zip(sorted(range(len(names)), key=names.__getitem__), placed, strict=True):
+        found[index] = tensor
+    return found
 
 
 def identity(source: Source, origin: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -152,24 +167,29 @@ def identity(source: Source, origin: Mapping[str, Any] | None) -> dict[str, Any]
 
 def pending_tensors(
     target: str, shape: tuple[int, ...], dtype: str, quant: QuantSpec | None
-) -> dict[str, Pending]:
-    """The tensors that store one parameter, by role."""
-    shape = tuple(map(int, shape))
+) -> dict[str, StoredTensor]:
+    """The tensors that store one parameter, by role; they have no places yet."""
     if quant is None:
-        return {"": Pending(target, dtype, shape)}
+        size = _nbytes(dtype, shape)
+        return {"": StoredTensor(target, dtype, plain(shape), "", 0, size)}
     module = target.removesuffix(".weight")
     return {
-        role: Pending(f"{module}.{role}", code, dims)
-        for role, code, dims in _quantized_tensors(quant, shape, dtype)
+        role: StoredTensor(f"{module}.{role}", code, dims, "", 0, size)
+        for role, code, dims, size in _quantized_tensors(quant, shape, dtype)
     }
 
 
 @lru_cache(maxsize=1024)  # layers repeat each other
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(plain(shape)) * itemsize(dtype)
+
+
+@lru_cache(maxsize=1024)
 def _quantized_tensors(
     quant: QuantSpec, shape: tuple[int, ...], dtype: str
-) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-    tensors = quant.output_tensors(shape, dtype).items()
-    return tuple((role, code, tuple(dims)) for role, (code, dims) in tensors)
+) -> tuple[tuple[str, str, tuple[int, ...], int], ...]:
+    tensors = quant.output_tensors(plain(shape), dtype).items()
+    return tuple((role, code, tuple(dims), _nbytes(code, dims)) for role, (code, dims) in tensors)
 
 
 def _outputs(
@@ -179,11 +199,11 @@ def _outputs(
     spec_for: Callable[[Rule], QuantSpec | None],
     problems: list[str],
     options: Options,
-) -> tuple[list[tuple[Output, dict[str, Pending]]], list[str]]:
+) -> tuple[list[Output], list[str]]:
     outputs = []
     notes: list[str] = []
     rounded = scaled = 0
-    headless = all(rule.kind is not Kind.HEAD for rule in rules)
+    headless = Kind.HEAD not in {rule.kind for rule in rules}
     uncalibrated: Counter[str] = Counter()
     for rule in rules:
         code, problem = _storage_dtype(view.source, rule, dtype)
@@ -195,7 +215,7 @@ def _outputs(
             kept = f"rows of {int(rule.expr.shape[-1])} do not divide into {spec.group_size}"
             spec = _narrow(rule, spec)
             kept = "" if spec is not None else kept
-        own = _own_codes(view, rule, spec, code, options)
+        own = _own_codes(view, rule, spec, code, options) if view.coded else ""
         if isinstance(own, Repack):
             spec, kept = own.spec, ""
         if spec is not None and not isinstance(own, Repack):
@@ -206,8 +226,9 @@ def _outputs(
             rounded += any(fold.offset for fold in folds)
             scaled += any(fold.scale != 1.0 for fold in folds)
         parts = own.parts if isinstance(own, Repack) else None
-        out = Output(rule, code, spec, {}, kept, parts, _origin(view, rule, own, spec))
-        outputs.append((out, pending_tensors(rule.target, rule.expr.shape, code, spec)))
+        stored = pending_tensors(rule.target, rule.expr.shape, code, spec)
+        origin = _origin(view, rule, own, spec) if view.coded else ""
+        outputs.append(Output(rule, code, spec, stored, kept, parts, origin))
     if rounded:
         notes.append(
             f"{rounded} norm weights are stored as 1 + weight and round to the storage dtype "
@@ -218,7 +239,7 @@ def _outputs(
             f"{scaled} weights hold multipliers of the release and round to the storage dtype once "
             "more; the parity report runs the reference on the stored values"
         )
-    origins = Counter(out.origin for out, _ in outputs if out.origin)
+    origins = Counter(out.origin for out in outputs if out.origin)
     notes += [f"{count} weights {origin}" for origin, count in sorted(origins.items())]
     notes += [
         f"{count} {why}: method search, without activations" for why, count in uncalibrated.items()
@@ -243,7 +264,7 @@ def _own_codes(
 
     Without -q the source's quantization is kept; with -q only what equals the recipe is.
     """
-    if not view.coded or not rule.quantizable or options.dequantize:
+    if not rule.quantizable or options.dequantize:
         return "plain weights are asked for" if options.dequantize else ""
     own = repack(rule.expr, view.coded, dtype)
     if options.quant is None or not isinstance(own, Repack):
@@ -253,8 +274,6 @@ def _own_codes(
 
 def _origin(view: View, rule: Rule, own: Repack | str, spec: QuantSpec | None) -> str:
     """What became of the source's own quantization of a parameter, in words."""
-    if not view.coded:
-        return ""
     forms = {view.coded[leaf.name].form for leaf in sources(rule.expr) if leaf.name in view.coded}
     if not forms:
         return ""
@@ -267,10 +286,10 @@ def _origin(view: View, rule: Rule, own: Repack | str, spec: QuantSpec | None) -
     return f"decoded: {form}{f' ({own})' if own else ''}"
 
 
-def _usual_spec(outputs: Sequence[tuple[Output, dict[str, Pending]]]) -> QuantSpec | None:
+def _usual_spec(outputs: Sequence[Output]) -> QuantSpec | None:
     """The format of most quantized elements, None where nothing is quantized."""
     counts: Counter[QuantSpec] = Counter()
-    for out, _ in outputs:
+    for out in outputs:
         if out.quant is not None:
             counts[out.quant] += out.elements
     return max(counts, key=lambda spec: (counts[spec], str(spec))) if counts else None
@@ -289,28 +308,28 @@ def _storage_dtype(source: Source, rule: Rule, dtype: str | None) -> tuple[str, 
         codes = frozenset((source.tensors[rule.expr.name].dtype,))
     else:
         codes = frozenset(source.tensors[leaf.name].dtype for leaf in sources(rule.expr))
-    if rule.kind is Kind.INDEX:
-        code, wanted = ("I32" if codes <= {"I64", "I32"} else None), "integers"
-    elif rule.kind is Kind.HASH:
-        code, wanted = ("I64" if codes == {"I64"} else None), "integers of 64 bits"
-    else:
-        code, wanted = _stored_code(codes, dtype, state=rule.kind is Kind.STATE), "floats"
+    code = _stored_code(codes, dtype, rule.kind)
     if code is None:
         found = ", ".join(sorted(codes))
         made = f"{rule.target}: made from {found} in {describe(rule.expr)}"
+        wanted = _INTEGERS.get(rule.kind, "floats")
         return "", f"{made}; {wanted} are expected"
     return code, None
 
 
 @cache
-def _stored_code(codes: frozenset[str], dtype: str | None, *, state: bool) -> str | None:
-    """The storage dtype for sources of these dtypes; None where they are not plain floats."""
+def _stored_code(codes: frozenset[str], dtype: str | None, kind: Kind) -> str | None:
+    """The storage dtype for sources of these dtypes; None where they are not what is expected."""
+    if kind is Kind.INDEX:
+        return "I32" if codes <= {"I64", "I32"} else None
+    if kind is Kind.HASH:
+        return "I64" if codes == {"I64"} else None
     if not codes:
         return TORCH_NAMES[dtype] if dtype else "F32"
     if not codes <= FLOAT_CODES or any(code.startswith("F8") for code in codes):
         return None
     wide = bool(codes & {"F32", "F64"})  # MLX stores no float64
-    if state and wide:
+    if kind is Kind.STATE and wide:
         return "F32"
     if dtype is not None:
         code = TORCH_NAMES[dtype]
@@ -357,23 +376,23 @@ def _quantization(
 
 def _quantization_config(base: QuantSpec, outputs: Sequence[Output]) -> dict[str, Any]:
     """The ``quantization`` entry, with a module's own entry wherever a loader would misjudge it."""
-    config: dict[str, Any] = dict(base.to_config())
+    usual = base.to_config()
+    config: dict[str, Any] = dict(usual)
     for out in outputs:
         if out.quant is None:
             continue
-        own = out.quant.to_config()
         # mlx-vlm quantizes only weights whose element count is a multiple of 64, unless named.
-        if own != base.to_config() or out.elements % 64:
-            config[out.rule.module] = dict(own)
+        if (out.quant is not base and out.quant.to_config() != usual) or out.elements % 64:
+            config[out.rule.module] = out.quant.to_config()
             if out.rule.module.startswith(_RENAMED):  # mlx-vlm looks the module up by this name
-                config[f"model.{out.rule.module.removeprefix(_RENAMED)}"] = dict(own)
+                config[f"model.{out.rule.module.removeprefix(_RENAMED)}"] = out.quant.to_config()
     return config
 
 
-def main_dtype(outputs: Sequence[tuple[Output, dict[str, Pending]]]) -> str:
+def main_dtype(outputs: Sequence[Output]) -> str:
     """The dtype of most elements, as torch names it."""
     weights: dict[str, int] = {}
-    for out, _ in outputs:
+    for out in outputs:
         weights[out.dtype] = weights.get(out.dtype, 0) + out.elements
     return _CODES_TO_TORCH[max(weights, key=lambda code: (weights[code], code))]
 

@@ -93,7 +93,7 @@ def unmatched(source: Source, tensors: Tensors) -> int:
     wanted = {leaf.name: leaf.shape for rule in tensors.rules for leaf in sources(rule.expr)}
     known = wanted.keys() | _drops(have, tensors).keys()
     shared = wanted.keys() & have.keys()
-    otherwise = sum(have[name].shape != tuple(map(int, wanted[name])) for name in shared)
+    otherwise = sum(have[name].shape != wanted[name] for name in shared)
     return len(wanted.keys() - have.keys()) + len(have.keys() - known) + otherwise
 
 
@@ -112,9 +112,18 @@ def disagreements(have: Mapping[str, TensorInfo], tensors: Tensors) -> list[str]
         leaf.name: leaf for rule in tensors.rules for leaf in sources(rule.expr)
     }
     drops = _drops(have, tensors)
-    missing = [name for name in wanted if name not in have]
+    missing, misshapen = [], []
+    for name, leaf in wanted.items():
+        info = have.get(name)
+        if info is None:
+            missing.append(name)
+        elif info.shape != leaf.shape:
+            misshapen.append(_wrong(name, info.shape, leaf.shape, info.file))
+    used = len(wanted) - len(missing) + sum(name in have for name in drops.keys() - wanted.keys())
     missing += [d.name for d in drops.values() if d.required and d.name not in have]
-    surplus = [name for name in have if name not in wanted and name not in drops]
+    surplus = []
+    if used < len(have):
+        surplus = [name for name in have if name not in wanted and name not in drops]
     # A wholesale mismatch takes long to compare, and near names explain nothing of it.
     few = len(missing) * len(surplus) <= _COMPARED
     problems = [f"missing: {name}{_near(name, surplus if few else [])}" for name in missing]
@@ -123,9 +132,7 @@ def disagreements(have: Mapping[str, TensorInfo], tensors: Tensors) -> list[str]
         f"the map for this type has no use for it{_near(name, missing if few else [])}"
         for name in surplus
     ]
-    for name, leaf in wanted.items():
-        if name in have and have[name].shape != tuple(map(int, leaf.shape)):
-            problems.append(_wrong(name, have[name].shape, leaf.shape, have[name].file))
+    problems += misshapen
     for name, drop in drops.items():
         if name in have and drop.shape is not None and have[name].shape != drop.shape:
             problems.append(_wrong(name, have[name].shape, drop.shape, have[name].file))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from arch_maps.ops import Expr, Shape, describe
+from arch_maps.ops import Expr, Shape, describe, plain
 from arch_maps.rules import Drop, Rule
+from converter.plan.canonical import canonical
 from converter.plan.options import Options
 from converter.source.header import paused_gc
 from quant.recipe import QuantSpec
@@ -30,8 +30,7 @@ class StoredTensor(NamedTuple):
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """One target parameter and the tensors that store it, by role.
 
     A plain parameter has the role ``""``; a quantized one has ``weight``, ``scales`` and, for
@@ -58,7 +57,29 @@ class Output:
     @property
     def elements(self) -> int:
         """Elements of the parameter, as a plain number: named sizes spell out every product."""
-        return math.prod(map(int, self.rule.expr.shape))
+        return math.prod(plain(self.rule.expr.shape))
+
+    def to_json(self) -> dict[str, Any]:
+        """What the plan's JSON says of it; ``canonical`` writes the same as text."""
+        entry: dict[str, Any] = {
+            "target": self.rule.target,
+            "from": describe(self.expr),
+            "kind": str(self.rule.kind),
+            "part": self.rule.part,
+            "dtype": self.dtype,
+            "stored": {
+                role: [t.file, t.start, t.dtype, list(t.shape)] for role, t in self.stored.items()
+            },
+        }
+        if self.quant is not None:
+            entry["quantization"] = self.quant.to_config()
+            if self.quant.method not in ("rtn", "mlx"):
+                entry["method"] = self.quant.method
+        if self.kept:
+            entry["kept"] = self.kept
+        if self.origin:
+            entry["origin"] = self.origin
+        return entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +122,7 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per parameter, scales and everything else included."""
-        tensors = sum(stored.nbytes for out in self.outputs for stored in out.stored.values())
+        tensors = sum(shard.size - len(shard.header) for shard in self.shards)
         return 8 * tensors / max(1, self.parameters)
 
     def origins(self) -> dict[str, str]:
@@ -120,12 +141,12 @@ class Plan:
     @paused_gc()
     def hash(self) -> str:
         """sha256 of the canonical JSON, 64 hex digits."""
-        text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(canonical(self._content(), self.outputs).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """The whole plan as plain data, its hash included."""
-        return {"hash": self.hash, **self._content()}
+        outputs = [out.to_json() for out in self.outputs]
+        return {"hash": self.hash, **self._content(), "outputs": outputs}
 
     def index(self) -> dict[str, Any]:
         """The content of model.safetensors.index.json."""
@@ -148,32 +169,9 @@ class Plan:
             "source": self.source,
             "config": self.config,
             "parameters": self.parameters,
-            "outputs": [_output(out) for out in self.outputs],
             "drops": [
                 {"name": d.name, "reason": d.reason, "same_as": d.same_as} for d in self.drops
             ],
             "shards": [{"file": shard.file, "bytes": shard.size} for shard in self.shards],
             "notes": list(self.notes),
         }
-
-
-def _output(out: Output) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "target": out.rule.target,
-        "from": describe(out.expr),
-        "kind": str(out.rule.kind),
-        "part": out.rule.part,
-        "dtype": out.dtype,
-        "stored": {
-            role: [t.file, t.start, t.dtype, list(t.shape)] for role, t in out.stored.items()
-        },
-    }
-    if out.quant is not None:
-        entry["quantization"] = out.quant.to_config()
-        if out.quant.method not in ("rtn", "mlx"):
-            entry["method"] = out.quant.method
-    if out.kept:
-        entry["kept"] = out.kept
-    if out.origin:
-        entry["origin"] = out.origin
-    return entry

@@ -3,11 +3,11 @@
 import gc
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -19,8 +19,7 @@ FIRST_FETCH_BYTES: Final = 1 << 18
 MAX_DIMENSIONS: Final = 32
 MAX_BYTES: Final = 2**63 - 1
 _ITEMSIZES: Final = {code: itemsize(code) for code in NUMPY_DTYPES}
-# Only such numbers need the slower reading; in a name they do no harm.
-_ODD_NUMBER: Final = re.compile(r"[\[,:]\s*(?:-|\d{19})")
+_ZEROS_FOR_DIGITS: Final = bytes.maketrans(b"123456789", b"000000000")
 _FIELDS: Final = frozenset({"dtype", "shape", "data_offsets"})
 
 
@@ -171,7 +170,7 @@ def shape_problem(dtype: object, shape: object, nbytes: int) -> str | None:
     size = _ITEMSIZES.get(dtype) if isinstance(dtype, str) else None
     if size is None:
         return f"unknown dtype {_show(dtype)}"
-    if not isinstance(shape, list | tuple):
+    if type(shape) is not list and type(shape) is not tuple:
         return f"shape {_show(shape)} is not a list of integers"
     # Zeros are left out of the bound so that 0 x 2**63 x 2**63 cannot overflow whoever
     # multiplies in order.
@@ -241,10 +240,10 @@ class _Checker:
             self.problems.append(f"{self.file}: {quote(name)}: {problem}")
 
     def _entry_problem(self, entry: object) -> str | None:
-        if not isinstance(entry, dict):
+        if type(entry) is not dict:
+            if isinstance(entry, _Repeated):
+                return f"its entry repeats {', '.join(map(quote, entry.keys_repeated))}"
             return "its entry is not an object"
-        if isinstance(entry, _Repeated):
-            return f"its entry repeats {', '.join(map(quote, entry.keys_repeated))}"
         if entry.keys() != _FIELDS:
             missing = ", ".join(sorted(_FIELDS - entry.keys()))
             surplus = ", ".join(map(quote, sorted(entry.keys() - _FIELDS)))
@@ -252,9 +251,11 @@ class _Checker:
             words += [f"has unknown fields {surplus}"] if surplus else []
             return f"its entry {' and '.join(words)}"
         offsets = entry["data_offsets"]
-        if type(offsets) is not list or [type(offset) for offset in offsets] != [int, int]:
+        if type(offsets) is not list or len(offsets) != 2:
             return f"data_offsets {_show(offsets)} are not two integers"
         start, stop = offsets
+        if type(start) is not int or type(stop) is not int:
+            return f"data_offsets {_show(offsets)} are not two integers"
         if start < 0 or start > stop:
             return f"data_offsets {_show(offsets)} do not run forward from 0"
         if stop > self.data_size:
@@ -292,13 +293,16 @@ def _parse_json(text: bytes, file: str) -> dict[str, object]:
         decoded = text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise PlanError([f"{file}: header is not UTF-8 at byte {8 + error.start}"]) from error
+    read = partial(
+        json.loads,
+        decoded,
+        parse_int=_integer if _odd_numbers(text) else None,
+        parse_constant=_reject_constant,
+    )
     try:
-        document = json.loads(
-            decoded,
-            object_pairs_hook=_pairs,
-            parse_int=_integer if _ODD_NUMBER.search(decoded) else None,
-            parse_constant=_reject_constant,
-        )
+        document = read()
+        if decoded.count(":") != _members(document):  # in a name, or some key is there twice
+            document = read(object_pairs_hook=_pairs)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise PlanError([f"{file}: header is not JSON: {reason}"]) from error
@@ -308,9 +312,19 @@ def _parse_json(text: bytes, file: str) -> dict[str, object]:
     return document
 
 
+def _members(document: dict[str, object]) -> int:
+    """Keys of an object and of those in it: each has had a colon in the text, repeats as well."""
+    return len(document) + sum(len(entry) for entry in document.values() if type(entry) is dict)
+
+
 def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
     unique = dict(pairs)
     return unique if len(unique) == len(pairs) else _Repeated(pairs)
+
+
+def _odd_numbers(text: bytes) -> bool:
+    """Whether some number may need the slower reading; in a name, these do no harm."""
+    return b"-" in text or b"0" * 19 in text.translate(_ZEROS_FOR_DIGITS)
 
 
 def _integer(text: str) -> int:

@@ -99,18 +99,15 @@ def build_source(
     reported again. Raises PlanError with those and every disagreement of index and shards.
     """
     problems = [*problems, *case_collisions(headers)]
-    owners: dict[str, list[str]] = {}
-    for file, header in sorted(headers.items()):
-        for name in header.tensors:
-            owners.setdefault(name, []).append(file)
-    problems += [
-        f"{quote(name)}: in more than one shard: {', '.join(files)}"
-        for name, files in sorted(owners.items())
-        if len(files) > 1
-    ]
+    found: dict[str, TensorInfo] = {}
+    for _, header in sorted(headers.items()):
+        for name, info in header.tensors.items():
+            found.setdefault(name, info)
+    if len(found) < sum(len(header.tensors) for header in headers.values()):
+        problems += _shared(headers)
     if index is not None:
-        problems += _index_problems(index, headers, owners, broken)
-    if not owners and not problems:
+        problems += _index_problems(index, headers, found, broken)
+    if not found and not problems:
         problems.append(f"{where}: no tensors in {', '.join(sorted(headers)) or 'any file'}")
     reason = mlx_reason(config, headers)
     if reason is not None and not allow_mlx:
@@ -120,7 +117,7 @@ def build_source(
         )
     if problems:
         raise PlanError(problems)
-    tensors = {name: headers[files[0]].tensors[name] for name, files in sorted(owners.items())}
+    tensors = {name: found[name] for name in sorted(found)}
     local = paths or {}
     files = {
         file: SourceFile(path=local.get(file), size=header.size, digest=header.digest)
@@ -162,12 +159,27 @@ def mlx_reason(config: Mapping[str, Any], headers: Mapping[str, Header]) -> str 
     return None
 
 
+def _shared(headers: Mapping[str, Header]) -> list[str]:
+    """The problems of tensors that several files hold."""
+    owners: dict[str, list[str]] = {}
+    for file, header in sorted(headers.items()):
+        for name in header.tensors:
+            owners.setdefault(name, []).append(file)
+    return [
+        f"{quote(name)}: in more than one shard: {', '.join(files)}"
+        for name, files in sorted(owners.items())
+        if len(files) > 1
+    ]
+
+
 def _index_problems(
     index: WeightIndex,
     headers: Mapping[str, Header],
-    owners: Mapping[str, list[str]],
+    found: Mapping[str, TensorInfo],
     broken: Collection[str],
 ) -> list[str]:
+    if index.weight_map == {name: info.file for name, info in found.items()}:
+        return []
     problems = []
     missing: dict[str, int] = {}
     for name, shard in index.weight_map.items():
@@ -176,17 +188,15 @@ def _index_problems(
         if shard not in headers:
             missing[shard] = missing.get(shard, 0) + 1
         elif name not in headers[shard].tensors:
-            elsewhere = [f"; it is in {file}" for file in owners.get(name, [])[:1]]
-            problems.append(
-                f"{index.file}: {quote(name)}: not in {quote(shard)}{''.join(elsewhere)}"
-            )
+            elsewhere = f"; it is in {found[name].file}" if name in found else ""
+            problems.append(f"{index.file}: {quote(name)}: not in {quote(shard)}{elsewhere}")
     problems = [
         f"{index.file}: shard {quote(shard)} is missing ({count} tensors)"
         for shard, count in sorted(missing.items())
     ] + problems
     problems += [
-        f"{files[0]}: {quote(name)}: not listed in {index.file}"
-        for name, files in owners.items()
+        f"{info.file}: {quote(name)}: not listed in {index.file}"
+        for name, info in found.items()
         if name not in index.weight_map
     ]
     return problems

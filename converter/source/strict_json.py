@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from typing import Any, Final
 
 from converter.errors import PlanError
@@ -22,11 +23,10 @@ def parse_object(text: bytes, name: str) -> dict[str, Any]:
     repeated: list[str] = []
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        unique: dict[str, Any] = {}
-        for key, value in items:
-            if key in unique:
-                repeated.append(key)
-            unique[key] = value
+        unique = dict(items)
+        if len(unique) < len(items):
+            counts = Counter(key for key, _ in items)
+            repeated.extend(key for key, count in counts.items() if count > 1)
         return unique
 
     try:

@@ -1,0 +1,64 @@
+"""The canonical JSON of a plan: keys sorted, no spaces. Its sha256 is the plan's hash.
+
+A plan of 100,000 tensors spells 30 MB of it, nearly all of that its outputs. So these are written
+as text at once: making plain data of each and encoding that takes twice as long.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from json.encoder import encode_basestring_ascii
+from typing import TYPE_CHECKING, Any
+
+from arch_maps.ops import Shape, describe
+from quant.recipe import QuantSpec
+
+if TYPE_CHECKING:
+    from converter.plan.model import Output
+
+quoted = encode_basestring_ascii
+"""A string as JSON, quotes included, in ASCII."""
+
+
+def canonical(content: Mapping[str, Any], outputs: Sequence[Output]) -> str:
+    """``content`` with ``outputs`` as its member of that name, as json would write both."""
+    members = {key: compact(value) for key, value in content.items()}
+    members["outputs"] = f"[{','.join(map(_output, outputs))}]"
+    return f"{{{','.join(f'{quoted(key)}:{members[key]}' for key in sorted(members))}}}"
+
+
+def compact(value: Any) -> str:
+    """Plain data as JSON, keys sorted, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+@lru_cache(maxsize=1024)  # layers repeat each other
+def listed(shape: Shape) -> str:
+    """A shape as JSON."""
+    return f"[{','.join(map(str, shape))}]"
+
+
+def _output(out: Output) -> str:
+    """What ``Output.to_json`` says, as text."""
+    rule = out.rule
+    stored = ",".join(
+        f'"{role}":[{quoted(at.file)},{at.start},"{at.dtype}",{listed(at.shape)}]'
+        for role, at in sorted(out.stored.items())
+    )
+    kept = f',"kept":{quoted(out.kept)}' if out.kept else ""
+    origin = f',"origin":{quoted(out.origin)}' if out.origin else ""
+    method, quantization = ("", "") if out.quant is None else _quantized(out.quant)
+    return (
+        f'{{"dtype":"{out.dtype}","from":{quoted(describe(out.expr))}{kept},"kind":"{rule.kind}"'
+        f'{method}{origin},"part":"{rule.part}"{quantization},"stored":{{{stored}}},'
+        f'"target":{quoted(rule.target)}}}'
+    )
+
+
+@lru_cache
+def _quantized(spec: QuantSpec) -> tuple[str, str]:
+    """What is said of a method, where it is no plain rounding, and of a format."""
+    method = "" if spec.method in ("rtn", "mlx") else f',"method":"{spec.method}"'
+    return method, f',"quantization":{compact(spec.to_config())}'
