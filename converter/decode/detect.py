@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any
 
 from arch_maps.config import stored_dtype
 from arch_maps.dtypes import TORCH_NAMES
@@ -13,39 +13,12 @@ from arch_maps.facts import Facts
 from arch_maps.ops import Shape, sources
 from arch_maps.registry import ArchMap
 from converter.config_errors import config_errors
-from converter.decode import (
-    awq,
-    bitnet,
-    bitsandbytes,
-    compressed_tensors,
-    fp8,
-    gguf,
-    gpt_oss,
-    gptq,
-    mlx,
-    modelopt,
-)
-from converter.decode.build import Builder, Shapes
 from converter.decode.model import View
 from converter.errors import PlanError
 from converter.source import Source
 
-Scheme = Callable[[Mapping[str, Any], Builder], None]
-
-SCHEMES: Final[dict[str, Scheme]] = {
-    "awq": awq.read,
-    "bitnet": bitnet.read,
-    "bitsandbytes": bitsandbytes.read,
-    "compressed-tensors": compressed_tensors.read,
-    "fbgemm_fp8": fp8.read_fbgemm,
-    "fp8": fp8.read,
-    "gguf": gguf.read,
-    "gptq": gptq.read,
-    "modelopt": modelopt.read,
-    "modelopt_fp4": modelopt.read,
-    "mxfp4": gpt_oss.read,
-}
-"""What reads each ``quant_method``."""
+if TYPE_CHECKING:
+    from converter.decode.build import Shapes
 
 
 def quantization_settings(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -65,6 +38,15 @@ def decoded(source: Source, *, arch: ArchMap | None = None, dtype: str | None = 
     (F32: the kernels' own precision, without a last rounding). ``arch`` is the map for
     schemes that do not store logical shapes in headers, None for the registry's.
     """
+    own = source.config.get("quantization")
+    in_mlx = source.mlx is not None or isinstance(own, dict)
+    settings = own if in_mlx else quantization_settings(source.config)
+    if not isinstance(settings, dict):
+        return View(source=source)
+    from converter.decode import mlx  # most releases need none of the readers
+    from converter.decode.build import Builder
+    from converter.decode.schemes import SCHEMES
+
     declared = TORCH_NAMES.get(stored_dtype(source.config) or "bfloat16", "BF16")
     build = Builder(
         dict(source.tensors),
@@ -73,15 +55,9 @@ def decoded(source: Source, *, arch: ArchMap | None = None, dtype: str | None = 
         gguf=source.gguf,
         gguf_drops=source.gguf_drops,
     )
-    settings = source.config.get("quantization")
-    if source.mlx is not None or isinstance(settings, dict):
-        if not isinstance(settings, dict):
-            return View(source=source)
+    if in_mlx:
         mlx.read(settings, build, dtype=dtype)
     else:
-        settings = quantization_settings(source.config)
-        if settings is None:
-            return View(source=source)
         method = settings.get("quant_method")
         scheme = SCHEMES.get(method) if isinstance(method, str) else None
         if scheme is None:
