@@ -137,10 +137,25 @@ def test_the_record_of_checked_files_is_only_that(
     with monkeypatch.context() as patch:
         patch.setattr(fetch, "check_hash", pytest.fail)
         download("config.json", "model.safetensors")
+    (root / "model.safetensors").resolve().unlink()
     (root / "model.safetensors").unlink()
-    os.utime(root / "config.json", (2, 2))
-    download("config.json")
-    assert len(list(records.iterdir())) == 1, "that of the file that is gone went"
+    hashed = []
+    original = fetch.check_hash
+    with monkeypatch.context() as patch:  # the record of a file that was fetched anew is of old
+        patch.setattr(
+            fetch, "check_hash", lambda *given: hashed.append(given[1].path) or original(*given)
+        )
+        download("config.json", "model.safetensors")
+    assert hashed == ["model.safetensors"]
+
+
+def test_a_record_does_not_hang_on_others(published: str, tmp_path: Path) -> None:
+    snapshot = hub.resolve_revision(REPO, endpoint=published)
+    cache = tmp_path / "cache"
+    hub.download(snapshot, ["config.json"], cache_dir=cache)
+    (cache / ".verified" / "other").symlink_to("nowhere")  # as one that another thread removes
+    hub.download(snapshot, ["model.safetensors"], cache_dir=cache)
+    assert len(list((cache / ".verified").iterdir())) == 3
 
 
 def test_download_is_pinned_and_reports_progress(

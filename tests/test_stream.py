@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from arch_maps.facts import Facts
 from arch_maps.ops import sources
 from converter import hub
-from converter.errors import GateError, HubError
+from converter.errors import GateError, HubError, PlanError
 from converter.execute import run, units
 from converter.execute.journal import NAME
 from converter.hub import api as hub_api
@@ -168,6 +168,39 @@ def test_same_bytes_as_from_a_folder(tmp_path, endpoint, faults, config, recipe,
     sizes = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
     # Headers for the plan, then every window of every file once.
     assert ranges(faults) == {name: -(-size // WINDOW) + 1 for name, size in sizes.items()}
+
+
+TIED = CONFIG | {"tie_word_embeddings": True}
+
+
+def tied_release(root: Path, *, same: bool = True) -> Path:
+    """One whose head is stored beside the table that it is tied to, in another file."""
+    tensors = llama_tensors(CONFIG)
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 0 if same else 1
+    folder = write_shards(root, TIED, tensors | {"lm_head.weight": head})
+    files = {t.file for name, t in hub_source(folder).tensors.items() if t.shape == head.shape}
+    assert len(files) == 2
+    publish(folder)
+    return folder
+
+
+def test_a_tied_head_is_compared_as_it_goes_by(tmp_path, endpoint, faults, monkeypatch):
+    """With the table, of which nothing is left in memory by then."""
+    folder = tied_release(tmp_path / "in" / "model")
+    expected = converted(folder, tmp_path / "local")
+    monkeypatch.setattr(stream, "KEPT", stream.AHEAD + 1)
+    faults.requests.clear()
+    assert streamed(tmp_path, "out", workers=1) == expected
+    sizes = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
+    assert ranges(faults) == {name: -(-size // WINDOW) + 1 for name, size in sizes.items()}
+
+
+def test_a_head_that_is_not_what_it_is_tied_to_is_refused(tmp_path, endpoint):
+    tied_release(tmp_path / "in" / "model", same=False)
+    with pytest.raises(PlanError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        streamed(tmp_path, "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_drafter_reads_only_its_own_tensors_again(tmp_path, endpoint, faults, monkeypatch):

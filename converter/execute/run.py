@@ -7,7 +7,7 @@ import errno
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -51,6 +51,12 @@ class CheckedReader(RowReader, Protocol):
 
     def complete(self, name: str) -> None:
         """Read the rest of a file and check it; raises where it is not what it should be."""
+
+    def watch(self, names: Iterable[str]) -> None:
+        """Keep digests of these tensors as they go by, if nothing of their files has yet."""
+
+    def digest(self, name: str) -> bytes | None:
+        """Of a watched tensor's bytes; None where they have not gone by."""
 
     def read_in_part(self) -> list[str]:
         """Files that were read from and are not complete."""
@@ -181,6 +187,8 @@ def execute(
             for job in jobs:
                 hashing.enter_context(job.digests)
             trust = _Trust(checked)
+            if reader is checked:  # rows are the bytes that go by
+                trust.watch(_aliases(jobs[0].plan, source))
             try:
                 _run(jobs, source, reader, workers, progress, trust)
             except BaseException:
@@ -189,7 +197,7 @@ def execute(
                         job.flush(threading.Lock(), trust.vouched)
                 raise
             if not any(job.part for job in jobs):  # the run that makes the output whole checks
-                _check_aliases(jobs[0].plan, source, reader)
+                _check_aliases(jobs[0].plan, source, reader, trust)
             trust.complete_all()
             with explain(jobs[0].work):
                 return [job.digests.finish() for job in jobs]
@@ -245,6 +253,17 @@ class _Trust:
         """Let nobody wait any longer for what the reader reads."""
         if self._reader is not None:
             self._reader.abort()
+
+    def watch(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Tensors that will be held against each other."""
+        if self._reader is not None:
+            self._reader.watch({name for pair in pairs for name in pair})
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors are known to hold the same bytes from when they went by."""
+        if self._reader is None or (digest := self._reader.digest(one)) is None:
+            return False
+        return digest == self._reader.digest(other)
 
     def complete_all(self) -> None:
         """Complete whatever else was read from."""
@@ -374,21 +393,31 @@ def _summary(bad: list[str]) -> list[str]:
     return sorted(bad)[:_BAD_SHOWN] + tail
 
 
-def _check_aliases(plan: Plan, source: Source, reader: RowReader) -> None:
+def _aliases(plan: Plan, source: Source) -> list[tuple[str, str]]:
+    """Each tied tensor that is dropped, with the one that it must be the same as."""
+    return [
+        (drop.name, drop.same_as)
+        for drop in plan.drops
+        if drop.same_as is not None and drop.same_as in source.tensors
+    ]
+
+
+def _check_aliases(plan: Plan, source: Source, reader: RowReader, trust: _Trust) -> None:
     """A dropped tied tensor must be the tensor that it is tied to."""
     problems = []
-    for drop in plan.drops:
-        if drop.same_as is None or drop.same_as not in source.tensors:
+    for name, tied in _aliases(plan, source):
+        info = source.tensors[name]
+        if info.dtype == source.tensors[tied].dtype and trust.same(name, tied):
             continue
-        rows = source.tensors[drop.name].shape[0]
-        step = max(1, (8 << 20) * rows // max(1, source.tensors[drop.name].nbytes))
+        rows = info.shape[0]
+        step = max(1, (8 << 20) * rows // max(1, info.nbytes))
         for start in range(0, rows, step):
             stop = min(rows, start + step)
-            mine = reader.read_rows(drop.name, start, stop)
-            other = reader.read_rows(drop.same_as, start, stop)
+            mine = reader.read_rows(name, start, stop)
+            other = reader.read_rows(tied, start, stop)
             if mine.dtype != other.dtype or mine.tobytes() != other.tobytes():
                 problems.append(
-                    f"not tied: {drop.name} differs from {drop.same_as}, although config.json "
+                    f"not tied: {name} differs from {tied}, although config.json "
                     "ties them; set tie_word_embeddings to false if both are meant"
                 )
                 break

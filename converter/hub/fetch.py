@@ -108,7 +108,8 @@ def _is_vouched_for(file: HubFile, local: Path, cache_dir: Path) -> bool:
 def _vouch(file: HubFile, local: Path, cache_dir: Path, before: str) -> None:
     """Write down that a file's hash is right, once it would outlive a power cut.
 
-    Only if it is what it was ``before`` it was hashed. Records of files that are gone go.
+    Only if it is what it was ``before`` it was hashed. The record of a file that is gone vouches
+    for nothing, and goes with the cache.
     """
     descriptor = os.open(local, os.O_RDONLY)
     try:
@@ -117,9 +118,6 @@ def _vouch(file: HubFile, local: Path, cache_dir: Path, before: str) -> None:
         os.close(descriptor)
     record = _record(file, cache_dir)
     record.parent.mkdir(exist_ok=True)
-    for old in record.parent.glob("[!.]*"):
-        if not Path(os.fsdecode(old.read_bytes().partition(b"\n")[2])).is_file():
-            old.unlink(missing_ok=True)
     if _identity(local) == before:
         write_atomic(record, _entry(before, local))
 

@@ -18,7 +18,7 @@ import hashlib
 import heapq
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +46,21 @@ Fetch = Callable[[str, int, int], bytes | bytearray]
 _Asked = bytes | bytearray | Future[bytes | bytearray]
 
 
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """Bytes [start, stop) of a file, hashed for themselves as they go by."""
+
+    start: int
+    stop: int
+    hash: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+    def update(self, window: bytes | bytearray, start: int) -> None:
+        """Take what is in the window that begins at byte ``start``; windows come in order."""
+        low, high = max(self.start - start, 0), min(self.stop - start, len(window))
+        if low < high:
+            self.hash.update(memoryview(window)[low:high])
+
+
 @dataclass(slots=True)
 class _Progress:
     """How much of a file is hashed, and a digest of every window that was read so far."""
@@ -57,6 +72,7 @@ class _Progress:
     """Of the header alone, which ends at ``head_stop``."""
     head_stop: int
     next: int = 0
+    watched: list[_Watched] = field(default_factory=list)
     digests: dict[int, bytes] = field(default_factory=dict)
     passed: set[int] = field(default_factory=set)
     """Windows that were read to their ends: who reads front to back needs them no more."""
@@ -136,6 +152,7 @@ class StreamReader(Reader):
         self._snapshot = snapshot
         self._fetch = fetch
         self._state: dict[str, _Progress] = {}
+        self._watched: dict[str, _Watched] = {}
         self._ready: OrderedDict[tuple[str, int], bytes | bytearray] = OrderedDict()
         self._loading: dict[tuple[str, int], Future[bytes | bytearray]] = {}
         self._failure: BaseException | None = None
@@ -172,6 +189,19 @@ class StreamReader(Reader):
             yield work.files
         finally:
             self._noted.work = None
+
+    def watch(self, names: Iterable[str]) -> None:
+        """Hash these tensors by themselves, too, as far as nothing of their files has gone by."""
+        with self._lock:
+            for info in (self._tensors[name] for name in names):
+                if info.file not in self._state:
+                    self._watched[info.name] = _Watched(info.start, info.stop)
+
+    def digest(self, name: str) -> bytes | None:
+        """The sha256 of a tensor's bytes; None where it was not watched, or its file is not whole."""
+        if name not in self._watched or self._tensors[name].file not in self.verified:
+            return None
+        return self._watched[name].hash.digest()
 
     def complete(self, name: str) -> None:
         """Read what is left of a file and compare its hash with the hub's.
@@ -256,7 +286,10 @@ class StreamReader(Reader):
                     state = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
                 windows = -(-file.size // WINDOW)
                 stop = self._stops[name]
-                self._state[name] = _Progress(file, state, windows, hashlib.sha256(), stop)
+                beside = [w for t, w in self._watched.items() if self._tensors[t].file == name]
+                self._state[name] = _Progress(
+                    file, state, windows, hashlib.sha256(), stop, watched=beside
+                )
             return self._state[name]
 
     def _window(self, state: _Progress, number: int) -> bytes | bytearray:
@@ -313,6 +346,8 @@ class StreamReader(Reader):
                 if data is None:
                     return
                 state.hash.update(data)
+                for watched in state.watched:
+                    watched.update(data, state.next * WINDOW)
                 state.head.update(data[: max(0, state.head_stop - state.next * WINDOW)])
                 state.next += 1
 
