@@ -81,6 +81,53 @@ def test_a_claim_brings_all_variants_and_keeps_others_out(ledger_url):
     assert second.claim() is not None
 
 
+@pytest.mark.parametrize("when", ["has taken", "is taking"])
+def test_two_commits_of_a_repo_are_not_taken_at_once(postgres, monkeypatch, when):
+    """Each worker sees the other's commit free, as nothing of it has been written yet."""
+    url = f"{postgres.database()}&options=-clock_timeout%3D1s"  # waiting here would be for ever
+    first, second = ledger(url), ledger(url)
+    catalogue = Catalogue(first)
+    add(catalogue, commit="c1", modified=1.0)
+    add(catalogue, "acme/model", "4bit", commit="c2", modified=2.0)
+    take, others = first.take, []
+
+    def between(connection, row, free, now):
+        """The second worker comes before the first has written, or before that is committed."""
+        if when == "is taking":
+            taken = take(connection, row, free, now)
+        others.append(second.claim())
+        return taken if when == "is taking" else take(connection, row, free, now)
+
+    monkeypatch.setattr(first, "take", between)
+    mine = first.claim()
+    assert [claim is None for claim in (mine, *others)].count(False) == 1
+    assert (others[0] is None) == (when == "is taking")
+    monkeypatch.undo()
+    assert first.claim([mine.release] if mine else []) is None
+    second.give_back(others[0]) if mine is None else first.give_back(mine)
+    assert second.claim() is not None
+
+
+def test_two_that_enqueue_one_target_see_each_other(postgres):
+    """Of two releases under one name the later one is parked, however close they come."""
+    url = postgres.database()
+    first, second = ledger(url), ledger(url)
+    done = threading.Event()
+
+    def other() -> None:
+        add(Catalogue(second), "zeta/model")
+        done.set()
+
+    thread = threading.Thread(target=other)
+    with first.database.engine.begin() as connection:
+        Catalogue(first)._enqueue(connection, seen("acme/model"), wanted("acme/model"))
+        thread.start()
+        assert not done.wait(0.3)
+    thread.join(60)
+    states = {e.release.repo: e.state for e in Catalogue(first).entries()}
+    assert states == {"acme/model": "queued", "zeta/model": "parked"}
+
+
 def test_a_lease_that_ran_out_passes_on_and_fences_its_old_owner(ledger_url):
     slow, other = ledger(ledger_url), ledger(ledger_url)
     catalogue = Catalogue(slow)

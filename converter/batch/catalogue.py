@@ -67,6 +67,8 @@ class Catalogue:
         return self.database.do(lambda connection: self._enqueue(connection, seen, wanted))
 
     def _enqueue(self, connection: Connection, seen: Seen, wanted: Sequence[Wanted]) -> int:
+        # Two that look for the newest job of a target at once would both find none.
+        self.database.lock(connection, "enqueue")
         now = self.database.now(connection)
         key = and_(release.c.repo == seen.repo, release.c.commit == seen.commit)
         values = {

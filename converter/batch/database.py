@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, func, select, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 
@@ -17,6 +18,7 @@ from converter.errors import ConvertError, UsageError
 PATIENCE_S: Final = 120.0
 """How long a database may be away before its loss is an error."""
 _MIGRATING: Final = 0x6D6C7864  # any number that all versions of this program agree on
+_LOCKED: Final = "mlx-dayzero "  # begins what locks are named by, for the same reason
 Result = TypeVar("Result")
 
 
@@ -56,6 +58,20 @@ class Database:
             time.sleep(wait)
             wait = min(2.0, wait * 2)
 
+    def lock(self, connection: Connection, name: str) -> None:
+        """Wait until no other transaction holds ``name``, and hold it to this one's end.
+
+        What is read afterwards is what those others have written. SQLite has one at a time anyway.
+        """
+        if not self.sqlite:
+            connection.execute(select(func.pg_advisory_xact_lock(_key(name))))
+
+    def try_lock(self, connection: Connection, name: str) -> bool:
+        """The same without waiting: False where another transaction holds ``name``."""
+        if self.sqlite:
+            return True
+        return bool(connection.scalar(select(func.pg_try_advisory_xact_lock(_key(name)))))
+
     def now(self, connection: Connection) -> float:
         """Seconds since 1970 by the one clock that all users of this ledger share."""
         if self.sqlite:
@@ -65,6 +81,12 @@ class Database:
     def close(self) -> None:
         """Give back all connections."""
         self.engine.dispose()
+
+
+def _key(name: str) -> int:
+    """A lock's number, of the 64 bits that PostgreSQL has for them."""
+    digest = hashlib.sha256(f"{_LOCKED}{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
 
 
 def ledger_url(url: str | None, state: Path) -> str:

@@ -83,7 +83,7 @@ class Ledger:
 
     def _claim(self, connection: Connection, held: Sequence[int], only: int | None) -> Claim | None:
         now = self.database.now(connection)
-        free = self._free_releases(now)
+        free = and_(self._free_releases(now), ~_busy(now))
         candidates = connection.execute(
             self._due_releases(now)
             .where(release.c.id.not_in(held))
@@ -128,16 +128,9 @@ class Ledger:
             self._able(),
         )
         oldest = select(func.min(job.c.not_before)).where(due).scalar_subquery()
-        other = release.alias()
-        busy = exists().where(  # an older commit of the same repo, whose upload must come first
-            other.c.repo == release.c.repo,
-            other.c.id != release.c.id,
-            other.c.owner.is_not(None),
-            other.c.lease_until >= now,
-        )
         return (
             select(release)
-            .where(self._free_releases(now), exists().where(due), ~busy)
+            .where(self._free_releases(now), exists().where(due), ~_busy(now))
             .order_by(oldest, release.c.modified, release.c.id)
         )
 
@@ -205,7 +198,13 @@ class Ledger:
     def take(
         self, connection: Connection, row: Row[Any], free: ColumnElement[bool], now: float
     ) -> bool:
-        """Make a release this worker's if it still is as it was read, and ``free``."""
+        """Make a release this worker's if it still is as it was read, and ``free``.
+
+        Whether it is free hangs on other commits of its repo, whose rows no UPDATE of this one
+        looks at again: so nobody else decides about the repo meanwhile.
+        """
+        if not self.database.try_lock(connection, f"repo {row.repo}"):
+            return False
         taken = connection.execute(
             update(release)
             .where(release.c.id == row.id, free, release.c.claims == row.claims)
@@ -448,6 +447,17 @@ def insert_new(connection: Connection, table: Any, values: Mapping[str, Any]) ->
     dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
     statement = dialect.insert(table).values(dict(values)).on_conflict_do_nothing()
     return bool(connection.execute(statement).rowcount)
+
+
+def _busy(now: float) -> ColumnElement[bool]:
+    """Releases of which another commit is in hand: uploads to one repo come one after another."""
+    other = release.alias()
+    return exists().where(
+        other.c.repo == release.c.repo,
+        other.c.id != release.c.id,
+        other.c.owner.is_not(None),
+        other.c.lease_until >= now,
+    )
 
 
 def _mine(claim: Claim, owner: str) -> ColumnElement[bool]:
