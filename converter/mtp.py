@@ -15,18 +15,17 @@ from arch_maps.facts import Facts
 from arch_maps.registry import ArchMap
 from arch_maps.rules import Drop, Layout, Mount
 from converter.errors import PlanError
+from converter.naming import DRAFTER
 from converter.plan import Options, Plan, build_plan
 from converter.plan.match import Match
 from converter.runtime_map import check_reload, headers_of, rules_of
 from converter.source import Source
 from quant.recipe import CALIBRATED
 
-SUFFIX = "-mtp"
-
 
 def drafter_folder(target: Path) -> Path:
     """Where the drafter of the output ``target`` goes."""
-    return target.with_name(target.name + SUFFIX)
+    return target.with_name(target.name + DRAFTER)
 
 
 def plan_drafter(source: Source, plan: Plan, *, origin: Mapping[str, Any] | None = None) -> Plan:

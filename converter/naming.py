@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from converter.errors import UsageError
 from converter.plan.options import Options
+
+DRAFTER: Final = "-mtp"
+"""What the name of a drafter ends in, after that of the output that it drafts for."""
 
 
 def output_name(model: str, options: Options, *, dtype: str | None, kept: str = "") -> str:

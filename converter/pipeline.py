@@ -79,7 +79,7 @@ class Request:
     dequantize: bool = False
     overwrite: bool = False
     keep_judged: bool = False
-    """Whether this goes on where all outputs are finished and judged already, to publish them."""
+    """Whether this goes on with outputs that are finished and judged, for their cards and repos."""
     replace_others: bool = False
     """Whether what is in the way of an output goes; for a caller whose folders they are."""
     workers: int | None = None

@@ -15,11 +15,12 @@ import pytest
 from converter.batch.catalogue import Catalogue, Seen, Wanted
 from converter.batch.claims import Used
 from converter.batch.database import Database
+from converter.batch.engine import Engine
 from converter.batch.failures import Failure
 from converter.batch.ledger import Ledger
 from converter.batch.orders import Answer, Order
 from converter.batch.recipes import Asked, Policy
-from converter.batch.watchlist import Retries, WatchList, read_watchlist
+from converter.batch.watchlist import Budgets, Retries, WatchList, read_watchlist
 from converter.plan import Options
 from quant.recipe import QuantSpec
 
@@ -232,6 +233,36 @@ def start_run(state: Path) -> subprocess.Popen:
         text=True,
         env=os.environ | {"PYTHONPATH": PATHS},
     )
+
+
+QUICK = {"first_wait": 0.01, "longest_wait": 0.05, "patience": 1.0}
+
+
+def engine(
+    place, lines=None, *, budgets=None, tags=(), shared=False, split=None, made=Engine, **retries
+):
+    url, work = place
+    mine = ledger(url, **{**QUICK, **retries})
+    mine.tags = frozenset(tags)
+    return made(
+        mine,
+        work,
+        budgets=Budgets(**(budgets or {})),
+        workers=1,
+        stages=STAGES,
+        say=(lines if lines is not None else []).append,
+        preload=(),
+        shared=shared,
+        split=split,
+    )
+
+
+def catalogue_of(place) -> Catalogue:
+    return Catalogue(ledger(place[0]))
+
+
+def states(place):
+    return {entry.job.target[6:]: entry.job.state for entry in catalogue_of(place).entries()}
 
 
 def start_forkserver() -> None:

@@ -79,3 +79,66 @@ def ledger_url(request, tmp_path):
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'ledger.db'}"
     return request.getfixturevalue("postgres").database().replace(":", "+psycopg:", 1)
+
+
+@pytest.fixture
+def closed_ledgers():
+    """Closes what ``batch_helpers.ledger`` opened."""
+    from batch_helpers import close_ledgers
+
+    yield
+    close_ledgers()
+
+
+@pytest.fixture
+def catalogue(tmp_path, closed_ledgers):
+    """The catalogue of a new SQLite ledger in a state folder."""
+    from batch_helpers import ledger
+
+    from converter.batch.catalogue import Catalogue
+
+    return Catalogue(ledger(f"sqlite:///{tmp_path / 'state' / 'ledger.db'}"))
+
+
+@pytest.fixture
+def faults():
+    """What strikes requests of the staging hub."""
+    from converter.staging import Faults
+
+    return Faults()
+
+
+@pytest.fixture
+def api(tmp_path, faults, monkeypatch):
+    """The client of a staging hub, which everything in this process then takes for the hub."""
+    from huggingface_hub import HfApi
+
+    from converter.hub import api as hub_api
+    from converter.staging import StagingOptions, running_hub
+
+    token = "hf_sentinelsentinelsentinel"
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(hub_api, "FIRST_WAIT_S", 0.01)
+    options = StagingOptions(page_size=2)
+    with running_hub(tmp_path / "hub", options=options, faults=faults) as endpoint:
+        place = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", place)
+        yield HfApi(endpoint=endpoint, token=token)
+
+
+@pytest.fixture(scope="session")
+def forkserver():
+    """The server that the stages of pretending engines are forked from."""
+    from batch_helpers import start_forkserver
+
+    start_forkserver()
+
+
+@pytest.fixture
+def place(tmp_path, forkserver, closed_ledgers):
+    """A ledger's address, and the folder of the work."""
+    work = tmp_path / "work"
+    work.mkdir()
+    return f"sqlite:///{tmp_path / 'ledger.db'}", work

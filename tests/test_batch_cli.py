@@ -7,11 +7,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from batch_helpers import add, close_ledgers, ledger, used, watch
+from batch_helpers import add, used, watch
 from click.testing import CliRunner
 from release_helpers import status as exit_status
 
-from converter.batch.catalogue import Catalogue
 from converter.batch.digest import send_digest
 from converter.batch.failures import Failure
 from converter.batch.install import schedule, write_files
@@ -24,17 +23,6 @@ from converter.errors import UsageError
 
 TOKEN = "hf_sentinelsentinelsentinel"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _closed():
-    yield
-    close_ledgers()
-
-
-@pytest.fixture
-def catalogue(tmp_path):
-    return Catalogue(ledger(f"sqlite:///{tmp_path / 'state' / 'ledger.db'}"))
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from batch_helpers import (
     RECIPES,
     add,
     claims_of,
-    close_ledgers,
     ledger,
     seen,
     start_forkserver,
@@ -31,11 +30,7 @@ from converter.batch.recipes import Policy
 from converter.batch.schema import attempt, job, migrate, release, version_table
 from converter.errors import ConvertError, UsageError
 
-
-@pytest.fixture(autouse=True)
-def _closed():
-    yield
-    close_ledgers()
+pytestmark = pytest.mark.usefixtures("closed_ledgers")
 
 
 @pytest.fixture

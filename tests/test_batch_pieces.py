@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from batch_helpers import STAGES, add, close_ledgers, ledger, used
+from batch_helpers import STAGES, add, ledger, used
 from sqlalchemy import event, select
 
 from converter.batch import piecework, sweep
@@ -18,11 +18,7 @@ from converter.batch.pieces import PIECE_BYTES, Pieces, pieces_of
 from converter.batch.piecework import PieceWork
 from converter.batch.schema import piece
 
-
-@pytest.fixture(autouse=True)
-def _closed():
-    yield
-    close_ledgers()
+pytestmark = pytest.mark.usefixtures("closed_ledgers")
 
 
 def test_each_piece_is_claimed_once_by_workers_that_hurry(ledger_url):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from release_helpers import factors, peft_config, peft_pair, write_adapter
 
 from converter.batch.failures import AdapterError
 from converter.batch.recipes import Asked, digest, policy_of, recipes_of
-from converter.batch.watchlist import WatchList, read_watchlist
+from converter.batch.watchlist import Recipe, Watch, WatchList, read_watchlist
+from converter.cli.app import cli
 from converter.errors import UsageError
 from converter.plan import Options
 from quant.recipe import QuantSpec
@@ -162,6 +164,15 @@ OWN = LEAST.replace('variants = ["4bit"]', 'recipes = ["own"]') + "[recipes.own]
         ('q_target_bpw = 4.5\nq_mode = "mxfp4"', "q_mode: q_target_bpw and q_target_size choose"),
         ('q_target_bpw = 4.5\nq_target_size = "4GB"', "are two targets; give one"),
         ("q_group_size = 32", "q_group_size and q_method have no effect without q_bits, q_mode or"),
+        ("q_bits = 4\ntuning_iterations = 9", "tuning_iterations has no effect with q_method rtn"),
+        (
+            "q_bits = 4\ncalibration_length = 9",
+            "calibration_length has no effect with q_method rtn",
+        ),
+        (
+            "q_bits = 4\ndequantize = true",
+            "dequantize gives plain weights, and other keys quantize",
+        ),
     ],
 )
 def test_recipes_that_contradict_themselves(tmp_path, keys, message):
@@ -178,7 +189,8 @@ def test_recipes_that_contradict_themselves(tmp_path, keys, message):
         ('adapter_path = "/no/such"', "adapter_path: /no/such: no such folder"),
         ('adapter_path = "{here}"', "adapter_path: {here}: holds no adapter; there must be"),
         ("q_target = 4", "q_target: unknown key; did you mean q_target_"),
-        ("mtp = true", "mtp: unknown key"),
+        ("tuning_iterations = 0", "tuning_iterations: Input should be greater than or equal"),
+        ('mtp = "yes"', "mtp: Input should be a valid boolean"),
     ],
 )
 def test_keys_of_recipes_are_checked_when_they_are_read(tmp_path, keys, message):
@@ -255,13 +267,115 @@ def test_recipes_survive_the_ledger(tmp_path):
     assert len({asked.hash for asked in recipes.values()}) == 4
 
 
+BY_HAND = {"gguf_file", "trust_remote_code", "map_by", "map_file", "model_file", "target"}
+BY_HAND |= {"kv_quant_scheme", "kv_bits", "kv_group_size"}
+"""What changes an output and has no key; docs/nightly.md says of each why."""
+ELSEWHERE = {
+    "hf_path": "organisations",
+    "revision": "models",
+    "quantize": "q_bits",
+    "private": "private",
+    "upload_repo": "names",
+    "mlx_path": "state",
+}
+"""What a key of another name says."""
+NOT_OF_THE_OUTPUT = {"card_template", "draft_for", "memory_limit", "no_validate", "overwrite"}
+NOT_OF_THE_OUTPUT |= {"quiet", "shard", "stream", "version", "workers"}
+
+
+def test_every_option_of_the_command_line_has_its_key():
+    """A new option is in one of these sets, or this fails."""
+    options = {one.name: one.opts[-1] for one in cli.params}
+    keys = keys_of(WatchList)
+    told = {name for name in options if name in keys} | ELSEWHERE.keys()
+    assert set(ELSEWHERE.values()) <= keys
+    assert sorted(options.keys() - told - BY_HAND - NOT_OF_THE_OUTPUT) == []
+    assert sorted((BY_HAND | NOT_OF_THE_OUTPUT | ELSEWHERE.keys()) - options.keys()) == []
+    assert told.isdisjoint(BY_HAND | NOT_OF_THE_OUTPUT)
+    (section,) = re.findall(r"(?s)What has no key\..*?\n\n", DOC.read_text())
+    assert sorted(re.findall(r"`(--[\w-]+)`", section)) == sorted(options[n] for n in BY_HAND)
+
+
+def test_every_option_of_a_plan_has_its_key():
+    """A recipe that says all it can differs from the default in every option."""
+    keys = {
+        "dtype": "float16",
+        "q_bits": 3,
+        "q_method": "autoround",
+        "tuning_iterations": 7,
+        "calibration_sequences": 3,
+        "calibration_length": 64,
+        "q_target_bpw": 4.5,
+        "q_group_size": 32,
+        "q_target_size": "4GB",
+        "quant_predicate": "mixed_4_6",
+        "kv_rotate_values": True,
+        "dequantize": True,
+        "mtp": True,
+    }
+    assert Recipe.model_fields.keys() - keys.keys() == {"q_mode", "adapter_path"}
+    alone = [
+        {"dtype", "dequantize", "kv_rotate_values", "mtp"},
+        {"q_bits", "q_method", *(k for k in keys if k.startswith(("tuning", "calibration")))},
+        {"q_target_bpw", "q_group_size"},
+        {"q_target_size"},
+        {"quant_predicate"},
+    ]
+    changed = set()
+    for some in alone:
+        recipe = Recipe(**{key: keys[key] for key in some})
+        watchlist = WatchList(
+            namespace="n", recipes={"own": recipe}, watch=[Watch(models=["a/b"], recipes=["own"])]
+        )
+        (asked,) = recipes_of(watchlist, watchlist.watch[0]).values()
+        changed |= {f.name for f in fields(Options) if getattr(asked.options, f.name) != f.default}
+        assert Asked.from_json(json.loads(json.dumps(asked.to_json()))) == asked
+        assert asked.mtp == ("mtp" in some)
+    assert {f.name for f in fields(Options)} - changed == {"target", "allocation"}
+
+
+def test_plain_variants_are_plain_whatever_the_release_is(tmp_path):
+    watchlist = read_watchlist(write(tmp_path, LEAST.replace('"4bit"', '"bf16", "4bit"')))
+    recipes = recipes_of(watchlist, watchlist.watch[0])
+    assert {name: one.options.dequantize for name, one in recipes.items()} == {
+        "bf16": True,
+        "4bit": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "repo"),
+    [
+        (
+            LEAST.replace('"4bit"', '"4bit", "8bit"').replace(
+                "[[watch]]", 'names = "{model}-MLX"\n[[watch]]'
+            ),
+            "4bit and 8bit",
+            "night/model-MLX",
+        ),
+        (
+            OWN.replace('["own"]', '["own", "own-mtp"]')
+            + "q_bits = 4\nmtp = true\n[recipes.own-mtp]\nq_bits = 8",
+            "own and own-mtp",
+            "night/model-own-mtp",
+        ),
+    ],
+    ids=["names", "drafter"],
+)
+def test_two_outputs_do_not_share_a_repo(tmp_path, text, names, repo):
+    assert problems(tmp_path, text) == [
+        f"watch[0]: {names} would both be published as {repo}; rename one, or give names with "
+        "{variant}"
+    ]
+
+
 FOUR = {"mode": "affine", "bits": 4, "group_size": 64, "method": "rtn"}
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"rotate_values": True}, "rotate_values"),
+        ({"allocation": {"x": 1}}, "allocation"),
         ({"target_size": {"x": 1}}, "target_size"),
         ({"dtype": "float16", "q_new": 1}, "q_new"),
         ({"quantization": {**FOUR, "levels": 3}}, "quantization"),

@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from release_helpers import make, status, write_release
+from release_helpers import hashes, make, status, write_release
 
 from converter.cli import proving
 from converter.errors import ConvertError, GateError, HubError, PlanError
@@ -151,6 +151,49 @@ def test_the_same_command_goes_on_where_it_stopped(uploads, tmp_path, monkeypatc
     config.write_text(plain + " ")  # what is damaged is neither proven nor published
     assert status(*told) == 2
     assert (len(proofs), len(uploads)) == (4, 4)
+
+
+def test_cards_and_repos_are_made_anew_from_a_standing_conversion(
+    uploads, tmp_path, monkeypatch, capsys
+):
+    """What is about publishing alone neither converts nor proves again."""
+    proofs, cards = [], []
+
+    def prove(out, **given):
+        proofs.append(out)
+        return passing(out)
+
+    monkeypatch.setattr("converter.proof.prove", prove)
+    monkeypatch.setattr("converter.proof.draw_page", lambda out: None)
+    monkeypatch.setattr(
+        "converter.publish.write_card", lambda out, **given: cards.append(given["template"])
+    )
+    monkeypatch.setattr(
+        "converter.batch.published.find_published",
+        lambda repo, plan, folder: (
+            SimpleNamespace(
+                url="there", facts={"checkpoint": read_manifest(tmp_path / "out").checkpoint}
+            )
+            if repo in uploads
+            else None
+        ),
+    )
+    source, out = write_release(tmp_path / "model"), tmp_path / "out"
+    template = tmp_path / "card.j2"
+    template.write_text("card")
+    told = ["--hf-path", source, "--mlx-path", out, "--quiet", "-q", "--q-group-size", "32"]
+    assert status(*told, "--upload-repo", "me/one") == 0
+    before = hashes(out)
+    monkeypatch.setattr("converter.pipeline.execute", None)
+    assert status(*told, "--upload-repo", "me/one") == 2
+    assert "is published already, at there" in capsys.readouterr().err
+    assert status(*told, "--upload-repo", "me/two") == 0
+    assert status(*told, "--upload-repo", "me/two", "--private") == 0
+    assert status(*told, "--upload-repo", "me/two", "--card-template", template) == 0
+    assert uploads == ["me/one", "me/two", "me/two", "me/two"]
+    assert status(*told, "--card-template", template) == 0
+    assert cards == [None, None, None, template, template]
+    assert (len(proofs), hashes(out)) == (1, before)
 
 
 def test_a_report_stands_for_its_own_files_and_gates_alone(tmp_path, monkeypatch):

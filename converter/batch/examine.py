@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from converter.batch.believed import believed
 from converter.batch.failures import classify
 from converter.batch.needs import needs_of, output_bytes, proof_bytes
 from converter.batch.orders import Answer, Order, Part, together
-from converter.batch.published import find_published
+from converter.batch.published import published_of
 from converter.batch.recipes import digest
 from converter.errors import GateError, PlanError, UsageError
 from converter.execute.parts import most_parts
@@ -35,7 +35,7 @@ def examine(order: Order) -> Answer:
         _judge_twin(config, order, answer)
     reading = _plans(order, answer)
     todo: list[Plan] = []
-    for part, plan in reading.plans:
+    for part, plan, drafter in reading.plans:
         facts: dict[str, Any] = {
             "model_type": plan.model_type,
             "output_bytes": output_bytes(plan),
@@ -43,18 +43,19 @@ def examine(order: Order) -> Answer:
             "parameters": plan.parameters,
         }
         answer.facts[part.job] = facts
-        known = part.plan  # for a target size what an earlier conversion came to, if any did
+        # For a target size what an earlier conversion came to, if any did.
         if not plan.options.targeted:
-            known = plan.hash
             facts |= {"plan": plan.hash, "bits_per_weight": round(plan.bits_per_weight, 4)}
-        address = None
-        if known is not None:
-            address = find_published(part.target, known, order.folder / "remote")
-        if address is None:
-            todo.append(plan)
+            part = replace(part, plan=plan.hash)
+            if drafter is not None:
+                facts["drafter_plan"] = drafter.hash
+                part = replace(part, drafter_plan=drafter.hash)
+        there = published_of(order, part)
+        if None in there:
+            todo += [plan] if drafter is None else [plan, drafter]
         else:
-            answer.published[part.job] = address.url
-            facts |= address.facts
+            answer.published[part.job] = there[0].url
+            facts |= there[0].facts
     answer.needs = needs_of(
         todo,
         proof=reading.proof,
@@ -64,7 +65,9 @@ def examine(order: Order) -> Answer:
     )
     for facts in answer.facts.values():
         facts["needs"] = answer.needs
-    if todo and not any(plan.options.calibration or plan.options.targeted for plan in todo):
+    whole = any(part.asked.mtp for part in order.parts)
+    whole |= any(plan.options.calibration or plan.options.targeted for plan in todo)
+    if todo and not whole:
         answer.cuts = most_parts(todo)
     return answer
 
@@ -107,7 +110,8 @@ def _judge_twin(config: dict[str, Any], order: Order, answer: Answer) -> None:
 class _Reading:
     """What one reading of the headers comes to."""
 
-    plans: list[tuple[Part, Plan]] = field(default_factory=list)
+    plans: list[tuple[Part, Plan, Plan | None]] = field(default_factory=list)
+    """With that of the drafter, where one is asked for."""
     refused: dict[int, PlanError | UsageError] = field(default_factory=dict)
     """By job."""
     proof: int = 0
@@ -115,7 +119,8 @@ class _Reading:
 
     def add(self, parts: Sequence[Part], planned: Planned) -> None:
         """Take the plans of some jobs over."""
-        self.plans += zip(parts, planned.plans, strict=True)
+        drafters = planned.drafters or (None,) * len(parts)
+        self.plans += zip(parts, planned.plans, drafters, strict=True)
         self.proof = max(self.proof, proof_bytes(planned.source))
 
 
@@ -163,5 +168,6 @@ def _planned(order: Order, parts: tuple[Part, ...], release: Release) -> Planned
         revision=order.commit,
         recipes=tuple(part.asked.options for part in parts),
         adapter_path=parts[0].asked.checked_adapter(),
+        mtp=parts[0].asked.mtp,
     )
     return plan_request(request, release=release, measure=False)

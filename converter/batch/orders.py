@@ -9,7 +9,10 @@ from typing import Any
 
 from converter.batch.failures import Failure
 from converter.batch.recipes import Asked, Policy, digest
+from converter.execute.folder import MANIFEST
 from converter.execute.parts import Part as Shards
+from converter.manifest import read_manifest
+from converter.naming import DRAFTER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +26,22 @@ class Part:
     policy: Policy
     plan: str | None = None
     """Hash of the plan, once it is known: for a target size once its weights were measured."""
+    drafter_plan: str | None = None
+    """That of the drafter beside it, where one is made."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """One folder that a job makes, and the repo that it is published in."""
+
+    folder: Path
+    target: str
+    plan: str | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds this plan's output, whole."""
+        return (self.folder / MANIFEST).is_file() and read_manifest(self.folder).plan == self.plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +71,23 @@ class Order:
         name = f"models--{self.repo.replace('/', '--')}"
         return self.cache / name / "snapshots" / self.commit
 
-    def kept_report(self, part: Part) -> Path:
+    def kept_report(self, target: str) -> Path:
         """Where the parity report of an output that is not published stays."""
-        return self.folder.parent.parent / "reports" / part.target
+        return self.folder.parent.parent / "reports" / target
 
     def out(self, part: Part) -> Path:
         """Where a job's output is made."""
         return self.folder / "out" / part.target.rpartition("/")[2]
+
+    def made(self, part: Part) -> tuple[Made, ...]:
+        """All that a job makes: its output, and where it asks for one the drafter beside it."""
+        out = self.out(part)
+        made = (Made(folder=out, target=part.target, plan=part.plan),)
+        if part.asked.mtp:
+            target = part.target + DRAFTER
+            plan = part.drafter_plan
+            made += (Made(folder=out.with_name(out.name + DRAFTER), target=target, plan=plan),)
+        return made
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,8 +110,8 @@ class Answer:
 
 
 def together(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
-    """The parts that can be made from one read of the source, those with each adapter."""
+    """The parts that can be made in one run: with the same adapter, and all or none drafted for."""
     groups: dict[str, list[Part]] = {}
     for part in parts:
-        groups.setdefault(digest(part.asked.adapter), []).append(part)
+        groups.setdefault(digest([part.asked.adapter, part.asked.mtp]), []).append(part)
     return [tuple(group) for group in groups.values()]

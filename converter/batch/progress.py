@@ -17,6 +17,8 @@ NEXT = {
     "accept": "publish",
 }
 """The stage after a stage; the last ones have none. Who asks for it, has ``accept`` between."""
+_PLANS = ("plan", "drafter_plan")
+"""What a part learns from the facts of its stages."""
 _ALONE = ("accept", "prove")
 _TOGETHER = ("examine", "fetch", "convert")
 """Stages that all jobs of a release go through as one."""
@@ -40,6 +42,7 @@ def parts_of(tasks: Sequence[Task]) -> tuple[Part, ...]:
             asked=Asked.from_json(task.recipe),
             policy=Policy(**task.policy),
             plan=task.facts.get("plan"),
+            drafter_plan=task.facts.get("drafter_plan"),
         )
         for task in tasks
     )
@@ -95,9 +98,10 @@ class InHand:
             else:
                 asked = step.stage == "prove" and part.policy.accept is not None
                 self._next[part.job] = "accept" if asked else NEXT[step.stage]
-                plan = answer.facts.get(part.job, {}).get("plan")
-                if plan is not None:
-                    self._parts[part.job] = replace(part, plan=str(plan))
+                facts = answer.facts.get(part.job, {})
+                plans = {name: str(facts[name]) for name in _PLANS if name in facts}
+                if plans:
+                    self._parts[part.job] = replace(part, **plans)
 
     def elsewhere(self, tags: Collection[str]) -> list[Part]:
         """Parts whose outputs are to be accepted by a worker with another tag than these."""

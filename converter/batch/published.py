@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter.batch.orders import Order, Part
 from converter.errors import ConvertError, HubError
 from converter.execute.folder import MANIFEST
 from converter.hub import HubSnapshot, download, resolve_revision, sha256_of
@@ -42,6 +43,15 @@ def find_published(
         return _same(snapshot, plan, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def published_of(order: Order, part: Part) -> list[Published | None]:
+    """What the hub holds of all that a job makes, output first; None for what it does not."""
+    folder = order.folder / "remote" / str(part.job)  # several outputs may be at this stage
+    return [
+        None if made.plan is None else find_published(made.target, made.plan, folder)
+        for made in order.made(part)
+    ]
 
 
 def snapshot_of(target: str, *, endpoint: str | None = None) -> HubSnapshot | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,12 +24,13 @@ from quant.calibrate.text import (
 from quant.recipe import CALIBRATED, QuantSpec
 from quant.tune import DEFAULT_ITERATIONS
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Of stored recipes, to be raised with every key that is new in one.
 
 Versions of the program with different formats share no jobs: one would not see the other's keys.
 """
-_ADAPTER: Final = ("adapter", "adapter_path")
+_BESIDE: Final = ("adapter", "adapter_path", "mtp")
+"""Keys of stored recipes that are no plan's options."""
 
 if TYPE_CHECKING:
     from converter.batch.watchlist import Recipe, Watch, WatchList
@@ -55,13 +56,15 @@ class Policy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What is made of a release: a plan's options, and the adapter that is fused in before."""
+    """What is made of a release: a plan's options, what is fused in before, a drafter beside it."""
 
     options: Options
     adapter: Mapping[str, Any] | None = None
     """What the adapter is, by the sha256 of its files (`converter.adapter.read`)."""
     adapter_path: str | None = None
     """Where it lies, which tells nothing about what is made."""
+    mtp: bool = False
+    """Whether the release's further-token layers become a drafter, in a repo of its own."""
 
     @property
     def hash(self) -> str:
@@ -75,7 +78,7 @@ class Asked:
         data = self.options.to_json()
         if self.adapter is not None:
             data |= {"adapter": dict(self.adapter), "adapter_path": self.adapter_path}
-        return data
+        return data | ({"mtp": True} if self.mtp else {})
 
     @classmethod
     def from_json(cls, recipe: Mapping[str, Any]) -> Asked:
@@ -84,6 +87,7 @@ class Asked:
             options=_options_from(recipe),
             adapter=recipe.get("adapter"),
             adapter_path=recipe.get("adapter_path"),
+            mtp=recipe.get("mtp", False),
         )
 
     def checked_adapter(self) -> Path | None:
@@ -109,7 +113,8 @@ def recipes_of(watchlist: WatchList, entry: Watch) -> dict[str, Asked]:
     made: dict[str, Asked] = {}
     for name in entry.variants:
         dtype, quant = named_variant(name)
-        made[name] = Asked(options=Options(dtype=dtype, quant=quant))
+        # A plain variant is plain whatever the release is, as that of the command line is.
+        made[name] = Asked(options=Options(dtype=dtype, quant=quant, dequantize=quant is None))
     for name in entry.recipes:
         try:
             made[name] = _asked(watchlist.recipes[name], entry)
@@ -124,15 +129,19 @@ def _asked(recipe: Recipe, entry: Watch) -> Asked:
         dtype=recipe.dtype,
         quant=quant,
         predicate=recipe.quant_predicate,
-        calibration=_calibration(entry, quant, targeted=recipe.targeted),
+        dequantize=recipe.dequantize,
+        calibration=_calibration(entry, recipe, quant),
         target_bits=recipe.q_target_bpw,
         target_bytes=recipe.q_target_size,
         target_group_size=recipe.q_group_size if recipe.targeted else None,
+        iterations=recipe.tuning_iterations,
+        rotate_values=recipe.kv_rotate_values,
     )
+    asked = Asked(options=options, mtp=recipe.mtp)
     if recipe.adapter_path is None:
-        return Asked(options=options)
+        return asked
     record = read_adapter(recipe.adapter_path).record()
-    return Asked(options=options, adapter=record, adapter_path=str(recipe.adapter_path))
+    return replace(asked, adapter=record, adapter_path=str(recipe.adapter_path))
 
 
 def policy_of(watchlist: WatchList, entry: Watch) -> Policy:
@@ -167,6 +176,8 @@ def _options_from(recipe: Mapping[str, Any]) -> Options:
         else QuantSpec.make(quant["mode"], quant["bits"], quant["group_size"], quant["method"]),
         predicate=recipe["predicate"],
         target=recipe["target"],
+        dequantize=recipe.get("dequantize", False),
+        rotate_values=recipe.get("rotate_values", False),
         target_bits=size.get("bits"),
         target_bytes=size.get("bytes"),
         target_group_size=size.get("group_size"),
@@ -180,7 +191,7 @@ def _options_from(recipe: Mapping[str, Any]) -> Options:
             pictures=calibration.get("pictures", ""),
         ),
     )
-    made, asked = options.to_json(), {k: v for k, v in recipe.items() if k not in _ADAPTER}
+    made, asked = options.to_json(), {k: v for k, v in recipe.items() if k not in _BESIDE}
     if unknown := sorted(k for k in {*made, *asked} if made.get(k) != asked.get(k)):
         raise UsageError(
             f"a recipe in the ledger has {', '.join(unknown)} as this version of the program does "
@@ -189,11 +200,14 @@ def _options_from(recipe: Mapping[str, Any]) -> Options:
     return options
 
 
-def _calibration(entry: Watch, quant: QuantSpec | None, *, targeted: bool) -> Calibration | None:
-    """Which text calibrates; a target takes some for its own sake, where it is given."""
-    asked = targeted and entry.calibration_data is not None
+def _calibration(entry: Watch, recipe: Recipe, quant: QuantSpec | None) -> Calibration | None:
+    """Which text calibrates; a target takes some for its own sake, where any is asked for."""
+    stated = (entry.calibration_data, recipe.calibration_sequences, recipe.calibration_length)
+    asked = recipe.targeted and any(one is not None for one in stated)
     if quant is None or (quant.method not in CALIBRATED and not asked):
         return None
     return calibration_of(
-        entry.calibration_data, sequences=DEFAULT_SEQUENCES, length=DEFAULT_LENGTH
+        entry.calibration_data,
+        sequences=recipe.calibration_sequences or DEFAULT_SEQUENCES,
+        length=recipe.calibration_length or DEFAULT_LENGTH,
     )

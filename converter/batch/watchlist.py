@@ -25,8 +25,9 @@ from pydantic import (
 
 from converter.batch.quantities import expanded, parse_duration, parse_rate, parse_size
 from converter.errors import ConvertError, UsageError
+from converter.naming import DRAFTER
 from converter.variants import named_variant
-from quant.recipe import Method, Mode, QuantSpec
+from quant.recipe import CALIBRATED, Method, Mode, QuantSpec
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w./-]+)?")
 _ACCOUNT = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -123,6 +124,9 @@ class Recipe(_Strict):
     q_bits: int | None = None
     q_group_size: int | None = None
     q_method: Method = "rtn"
+    tuning_iterations: int | None = Field(default=None, ge=1)
+    calibration_sequences: int | None = Field(default=None, ge=1)
+    calibration_length: int | None = Field(default=None, ge=8)
     quant_predicate: str | None = None
     q_target_bpw: float | None = Field(default=None, ge=1, le=32)
     q_target_size: Size | None = None
@@ -131,6 +135,10 @@ class Recipe(_Strict):
         default=None, strict=False
     )
     """Folder of a LoRA or DoRA that is fused into every release made with this recipe."""
+    kv_rotate_values: bool = False
+    dequantize: bool = False
+    mtp: bool = False
+    """Whether a drafter is made beside each output, and published beside it."""
 
     @property
     def targeted(self) -> bool:
@@ -144,7 +152,15 @@ class Recipe(_Strict):
             raise ValueError(f"{own[0]}: q_target_bpw and q_target_size choose it themselves")
         if self.q_target_bpw is not None and self.q_target_size is not None:
             raise ValueError("q_target_bpw and q_target_size are two targets; give one")
-        self.quant()
+        quant = self.quant()
+        if quant is not None and self.dequantize:
+            raise ValueError("dequantize gives plain weights, and other keys quantize them")
+        method = "rtn" if quant is None else quant.method
+        if self.tuning_iterations is not None and method != "autoround":
+            raise ValueError(f"tuning_iterations has no effect with q_method {method}")
+        texts = [k for k in ("calibration_sequences", "calibration_length") if getattr(self, k)]
+        if texts and method not in CALIBRATED and not self.targeted:
+            raise ValueError(f"{texts[0]} has no effect with q_method {method}")
         if self.quant_predicate is not None:
             from quant.mixed import MIXED_RECIPES
 
@@ -285,12 +301,28 @@ class WatchList(_Strict):
             problems += [
                 f"watch[{number}]: {n!r} is both a variant and a recipe" for n in sorted(twice)
             ]
+            problems += [] if twice else self._shared_repos(number, entry)
         for name in self.recipes:
             if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
                 problems.append(f"recipes.{name}: not a name that a repo may end in")
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _shared_repos(self, number: int, entry: Watch) -> Iterator[str]:
+        """What is wrong where two outputs of one release would be published in one repo."""
+        makers: dict[str, list[str]] = {}
+        for name in dict.fromkeys((*entry.variants, *entry.recipes)):
+            repo = self.target("organisation/model", name)
+            drafted = name in self.recipes and self.recipes[name].mtp
+            for made in (repo, repo + DRAFTER) if drafted else (repo,):
+                makers.setdefault(made, []).append(name)
+        for repo, names in makers.items():
+            if len(names) > 1:
+                yield (
+                    f"watch[{number}]: {' and '.join(names)} would both be published as {repo}; "
+                    "rename one, or give names with {variant}"
+                )
 
     def target(self, repo: str, variant: str) -> str:
         """The repo in which a variant of a release is published."""

@@ -17,14 +17,14 @@ from converter.adapter.output import reference_of_output
 from converter.batch.believed import believed
 from converter.batch.examine import examine
 from converter.batch.failures import Failure, classify
-from converter.batch.orders import Answer, Order, Part, together
-from converter.batch.published import PARITY, facts_of, find_published, snapshot_of
+from converter.batch.orders import Answer, Made, Order, Part, together
+from converter.batch.published import PARITY, facts_of, published_of, snapshot_of
 from converter.errors import GateError, HubError, PlanError, UsageError
 from converter.execute.folder import MANIFEST
 from converter.hub import download, resolve_revision, upload
 from converter.manifest import read_manifest
 from converter.pipeline import Request, convert, plan_request
-from converter.proof import gated_alike, own_report, prove, require_proof
+from converter.proof import gated_alike, own_report, prove, prove_drafter, require_proof
 from converter.publish import upload_output, write_card
 from converter.release import fetch, open_release
 from converter.ui import Console
@@ -77,7 +77,7 @@ def fetch_release(order: Order) -> Answer:
 def convert_release(order: Order) -> Answer:
     """Every output that is not there yet, from one read of the source for each adapter."""
     answer = Answer(bytes=0)
-    todo = [part for part in order.parts if not finished(order.out(part), part)]
+    todo = [part for part in order.parts if not all(one.finished for one in order.made(part))]
     for group in together(todo):
         try:
             _convert(order, group, answer)
@@ -86,8 +86,10 @@ def convert_release(order: Order) -> Answer:
     if order.shards is None:  # a piece makes nothing whole
         for part in order.parts:
             if part.job not in answer.failed:
-                made = read_manifest(order.out(part))
-                answer.facts[part.job] = {"checkpoint": made.checkpoint, "plan": made.plan}
+                out, *drafters = (read_manifest(one.folder) for one in order.made(part))
+                answer.facts[part.job] = {"checkpoint": out.checkpoint, "plan": out.plan}
+                for one in drafters:
+                    answer.facts[part.job]["drafter_plan"] = one.plan
     return answer
 
 
@@ -99,9 +101,10 @@ def _convert(order: Order, group: tuple[Part, ...], answer: Answer) -> None:
         return
     request = _request(order, group)
     planned = believed(order.repo, lambda: plan_request(request))
-    for part, output in zip(group, convert(request, _QUIET, planned=planned), strict=False):
+    known = [part.plan for part in group] + [part.drafter_plan for part in group]
+    for plan, output in zip(known, convert(request, _QUIET, planned=planned), strict=False):
         answer.bytes = (answer.bytes or 0) + output.plan.output_bytes
-        if part.plan is not None and output.plan.hash != part.plan:
+        if plan is not None and output.plan.hash != plan:
             raise HubError(
                 f"{order.repo}: its headers were read differently before; the hub sends damaged "
                 "answers"
@@ -135,17 +138,13 @@ def _request(order: Order, parts: tuple[Part, ...]) -> Request:
         workers=order.workers,
         calibration_data=Path(str(data.pop())) if data else None,
         adapter_path=parts[0].asked.checked_adapter(),
+        mtp=parts[0].asked.mtp,
         cache=order.cache,
         command=command_of(order),
         part=order.shards,
         keep_judged=True,
         replace_others=True,
     )
-
-
-def finished(out: Path, part: Part) -> bool:
-    """Whether an output of this job's plan is there, whole."""
-    return (out / MANIFEST).is_file() and read_manifest(out).plan == part.plan
 
 
 def command_of(order: Order) -> str:
@@ -156,42 +155,59 @@ def command_of(order: Order) -> str:
 
 
 def prove_output(order: Order) -> Answer:
-    """The parity report and card of one output; GateError when it may not be published."""
+    """The parity report and card of all that a job makes; a failure where one may not go out."""
     (part,) = order.parts
-    out = order.out(part)
-    report, gate = own_report(out), part.policy.kl_threshold
-    if report is None or not gated_alike(report, kl_threshold=gate):
-        release = open_release(str(order.source))
-        adapter = part.asked.checked_adapter()
-        request = Request(
-            hf_path=str(order.source), recipes=(part.asked.options,), adapter_path=adapter
-        )
-        planned = plan_request(request, release=release, measure=False)
-        with reference_of_output(out, release, planned.arch, adapter) as reference:
-            prove(
-                out,
-                source=reference,
-                console=_QUIET,
-                plan=planned.plans[0],
-                kl_threshold=gate,
-                workers=order.workers,
-                arch=planned.arch,
-            )
     card = order.source / _CARD
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
-    write_card(out, repo_id=part.target, source_card=text)
-    answer = Answer(facts={part.job: facts_of(_read(out / PARITY))})
-    try:
-        require_proof(out, allow_unproven=part.policy.allow_unproven)
-    except GateError as error:
-        kept = order.kept_report(part)  # the output goes, and a person will ask why
-        kept.mkdir(parents=True, exist_ok=True)
-        for name in ("parity.html", PARITY):  # an output that stays for now is judged anew by then
-            if (out / name).is_file():
-                shutil.move(out / name, kept / name)
-        text = str(error).replace(str(out / "parity.html"), str(kept / "parity.html"))
-        answer.failed[part.job] = Failure("gate", text.replace(str(out), part.target))
+    answer = Answer()
+    out, *drafters = order.made(part)
+    _prove(order, part)
+    answer.facts[part.job] = facts_of(_read(out.folder / PARITY))
+    for one in (out, *drafters):
+        if one is not out and own_report(one.folder) is None:
+            prove_drafter(one.folder, target=out.folder, console=_QUIET)
+        write_card(one.folder, repo_id=one.target, source_card=text)
+        try:
+            require_proof(one.folder, allow_unproven=part.policy.allow_unproven)
+        except GateError as error:
+            answer.failed[part.job] = Failure("gate", _kept(order, one, str(error)))
+            break
     return answer
+
+
+def _prove(order: Order, part: Part) -> None:
+    """Judge an output, unless a report by the same gates is there."""
+    out, gate = order.out(part), part.policy.kl_threshold
+    report = own_report(out)
+    if report is not None and gated_alike(report, kl_threshold=gate):
+        return
+    release = open_release(str(order.source))
+    adapter = part.asked.checked_adapter()
+    request = Request(
+        hf_path=str(order.source), recipes=(part.asked.options,), adapter_path=adapter
+    )
+    planned = plan_request(request, release=release, measure=False)
+    with reference_of_output(out, release, planned.arch, adapter) as reference:
+        prove(
+            out,
+            source=reference,
+            console=_QUIET,
+            plan=planned.plans[0],
+            kl_threshold=gate,
+            workers=order.workers,
+            arch=planned.arch,
+        )
+
+
+def _kept(order: Order, made: Made, said: str) -> str:
+    """Why an output is not published, once its report lies where a person will look for it."""
+    kept = order.kept_report(made.target)
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in ("parity.html", PARITY):  # an output that stays for now is judged anew by then
+        if (made.folder / name).is_file():
+            shutil.move(made.folder / name, kept / name)
+    text = said.replace(str(made.folder / "parity.html"), str(kept / "parity.html"))
+    return text.replace(str(made.folder), made.target)
 
 
 def accept_one(order: Order) -> Answer:
@@ -202,7 +218,7 @@ def accept_one(order: Order) -> Answer:
     answer = Answer(facts={part.job: {"acceptance": report["verdict"]}})
     if report["verdict"] != "pass":
         failed = [f"{r['runtime']}: {r['name']}" for r in report["rows"] if r["verdict"] == "fail"]
-        kept = order.kept_report(part)
+        kept = order.kept_report(part.target)
         kept.mkdir(parents=True, exist_ok=True)
         shutil.move(out / ACCEPTANCE, kept / ACCEPTANCE)
         told = ", ".join(failed) or "no row applies to it"
@@ -212,62 +228,69 @@ def accept_one(order: Order) -> Answer:
 
 
 def publish_output(order: Order) -> Answer:
-    """One proven output on the hub, once: a repo that holds this plan's files is left alone."""
+    """All that a job made on the hub, once: a repo that holds its plan's files is left alone."""
     (part,) = order.parts
-    out = order.out(part)
-    manifest = read_manifest(out)
-    remote = order.folder / "remote" / str(part.job)  # several outputs may be at this stage
-    there = find_published(part.target, manifest.plan, remote)
-    if there is None:
-        upload_output(
-            out,
-            part.target,
-            console=_QUIET,
-            private=part.policy.private,
-            allow_gated=part.policy.allow_gated,
-            allow_unproven=part.policy.allow_unproven,
-        )
-        there = find_published(part.target, manifest.plan, remote)
-        if there is None:
+    made = order.made(part)
+    for one, before in zip(made, published_of(order, part), strict=True):
+        if before is None:
+            upload_output(
+                one.folder,
+                one.target,
+                console=_QUIET,
+                private=part.policy.private,
+                allow_gated=part.policy.allow_gated,
+                allow_unproven=part.policy.allow_unproven,
+            )
+    there = published_of(order, part)
+    for one, found in zip(made, there, strict=True):
+        if found is None:
             raise HubError(
-                f"{part.target}: was uploaded, and somebody else has changed it since; look at "
+                f"{one.target}: was uploaded, and somebody else has changed it since; look at "
                 "its history"
             )
-    size = sum(int(entry["bytes"]) for entry in manifest.files.values())
-    return Answer(facts={part.job: there.facts}, published={part.job: there.url}, bytes=size)
+    out = there[0]
+    assert out is not None
+    files = [entry for one in made for entry in read_manifest(one.folder).files.values()]
+    size = sum(int(entry["bytes"]) for entry in files)
+    return Answer(facts={part.job: out.facts}, published={part.job: out.url}, bytes=size)
 
 
 def renew_card(order: Order) -> Answer:
-    """A published repo's card, for a commit of the release that changed nothing else."""
+    """The published cards of a job, for a commit of the release that changed nothing else."""
     (part,) = order.parts
     folder = order.folder / "card"
     source = resolve_revision(order.repo, revision=order.commit)
-    target = snapshot_of(part.target)
-    if target is None or MANIFEST not in target.by_path:
-        raise UsageError(f"{part.target}: has been removed, or is no output of this program")
     try:
-        names = [name for name in _TOLD if name in target.by_path]
-        held = download(target, names, cache_dir=folder / "target")
         text = None
         if _CARD in source.by_path:
             root = download(source, [_CARD], cache_dir=folder / "source")
             text = (root / _CARD).read_text(encoding="utf-8", errors="replace")
-        work = folder / "out"
-        work.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            shutil.copyfile(held / name, work / name)
-        write_card(work, repo_id=part.target, source_card=text)
-        url = upload(
-            work,
-            part.target,
-            paths=[_CARD],
-            stale=(),
-            private=part.policy.private,
-            commit_message=f"Renew the card from {order.repo} at {order.commit[:12]}",
-        )
+        urls = [_renew(order, part, one.target, text, folder) for one in order.made(part)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return Answer(facts={part.job: {"address": url}}, published={part.job: url})
+    return Answer(facts={part.job: {"address": urls[0]}}, published={part.job: urls[0]})
+
+
+def _renew(order: Order, part: Part, repo: str, text: str | None, folder: Path) -> str:
+    """One repo's card made anew from what the repo holds, and from the release's own; its URL."""
+    target = snapshot_of(repo)
+    if target is None or MANIFEST not in target.by_path:
+        raise UsageError(f"{repo}: has been removed, or is no output of this program")
+    names = [name for name in _TOLD if name in target.by_path]
+    held = download(target, names, cache_dir=folder / "target")
+    work = folder / "out" / repo
+    work.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copyfile(held / name, work / name)
+    write_card(work, repo_id=repo, source_card=text)
+    return upload(
+        work,
+        repo,
+        paths=[_CARD],
+        stale=(),
+        private=part.policy.private,
+        commit_message=f"Renew the card from {order.repo} at {order.commit[:12]}",
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from converter.cli.proving import memory_limit, prove_and_publish, require_pass
+from converter.cli.proving import asks_how, memory_limit, prove_and_publish, require_pass
 from converter.cli.tools import write_text
 from converter.errors import UsageError
 from converter.execute.parts import Part
@@ -175,7 +175,7 @@ def request_from(given: dict[str, Any]) -> Request:
         recipes=tuple(_recipes(given)),
         dequantize=given["dequantize"],
         overwrite=given["overwrite"],
-        keep_judged=given.get("upload_repo") is not None,
+        keep_judged=given.get("upload_repo") is not None or asks_how(given),
         workers=given.get("workers"),
         calibration_data=given["calibration_data"],
         trust_remote_code=given["trust_remote_code"],

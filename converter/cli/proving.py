@@ -13,7 +13,7 @@ from converter.cli.errors import say
 from converter.errors import ConvertError, GateError, HubError, PlanError, UsageError
 from converter.execute.folder import explain
 from converter.memory import size_of
-from converter.mtp import SUFFIX
+from converter.naming import DRAFTER
 from converter.pipeline import Converted
 from converter.ui import Console, verdict_text
 
@@ -27,13 +27,14 @@ def prove_and_publish(
     """Prove every output, then publish those that passed; what failed is raised at the end.
 
     What an earlier run has proven is taken as it is, and not uploaded again where it is published;
-    UsageError where all of it is.
+    UsageError where all of it is and nothing is asked of how.
     """
     if given["upload_repo"] and len(outputs) > 1:
         raise UsageError(
             "--upload-repo REPO names one repo; with --variants or --mtp leave REPO out"
         )
-    there = _published_before(outputs, given)
+    # An upload sends what the repo has not, such as another card, and looks at its visibility.
+    there = {} if asks_how(given) else _published_before(outputs, given)
     proven: list[tuple[Converted, dict[str, Any]]] = []
     failed: list[tuple[Path, Exception]] = []
     try:
@@ -45,6 +46,11 @@ def prove_and_publish(
         raise
     if failed:
         raise _gravest(failed, alone=len(outputs) == 1)
+
+
+def asks_how(given: Mapping[str, Any]) -> bool:
+    """Whether flags are about the card or the repo: then finished outputs are gone on with."""
+    return given.get("card_template") is not None or bool(given.get("private"))
 
 
 def _prove_all(
@@ -154,7 +160,7 @@ def _repo(output: Converted, given: dict[str, Any]) -> str | None:
         return None
     dtype = str(plan.config.get("dtype"))
     derived = output_name(output.release.name, plan.options, dtype=dtype, kept=plan.kept)
-    derived += SUFFIX if output.target is not None else ""
+    derived += DRAFTER if output.target is not None else ""
     return repo_name(requested, derived)
 
 

@@ -198,7 +198,7 @@ class StreamReader(Reader):
                     self._watched[info.name] = _Watched(info.start, info.stop)
 
     def digest(self, name: str) -> bytes | None:
-        """The sha256 of a tensor's bytes; None where it was not watched, or its file is not whole."""
+        """The sha256 of a watched tensor's bytes; None where its file is not known to be whole."""
         if name not in self._watched or self._tensors[name].file not in self.verified:
             return None
         return self._watched[name].hash.digest()
