@@ -76,7 +76,7 @@ def compare(given: Comparison, console: Console) -> dict[str, Any]:
 
             def row(out: Path, name: str, control: bool) -> dict[str, Any]:
                 console.say(f"judge: {name}")
-                with written_weights(out, source, scratch=scratch) as folder:
+                with written_weights(out, source, place=scratch) as folder:
                     found = statistics(evaluation.tokens(folder))
                     tensors = _noise(source, folder)
                 signal, noise = (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +11,10 @@ from arch_maps.registry import ArchMap
 from arch_maps.rules import Kind, Rule
 from converter.decode import DecodingReader, View, decoded, quantization_settings
 from converter.execute import Job, execute
-from converter.execute.folder import explain
 from converter.plan import Options, Plan
 from converter.plan.build import assemble, pending_tensors
 from converter.plan.model import Output
+from converter.scratch import scratch
 from converter.sidecars import copy_sidecars, list_sidecars, write_json
 from converter.source import open_folder
 
@@ -36,10 +34,8 @@ def plain_release(
         return
     view = decoded(source, arch=arch)
     plan = _plan(view)
-    with explain(beside.parent):
-        place = Path(tempfile.mkdtemp(prefix=f".{beside.name}.plain-", dir=beside.parent))
-    made = place / folder.resolve().name  # what reports call the reference
-    try:
+    with scratch("plain", beside) as place:
+        made = place / folder.resolve().name  # what reports call the reference
         made.mkdir()
         with source.open() as raw:
             reader = DecodingReader(raw, view)
@@ -48,8 +44,6 @@ def plain_release(
         write_json(made / "config.json", plan.config)
         write_json(made / "model.safetensors.index.json", plan.index())
         yield made
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _plan(view: View) -> Plan:

@@ -8,17 +8,16 @@ torch computes, and the output loads as written and agrees with itself.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from arch_maps.registry import ArchMap
 from converter.diagnose import diagnose
-from converter.execute.folder import explain
 from converter.manifest import read_manifest
 from converter.proof import publish_report
 from converter.release import Release
+from converter.scratch import scratch
 from converter.twin_proof import judge_twin
 from converter.ui import Console
 from validate.checks import Check
@@ -71,12 +70,8 @@ def _files(release: Release) -> Check:
 
 
 def _twin(release: Release, *, beside: Path, workers: int) -> Check:
-    with explain(beside.parent):
-        place = Path(tempfile.mkdtemp(prefix=f".{beside.name}.twin-", dir=beside.parent))
-    try:
+    with scratch("twin", beside) as place:
         verdict, why = judge_twin(release.source.config, place / "twin", workers=workers)
-    finally:
-        place.rmdir()
     return Check(
         name="twin",
         modality="weights",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,11 +17,11 @@ from arch_maps.registry import ArchMap
 from converter.decode import DecodingReader, View, decoded
 from converter.execute import Job, execute
 from converter.execute.encode import encode
-from converter.execute.folder import explain
 from converter.manifest import is_rotated
 from converter.plan import Options, Plan
 from converter.plan.back import build_back_plan
 from converter.plan.match import find_map, match_release
+from converter.scratch import scratch
 from converter.sidecars import copy_sidecars, list_sidecars, write_json
 from converter.source import Source, open_folder
 
@@ -84,14 +82,14 @@ def written_weights(
     *,
     arch: ArchMap | None = None,
     workers: int = 2,
-    scratch: Path | None = None,
+    place: Path | None = None,
 ) -> Iterator[Path]:
     """A torch checkpoint of the weights that ``out`` holds, as float32, under the release's names.
 
-    It lies hidden beside ``out``, or in ``scratch``, and goes with the context.
+    It lies hidden beside ``out``, or in ``place``, and goes with the context.
     """
     back = backwards(out, source, arch=arch)
-    with _hidden(out, scratch or out.parent) as folder:
+    with scratch("reference", out, parent=place) as folder:
         with back.reader() as reader:
             job = Job(back.plan, folder)
             execute([job], back.merged, reader=reader, stamp={}, workers=workers)
@@ -109,7 +107,7 @@ def unwritten_weights(
     The values are those that ``written_weights`` writes, to the bit.
     """
     back = backwards(out, source, arch=arch)
-    with _hidden(out, out.parent) as folder, back.reader() as reader:
+    with scratch("reference", out) as folder, back.reader() as reader:
         _beside_weights(back, source, folder)
         yield folder, PlannedReader(back.plan, reader)
 
@@ -147,16 +145,6 @@ def as_released(out: Path, plan: Plan | None, arch: ArchMap | None) -> bool:
     view = decoded(open_folder(out, allow_mlx=True), dtype="F32")
     arch = arch or find_map(view.source.config)
     return not view.coded and not is_rotated(out) and not _arithmetic(arch, view.source.config)
-
-
-@contextmanager
-def _hidden(out: Path, parent: Path) -> Iterator[Path]:
-    with explain(parent):
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.reference-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _beside_weights(back: Backwards, source: Path, folder: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +11,11 @@ from arch_maps.ops import Source as Leaf
 from arch_maps.rules import Kind, Rule
 from converter.adapter.fusing import Fusion
 from converter.execute import Job, execute
-from converter.execute.folder import explain
 from converter.plan import Options
 from converter.plan.build import assemble, pending_tensors
 from converter.plan.model import Output
 from converter.release import Release
+from converter.scratch import scratch
 from converter.sidecars import copy_sidecars
 
 
@@ -46,10 +44,7 @@ def fused_folder(
         origin=None,
         metadata={"format": "pt"},
     )
-    with explain(beside.parent):
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{beside.name}.fused-", dir=beside.parent))
-    try:
+    with scratch("fused", beside) as folder:
         with release.source.open() as raw, fusion.open(raw) as rows:
             execute([Job(plan, folder)], fusion.source, reader=rows, stamp={}, workers=workers)
         for file, data in (
@@ -59,5 +54,3 @@ def fused_folder(
             (folder / file).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         copy_sidecars(release.local(), release.sidecars, folder)
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
