@@ -310,21 +310,18 @@ def card(data: bytes) -> None:
 
 def watchlist(data: bytes) -> None:
     """A watch list in TOML or YAML: read, or refused with lines that name the file."""
-    from pydantic import ValidationError
-
-    from converter.batch import watchlist as reader
+    from converter.batch.watchlist import parse_watchlist
 
     if not data:
         return
     path = Path("w.toml" if data[0] & 1 else "w.yaml")
     try:
-        parsed = reader._parsed(path, data[1:].decode("utf-8", "replace"))
-        reader.WatchList.model_validate(parsed)
+        parse_watchlist(path, data[1:].decode("utf-8", "replace"))
     except UsageError as error:
-        _brief(str(error), start=str(path))
-    except ValidationError as error:
-        for line in reader._lines(path, error.errors()):
-            _brief(line, start=str(path))
+        first, *more = str(error).split(f"\n{path}: ")
+        _brief(first, start=f"{path}: ")
+        for line in more:
+            _brief(line)
 
 
 def journal(data: bytes) -> None:

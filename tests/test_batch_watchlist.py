@@ -121,10 +121,10 @@ q_bits = 7
         "nvfp4",
         "watch[0].filters.max_age: 'soon' is not a duration such as 30m, 12h or 14d",
         "watch[0].filters.max_sise: unknown key; did you mean max_size?",
-        "watch[0].gates.kl_threshold: Input should be a valid number",
+        "watch[0].gates.kl_threshold: must be a number",
         "recipes.own: --q-bits 7 contradicts --q-mode affine, which takes 2, 3, 4, 5, 6 or 8",
         "budgets.disk: 'many' is not a size such as 80GB or 24GiB",
-        "budgets.jobs: Input should be greater than or equal to 1",
+        "budgets.jobs: must be greater than or equal to 1",
         "privat: unknown key; did you mean private?",
     ]
 
@@ -139,8 +139,13 @@ q_bits = 7
         (('namespace = "night"', ""), "namespace: is missing"),
         (('"night"', '"night"\nnames = "{nodel}"'), "names: '{nodel}' is not made of"),
         (('"night"', '"night"\nledger = "x://${NO_SUCH}"'), "the environment has no NO_SUCH"),
-        (('"night"', "1"), "namespace: Input should be a valid string"),
+        (('"night"', "1"), "namespace: must be text, in quotes"),
         (("[[watch]]", "[[watch]"), "is not TOML"),
+        (('["4bit"]', '"4bit"'), "watch[0].variants: must be a list, in square brackets"),
+        (('["4bit"]', '["4bit"]\nledger = "x"'), "it belongs at the top of the file, before the"),
+        (('["4bit"]', '["4bit"]\nmax_size = "4GB"'), "max_size: unknown key; it belongs into filt"),
+        (('["4bit"]', '["4bit"]\ncalibration_data = "/no"'), "calibration_data: /no: no such file"),
+        (('"night"', '"night"\nrecipes = {x = 4}'), "recipes.x: must be a table of keys"),
     ],
 )
 def test_single_mistakes(tmp_path, change, message):
@@ -150,8 +155,18 @@ def test_single_mistakes(tmp_path, change, message):
 def test_other_files_are_refused(tmp_path):
     assert "ends in .toml, .yaml or .yml" in problems(tmp_path, LEAST, "watch.json")[0]
     assert "is not YAML" in problems(tmp_path, "a: [", "watch.yaml")[0]
-    with pytest.raises(UsageError, match="cannot be read"):
+    assert problems(tmp_path, "just text", "watch.yaml") == ["must be a table of keys"]
+    assert "is not YAML" in problems(tmp_path, "? [a]\n: 1\n? [a]\n: 2\n", "watch.yaml")[0]
+    twice = "namespace: night\nnamespace: other\n"
+    told = "\n".join(problems(tmp_path, twice, "watch.yaml"))
+    assert "the key 'namespace' is given twice" in told
+    assert "line 2" in told
+    assert problems(tmp_path, "namespace = 1\nwatch = []")[1:] == ["watch: must not be empty"]
+    with pytest.raises(UsageError, match=r"none\.toml: cannot be read: No such file or directory"):
         read_watchlist(tmp_path / "none.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="cannot be read: it is no UTF-8 text"):
+        read_watchlist(tmp_path / "binary.toml")
 
 
 OWN = LEAST.replace('variants = ["4bit"]', 'recipes = ["own"]') + "[recipes.own]\n"
@@ -184,13 +199,13 @@ def test_recipes_that_contradict_themselves(tmp_path, keys, message):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("q_target_bpw = 0.5", "q_target_bpw: Input should be greater than or equal to 1"),
+        ("q_target_bpw = 0.5", "q_target_bpw: must be greater than or equal to 1"),
         ('q_target_size = "large"', "q_target_size: 'large' is not a size such as"),
         ('adapter_path = "/no/such"', "adapter_path: /no/such: no such folder"),
         ('adapter_path = "{here}"', "adapter_path: {here}: holds no adapter; there must be"),
         ("q_target = 4", "q_target: unknown key; did you mean q_target_"),
-        ("tuning_iterations = 0", "tuning_iterations: Input should be greater than or equal"),
-        ('mtp = "yes"', "mtp: Input should be a valid boolean"),
+        ("tuning_iterations = 0", "tuning_iterations: must be greater than or equal"),
+        ('mtp = "yes"', "mtp: must be true or false"),
     ],
 )
 def test_keys_of_recipes_are_checked_when_they_are_read(tmp_path, keys, message):

@@ -51,11 +51,12 @@ def examine(order: Order) -> Answer:
                 facts["drafter_plan"] = drafter.hash
                 part = replace(part, drafter_plan=drafter.hash)
         there = published_of(order, part)
-        if None in there:
+        output = there[part.target]
+        if output is None or None in there.values():
             todo += [plan] if drafter is None else [plan, drafter]
         else:
-            answer.published[part.job] = there[0].url
-            facts |= there[0].facts
+            answer.published[part.job] = output.url
+            facts |= output.facts
     answer.needs = needs_of(
         todo,
         proof=reading.proof,

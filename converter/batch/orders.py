@@ -82,12 +82,11 @@ class Order:
     def made(self, part: Part) -> tuple[Made, ...]:
         """All that a job makes: its output, and where it asks for one the drafter beside it."""
         out = self.out(part)
-        made = (Made(folder=out, target=part.target, plan=part.plan),)
-        if part.asked.mtp:
-            target = part.target + DRAFTER
-            plan = part.drafter_plan
-            made += (Made(folder=out.with_name(out.name + DRAFTER), target=target, plan=plan),)
-        return made
+        output = Made(folder=out, target=part.target, plan=part.plan)
+        if not part.asked.mtp:
+            return (output,)
+        folder, target = out.with_name(out.name + DRAFTER), part.target + DRAFTER
+        return output, Made(folder=folder, target=target, plan=part.drafter_plan)
 
 
 @dataclass(slots=True, kw_only=True)

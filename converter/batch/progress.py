@@ -17,8 +17,6 @@ NEXT = {
     "accept": "publish",
 }
 """The stage after a stage; the last ones have none. Who asks for it, has ``accept`` between."""
-_PLANS = ("plan", "drafter_plan")
-"""What a part learns from the facts of its stages."""
 _ALONE = ("accept", "prove")
 _TOGETHER = ("examine", "fetch", "convert")
 """Stages that all jobs of a release go through as one."""
@@ -99,9 +97,9 @@ class InHand:
                 asked = step.stage == "prove" and part.policy.accept is not None
                 self._next[part.job] = "accept" if asked else NEXT[step.stage]
                 facts = answer.facts.get(part.job, {})
-                plans = {name: str(facts[name]) for name in _PLANS if name in facts}
-                if plans:
-                    self._parts[part.job] = replace(part, **plans)
+                plan = facts.get("plan", part.plan)
+                drafter = facts.get("drafter_plan", part.drafter_plan)
+                self._parts[part.job] = replace(part, plan=plan, drafter_plan=drafter)
 
     def elsewhere(self, tags: Collection[str]) -> list[Part]:
         """Parts whose outputs are to be accepted by a worker with another tag than these."""

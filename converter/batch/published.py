@@ -45,13 +45,13 @@ def find_published(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def published_of(order: Order, part: Part) -> list[Published | None]:
-    """What the hub holds of all that a job makes, output first; None for what it does not."""
+def published_of(order: Order, part: Part) -> dict[str, Published | None]:
+    """What the hub holds of all that a job makes, by repo, its output first; None for nothing."""
     folder = order.folder / "remote" / str(part.job)  # several outputs may be at this stage
-    return [
-        None if made.plan is None else find_published(made.target, made.plan, folder)
+    return {
+        made.target: None if made.plan is None else find_published(made.target, made.plan, folder)
         for made in order.made(part)
-    ]
+    }
 
 
 def snapshot_of(target: str, *, endpoint: str | None = None) -> HubSnapshot | None:

@@ -153,7 +153,7 @@ def policy_of(watchlist: WatchList, entry: Watch) -> Policy:
         allow_unproven=entry.gates.allow_unproven,
         allow_gated=entry.gates.allow_gated,
         twin=entry.gates.twin,
-        calibration_data=None if data is None else str(data.expanduser().resolve()),
+        calibration_data=None if data is None else str(data.resolve()),
         accept=entry.gates.accept,
     )
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -23,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from converter.batch.mistakes import near, told
 from converter.batch.quantities import expanded, parse_duration, parse_rate, parse_size
 from converter.errors import ConvertError, UsageError
 from converter.naming import DRAFTER
@@ -70,6 +70,17 @@ def _adapter(path: Path) -> Path:
         read_adapter(path)
     except ConvertError as error:
         raise ValueError(str(error).removeprefix("--adapter-path ")) from error
+    return path
+
+
+def _text(path: Path) -> Path:
+    from quant.calibrate.text import CalibrationError, read_text
+
+    path = path.expanduser().absolute()
+    try:
+        read_text(path)
+    except CalibrationError as error:
+        raise ValueError(str(error).removeprefix("--calibration-data ")) from error
     return path
 
 
@@ -192,7 +203,9 @@ class Watch(_Strict):
     variants: tuple[Annotated[str, AfterValidator(_variant)], ...] = Field(default=(), strict=False)
     recipes: tuple[str, ...] = Field(default=(), strict=False)
     """Names of entries of the top-level ``recipes``."""
-    calibration_data: Path | None = Field(default=None, strict=False)
+    calibration_data: Annotated[Path, AfterValidator(_text)] | None = Field(
+        default=None, strict=False
+    )
     filters: Filters = Filters()
     gates: Gates = Gates()
 
@@ -295,8 +308,8 @@ class WatchList(_Strict):
         for number, entry in enumerate(self.watch):
             for name in entry.recipes:
                 if name not in self.recipes:
-                    near = _near(name, self.recipes)
-                    problems.append(f"watch[{number}].recipes: there is no recipe {name!r}{near}")
+                    hint = near(name, self.recipes)
+                    problems.append(f"watch[{number}].recipes: there is no recipe {name!r}{hint}")
             twice = {n for n in entry.variants if n in entry.recipes}
             problems += [
                 f"watch[{number}]: {n!r} is both a variant and a recipe" for n in sorted(twice)
@@ -331,16 +344,36 @@ class WatchList(_Strict):
         return f"{self.namespace}/{name}"
 
 
+_TABLES: Final[dict[str, type[BaseModel]]] = {
+    "watch": Watch,
+    "filters": Filters,
+    "gates": Gates,
+    "recipes": Recipe,
+    "budgets": Budgets,
+    "retries": Retries,
+    "fleet": Fleet,
+    "digest": Digest,
+    "mail": Mail,
+}
+
+
 def read_watchlist(path: Path) -> WatchList:
     """The watch list in a .toml, .yaml or .yml file; UsageError with every problem."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise UsageError(f"{path}: cannot be read: {why}") from error
+    return parse_watchlist(path, text)
+
+
+def parse_watchlist(path: Path, text: str) -> WatchList:
+    """The watch list that ``path`` says in ``text``; UsageError with every problem."""
     try:
         return WatchList.model_validate(_parsed(path, text))
     except ValidationError as error:
-        raise UsageError("\n".join(_lines(path, error.errors()))) from None
+        lines = told(path, error.errors(), top=WatchList, tables=_TABLES)
+        raise UsageError("\n".join(lines)) from None
 
 
 def _parsed(path: Path, text: str) -> Any:
@@ -352,8 +385,10 @@ def _parsed(path: Path, text: str) -> Any:
     if path.suffix in (".yaml", ".yml"):
         import yaml
 
+        from converter.batch.strict_yaml import load
+
         try:
-            return yaml.safe_load(text)
+            return load(text)
         except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
             # Beside its own errors it lets those of a date or number that is none pass.
             raise UsageError(f"{path}: is not YAML: {_brief(error)}") from error
@@ -363,49 +398,3 @@ def _parsed(path: Path, text: str) -> Any:
 def _brief(error: Exception) -> str:
     deep = isinstance(error, RecursionError)
     return "nested too deeply" if deep else str(error)[:500]
-
-
-def _lines(path: Path, errors: list[Any]) -> Iterator[str]:
-    places = [item["loc"] for item in errors]
-    for item in errors:
-        place = item["loc"]
-        inside = any(other[: len(place)] == place and other != place for other in places)
-        if not (item["type"] == "too_short" and inside):  # its items are there, and wrong
-            yield from _told(path, item)
-
-
-def _told(path: Path, item: Any) -> list[str]:
-    """One line per problem: file, key, what is wrong."""
-    key = ""
-    for part in item["loc"]:
-        key += f"[{part}]" if isinstance(part, int) else f"{'.' if key else ''}{part}"
-    if item["type"] == "extra_forbidden":
-        said = "unknown key" + _near(str(item["loc"][-1]), _fields(item["loc"][:-1]))
-    elif item["type"] == "missing":
-        said = "is missing"
-    else:
-        said = item["msg"].removeprefix("Value error, ")
-    where = f"{path}: {key}: " if key else f"{path}: "
-    return [f"{where}{line}" for line in said.splitlines()]
-
-
-def _fields(location: tuple[Any, ...]) -> list[str]:
-    """The keys that exist where an unknown one was found."""
-    model: type[BaseModel] = WatchList
-    own: dict[str, type[BaseModel]] = {"filters": Filters, "gates": Gates, "budgets": Budgets}
-    own |= {
-        "fleet": Fleet,
-        "retries": Retries,
-        "digest": Digest,
-        "mail": Mail,
-        "watch": Watch,
-        "recipes": Recipe,
-    }
-    for part in location:
-        model = own.get(str(part), model)
-    return list(model.model_fields)
-
-
-def _near(name: str, known: Any) -> str:
-    near = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""

@@ -230,9 +230,9 @@ def accept_one(order: Order) -> Answer:
 def publish_output(order: Order) -> Answer:
     """All that a job made on the hub, once: a repo that holds its plan's files is left alone."""
     (part,) = order.parts
-    made = order.made(part)
-    for one, before in zip(made, published_of(order, part), strict=True):
-        if before is None:
+    made, before = order.made(part), published_of(order, part)
+    for one in made:
+        if before[one.target] is None:
             upload_output(
                 one.folder,
                 one.target,
@@ -241,14 +241,14 @@ def publish_output(order: Order) -> Answer:
                 allow_gated=part.policy.allow_gated,
                 allow_unproven=part.policy.allow_unproven,
             )
-    there = published_of(order, part)
-    for one, found in zip(made, there, strict=True):
+    there = before if None not in before.values() else published_of(order, part)
+    for target, found in there.items():
         if found is None:
             raise HubError(
-                f"{one.target}: was uploaded, and somebody else has changed it since; look at "
+                f"{target}: was uploaded, and somebody else has changed it since; look at "
                 "its history"
             )
-    out = there[0]
+    out = there[part.target]
     assert out is not None
     files = [entry for one in made for entry in read_manifest(one.folder).files.values()]
     size = sum(int(entry["bytes"]) for entry in files)
