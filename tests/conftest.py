@@ -119,9 +119,11 @@ def api(tmp_path, faults, monkeypatch):
     token = "hf_sentinelsentinelsentinel"
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(hub_api, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(hub_api, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(hub_api, "LONGEST_WAIT_S", 0.01)
     options = StagingOptions(page_size=2)
     with running_hub(tmp_path / "hub", options=options, faults=faults) as endpoint:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
         place = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", place)
@@ -142,3 +144,15 @@ def place(tmp_path, forkserver, closed_ledgers):
     work = tmp_path / "work"
     work.mkdir()
     return f"sqlite:///{tmp_path / 'ledger.db'}", work
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """Streams in windows, and conversions in units, that a small release has many of."""
+    from stream_helpers import WINDOW
+
+    from converter.execute import units
+    from converter.hub import stream
+
+    monkeypatch.setattr(stream, "WINDOW", WINDOW)
+    monkeypatch.setattr(units, "UNIT_BYTES", WINDOW)

@@ -64,9 +64,11 @@ def test_status(state):
     }
     assert rows["acme/good"]["facts"]["parity"]["kl"] == 0.02
     assert rows["acme/bad"]["class"] == "unsupported"
-    table = command("status", "--state", state)
-    assert "night/good-bf16" in table
-    assert "3 jobs" in table
+    *table, count = command("status", "--state", state).splitlines()
+    assert count == "3 jobs"
+    assert len(table) == 4, "a line for each, however long"
+    (bad,) = [line for line in table if "night/bad-bf16" in line]
+    assert bad.rstrip().endswith("unsupported: no map for <script>alert(1)</script>")
 
 
 def test_report_is_one_page_that_runs_nothing(state, tmp_path):
@@ -79,6 +81,9 @@ def test_report_is_one_page_that_runs_nothing(state, tmp_path):
     assert "x &amp; y" in page
     assert "<circle" in page
     assert page.count("src=") == 0
+    # On a narrow screen a job's state is what is seen beside its name; the rest can be reached.
+    assert "<tr><th>target</th><th>state</th>" in page
+    assert page.count('class="scroll"') == page.count('class="scroll" tabindex="0"') == 4
     assert "unsupported" in page
 
 
@@ -101,8 +106,10 @@ def test_retry_park_and_forget(state, catalogue):
     by_repo = {e.release.repo: e.job for e in catalogue.entries()}
     assert by_repo["acme/bad"].state == "queued"
     assert (by_repo["acme/late"].error_class, by_repo["acme/late"].error) == ("held", "too large")
-    with pytest.raises(UsageError, match="no such job in a state that this changes"):
+    with pytest.raises(UsageError, match="night/good-bf16 is published, which this does not chan"):
         command("retry", "acme/good", "--state", state)
+    with pytest.raises(UsageError, match=r"acme/other \*gone\*: no such job$"):
+        command("park", "acme/other", "*gone*", "--state", state)
     command("forget", "acme/*", "--state", state)
     assert catalogue.entries() == []
     add(catalogue, "acme/busy")
@@ -112,8 +119,10 @@ def test_retry_park_and_forget(state, catalogue):
 
 
 def test_a_state_folder_without_a_ledger_is_said(tmp_path):
-    with pytest.raises(UsageError, match="holds no ledger"):
+    with pytest.raises(UsageError, match=r"nothing/ledger\.db: there is no such ledger"):
         command("status", "--state", tmp_path / "nothing")
+    with pytest.raises(UsageError, match=r"other\.db: there is no such ledger"):
+        command("status", "--ledger", f"sqlite:///{tmp_path / 'other.db'}")
     assert not (tmp_path / "nothing").exists()
 
 

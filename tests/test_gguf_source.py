@@ -3,114 +3,39 @@
 import json
 import math
 import struct
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from gguf_files import (
+    ARRAY,
+    BOOL,
+    F32,
+    I32,
+    SETTINGS,
+    SHAPES,
+    STRING,
+    U32,
+    File,
+    entry,
+    llama3_file,
+    llama3_scaling,
+    settings,
+    text,
+)
 from release_helpers import LLAMA, status
 
 from converter.decode import DecodingReader, decoded
-from converter.errors import HubError, PlanError
+from converter.errors import PlanError
 from converter.plan.match import find_map, match_release
 from converter.release import open_release
 from converter.source import open_folder
 from converter.source.gguf import read_head
-
-U32, I32, F32, BOOL, STRING, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10
-SETTINGS = {
-    "general.architecture": (STRING, "llama"),
-    "llama.embedding_length": (U32, 64),
-    "llama.block_count": (U32, 1),
-    "llama.feed_forward_length": (U32, 128),
-    "llama.attention.head_count": (U32, 2),
-    "llama.attention.head_count_kv": (U32, 1),
-    "llama.attention.layer_norm_rms_epsilon": (F32, 1e-6),
-    "llama.context_length": (U32, 128),
-    "tokenizer.ggml.model": (STRING, "gpt2"),
-}
-SHAPES = {
-    "token_embd.weight": (96, 64),
-    "output_norm.weight": (64,),
-    "output.weight": (96, 64),
-    "blk.0.attn_norm.weight": (64,),
-    "blk.0.attn_q.weight": (64, 64),
-    "blk.0.attn_k.weight": (32, 64),
-    "blk.0.attn_v.weight": (32, 64),
-    "blk.0.attn_output.weight": (64, 64),
-    "blk.0.ffn_norm.weight": (64,),
-    "blk.0.ffn_gate.weight": (128, 64),
-    "blk.0.ffn_up.weight": (128, 64),
-    "blk.0.ffn_down.weight": (64, 128),
-}
-
-
-def text(value):
-    raw = value if isinstance(value, bytes) else value.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def entry(key, kind, value):
-    codes = {U32: "<I", I32: "<i", F32: "<f", BOOL: "<B", U64: "<Q"}
-    head = text(key) + struct.pack("<I", kind)
-    if kind == STRING:
-        return head + text(value)
-    if kind == ARRAY:
-        inner, values = value
-        body = b"".join(
-            text(v) if inner == STRING else struct.pack(codes[inner], v) for v in values
-        )
-        return head + struct.pack("<IQ", inner, len(values)) + body
-    return head + (struct.pack(codes[kind], value) if kind in codes else value)
-
-
-class File:
-    """A GGUF file in parts, any of which may be spoilt before it is written."""
-
-    def __init__(self, settings=None, tensors=None, *, align=32):
-        self.entries = [entry(k, *v) for k, v in (settings or SETTINGS).items()]
-        self.tensors = []
-        self.data = b""
-        self.align = align
-        self.version = 3
-        self.counts = [None, None]
-        rng = np.random.default_rng(0)
-        for name, shape in (SHAPES if tensors is None else tensors).items():
-            values = rng.standard_normal(shape).astype(np.float32).tobytes()
-            self.tensors.append([name, shape, 0, len(self.data)])
-            self.data += values + bytes(-len(values) % align)
-
-    def head(self):
-        tensors = b""
-        for name, shape, kind, offset in self.tensors:
-            tensors += text(name) + struct.pack("<I", len(shape))
-            tensors += struct.pack(f"<{len(shape)}Q", *shape[::-1]) + struct.pack(
-                "<IQ", kind, offset
-            )
-        counts = [len(self.tensors), len(self.entries)]
-        counts = [
-            own if own is not None else real for own, real in zip(self.counts, counts, strict=True)
-        ]
-        return (
-            b"GGUF" + struct.pack("<IQQ", self.version, *counts) + b"".join(self.entries) + tensors
-        )
-
-    def write(self, path, *, cut=None, tail=b""):
-        head = self.head()
-        whole = head + bytes(-len(head) % self.align) + self.data + tail
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(whole[:cut])
-        return path
 
 
 def problems(path):
     with pytest.raises(PlanError) as caught:
         open_folder(path)
     return list(caught.value.problems)
-
-
-def settings(**changes):
-    named = {key.replace("__", "."): value for key, value in changes.items()}
-    return {key: value for key, value in {**SETTINGS, **named}.items() if value is not None}
 
 
 def test_a_sound_file_is_the_release_it_was_made_from(tmp_path):
@@ -305,30 +230,6 @@ def test_rotary_factors_need_the_config_they_follow_from(tmp_path):
     assert drop.name == "rope_freqs.weight"
 
 
-def llama3_scaling(factor):
-    made = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    return made | {"rope_type": "llama3", "original_max_position_embeddings": 8192}
-
-
-def llama3_factors(factor):
-    import torch
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    parameters = {**llama3_scaling(factor), "rope_theta": 5e5}
-    config = LlamaConfig(head_dim=32, rope_parameters=parameters)
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    plain = 1 / 5e5 ** (torch.arange(0, 32, 2) / 32)
-    return (plain / scaled).numpy().tobytes()
-
-
-def llama3_file(factor):
-    shapes = {"rope_freqs.weight": (16,), **SHAPES}
-    file = File(settings(llama__rope__freq_base=(F32, 5e5)), shapes)
-    file.data = llama3_factors(factor) + file.data[64:]
-    return file
-
-
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama_3s_factors_say_what_they_were_made_from(factor, tmp_path):
     """As the reference computes them; of others config.json has to tell."""
@@ -413,102 +314,3 @@ def test_without_a_tokenizer_the_error_says_which_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "holiday.jpg").write_bytes(b"not of the release")
     assert open_release(str(tmp_path)).sidecars == ("tokenizer.json",)
-
-
-@pytest.fixture
-def staged(tmp_path, monkeypatch):
-    """Stages m-Q4_0.gguf and files of other names and sizes; the ranges that are fetched of it."""
-    from converter import hub
-    from converter.source import gguf
-
-    path = File().write(tmp_path / "m-Q4_0.gguf")
-    ranges = []
-
-    def fetch_range(where, name, start, stop):
-        ranges.append((start, stop))
-        return path.read_bytes()[start:stop]
-
-    def stage(**sizes):
-        sizes = {path.name: path.stat().st_size, **sizes}
-        files = {name: SimpleNamespace(path=name, size=size) for name, size in sizes.items()}
-        snapshot = SimpleNamespace(
-            repo_id="someone/m-GGUF",
-            commit="0" * 40,
-            gated=False,
-            files=tuple(files.values()),
-            by_path=files,
-        )
-        monkeypatch.setattr(hub, "resolve_revision", lambda repo, revision=None: snapshot)
-        return ranges
-
-    monkeypatch.setattr(gguf, "_FIRST_READ", 100)
-    monkeypatch.setattr(hub, "fetch_range", fetch_range)
-    monkeypatch.setattr(hub, "download", lambda snapshot, wanted, **given: tmp_path)
-    return stage
-
-
-def test_on_the_hub_only_the_head_is_fetched_to_plan(tmp_path, staged):
-    from converter.release import fetch
-
-    ranges = staged()
-    release = open_release("someone/m-GGUF")
-    assert ranges == [(0, 100), (100, 400), (400, 1600)]
-    assert (release.name, release.root) == ("m", None)
-    local = fetch(release)
-    assert local.root == tmp_path / "m-Q4_0.gguf"
-    assert local.source.tensors == open_folder(local.root).tensors
-    assert {**local.origin} == {"repo": "someone/m-GGUF", "commit": "0" * 40}
-
-
-def test_on_the_hub_a_head_that_arrived_damaged_is_found_out(tmp_path, staged, monkeypatch):
-    """A setting changed on the way to the plan; the file came whole, and its hash was right."""
-    from converter import hub
-    from converter.release import fetch
-
-    staged()
-    sound = hub.fetch_range
-    wrong = [entry("llama.context_length", U32, size) for size in (128, 129)]
-
-    def damaged(*given):
-        return sound(*given).replace(*wrong)
-
-    monkeypatch.setattr("converter.source.gguf._FIRST_READ", 4000)
-    with monkeypatch.context() as patch:
-        patch.setattr(hub, "fetch_range", damaged)
-        release = open_release("someone/m-GGUF")
-    assert release.source.config["max_position_embeddings"] == 129
-    with pytest.raises(HubError, match=r"m-Q4_0\.gguf of someone/m-GGUF: its header arrived dam"):
-        fetch(release)
-
-
-def test_on_the_hub_rotary_factors_that_arrived_damaged_are_found_out(tmp_path, staged):
-    """They make settings, and lie behind the head."""
-    from converter.release import fetch
-
-    path = llama3_file(8.0).write(tmp_path / "m-Q4_0.gguf")
-    sound = path.read_bytes()
-    staged()
-    path.write_bytes(sound.replace(llama3_factors(8.0), llama3_factors(32.0)))
-    release = open_release("someone/m-GGUF")
-    assert release.source.config["rope_scaling"]["factor"] == 32
-    path.write_bytes(sound)
-    with pytest.raises(HubError, match=r"m-Q4_0\.gguf of someone/m-GGUF: its header arrived dam"):
-        fetch(release)
-    assert fetch(open_release("someone/m-GGUF")).source.config["rope_scaling"]["factor"] == 8
-
-
-def test_on_the_hub_weights_are_chosen_as_in_a_folder(tmp_path, staged):
-    staged(**{"optimizer.bin": 9})
-    [note] = [n for n in open_release("someone/m-GGUF").source.notes if "optimizer" in n]
-    assert note == "optimizer.bin is ignored: training state"
-    staged(**{"model.safetensors": 9})
-    with pytest.raises(PlanError, match=r"has no config.json; .* name its GGUF file with --gguf-f"):
-        open_release("someone/m-GGUF")
-    release = open_release("someone/m-GGUF", gguf="m-Q4_0.gguf")
-    assert release.source.weight_files == ("m-Q4_0.gguf",)
-
-
-def test_on_the_hub_a_config_beside_the_file_is_bounded(staged):
-    staged(**{"config.json": 1 << 30})
-    with pytest.raises(PlanError, match=r"config.json: has 1073741824 bytes, too large for what"):
-        open_release("someone/m-GGUF")

@@ -7,101 +7,42 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import Mock
 
-import ml_dtypes
-import numpy as np
 import pytest
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
 from mtp_twins import make_mtp_twin
-from release_helpers import FOUR_BIT, LLAMA, hashes, llama_tensors, make, status
-from safetensors.numpy import save_file
+from release_helpers import FOUR_BIT, hashes, llama_tensors, make, status
+from stream_helpers import (
+    CONFIG,
+    MIXTRAL,
+    REPO,
+    SHARDS,
+    WINDOW,
+    converted,
+    hub_source,
+    mixtral_tensors,
+    publish,
+    ranges,
+    streamed,
+    write_shards,
+)
 
-from arch_maps.facts import Facts
-from arch_maps.ops import sources
 from converter import hub
 from converter.errors import GateError, HubError, PlanError
-from converter.execute import run, units
+from converter.execute import run
 from converter.execute.journal import NAME
 from converter.hub import api as hub_api
 from converter.hub import snapshot as hub_snapshot
 from converter.hub import stream
 from converter.hub.stream import StreamReader
 from converter.plan import Options
-from converter.plan.match import find_map
 from converter.proof import require_proof
-from converter.staging import Fault, Faults, running_hub
+from converter.staging import Fault
 
-CONFIG = LLAMA | {"vocab_size": 256}
-MIXTRAL = CONFIG | {
-    "model_type": "mixtral",
-    "architectures": ["MixtralForCausalLM"],
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-}
-REPO = "acme/model"
-WINDOW = 1 << 13
-SHARDS = 3
 WEIGHTS = r"resolve/.*/model-0000\d"
-
-
-@pytest.fixture(autouse=True)
-def _small_and_impatient(monkeypatch):
-    monkeypatch.setattr(stream, "WINDOW", WINDOW)
-    monkeypatch.setattr(units, "UNIT_BYTES", WINDOW)
-    monkeypatch.setattr(hub_api, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(hub_api, "LONGEST_WAIT_S", 0.01)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", "hf_staging")
-
-
-@pytest.fixture
-def faults():
-    return Faults()
-
-
-@pytest.fixture
-def endpoint(tmp_path, faults, monkeypatch):
-    with running_hub(tmp_path / "hub", faults=faults) as url:
-        monkeypatch.setenv("HF_ENDPOINT", url)
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        template = url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        yield url
-
-
-def mixtral_tensors():
-    arch = find_map(MIXTRAL)
-    rng = np.random.default_rng(0)
-    leaves = {
-        leaf.name: tuple(map(int, leaf.shape))
-        for rule in arch.expand(Facts(MIXTRAL), arch.layouts[0]).rules
-        for leaf in sources(rule.expr)
-    }
-    return {
-        name: rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
-        for name, shape in leaves.items()
-    }
-
-
-def write_shards(root: Path, config, tensors) -> Path:
-    """Tensors dealt out in turn, so that neighbours of the plan lie in different files."""
-    root.mkdir(parents=True)
-    (root / "config.json").write_text(json.dumps(config))
-    (root / "tokenizer.json").write_text("{ }\n")
-    where = {}
-    for number in range(SHARDS):
-        file = f"model-{number + 1:05}-of-{SHARDS:05}.safetensors"
-        part = dict(list(tensors.items())[number::SHARDS])
-        save_file(part, root / file)
-        where |= dict.fromkeys(part, file)
-    (root / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    return root
+pytestmark = pytest.mark.usefixtures("small_windows")
 
 
 @pytest.fixture
@@ -121,35 +62,10 @@ def arm(faults, monkeypatch):
 
 
 @pytest.fixture
-def release(tmp_path, endpoint):
+def release(tmp_path, api):
     folder = write_shards(tmp_path / "in" / "model", CONFIG, llama_tensors(CONFIG))
     publish(folder)
     return folder
-
-
-def publish(folder: Path) -> None:
-    api = HfApi(token="hf_staging")
-    api.create_repo(REPO, exist_ok=True)
-    api.upload_folder(repo_id=REPO, folder_path=folder)
-
-
-def converted(source, out: Path, *recipes, **settings) -> dict[str, str]:
-    """Hashes of everything but the manifest, which names the source."""
-    (folder,) = make(source, out, *recipes, **settings)
-    found = hashes(folder)
-    assert found.pop("conversion.json")
-    return found
-
-
-def streamed(tmp_path: Path, name: str, *recipes, **asked) -> dict[str, str]:
-    cache = tmp_path / "cache"
-    return converted(REPO, tmp_path / name, *recipes, stream=True, cache=cache, **asked)
-
-
-def ranges(faults: Faults) -> Counter[str]:
-    """How many requests each weight file had."""
-    files = (path.rsplit("/", 1)[1] for method, path in faults.requests if method == "GET")
-    return Counter(name for name in files if name.endswith(".safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +73,7 @@ def ranges(faults: Faults) -> Counter[str]:
     [(CONFIG, Options(), 2), (MIXTRAL, FOUR_BIT, 2), (MIXTRAL, FOUR_BIT, 16)],
     ids=["llama", "experts-4bit", "experts-16-threads"],
 )
-def test_same_bytes_as_from_a_folder(tmp_path, endpoint, faults, config, recipe, workers):
+def test_same_bytes_as_from_a_folder(tmp_path, api, faults, config, recipe, workers):
     tensors = llama_tensors(config) if config is CONFIG else mixtral_tensors()
     folder = write_shards(tmp_path / "in" / "model", config, tensors)
     publish(folder)
@@ -185,7 +101,7 @@ def tied_release(root: Path, *, same: bool = True) -> Path:
     return folder
 
 
-def test_a_tied_head_is_compared_as_it_goes_by(tmp_path, endpoint, faults, monkeypatch):
+def test_a_tied_head_is_compared_as_it_goes_by(tmp_path, api, faults, monkeypatch):
     """With the table, of which nothing is left in memory by then."""
     folder = tied_release(tmp_path / "in" / "model")
     expected = converted(folder, tmp_path / "local")
@@ -196,14 +112,14 @@ def test_a_tied_head_is_compared_as_it_goes_by(tmp_path, endpoint, faults, monke
     assert ranges(faults) == {name: -(-size // WINDOW) + 1 for name, size in sizes.items()}
 
 
-def test_a_head_that_is_not_what_it_is_tied_to_is_refused(tmp_path, endpoint):
+def test_a_head_that_is_not_what_it_is_tied_to_is_refused(tmp_path, api):
     tied_release(tmp_path / "in" / "model", same=False)
     with pytest.raises(PlanError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
         streamed(tmp_path, "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_drafter_reads_only_its_own_tensors_again(tmp_path, endpoint, faults, monkeypatch):
+def test_a_drafter_reads_only_its_own_tensors_again(tmp_path, api, faults, monkeypatch):
     """In its pass over files that are known to be whole."""
     window = 8 * WINDOW
     monkeypatch.setattr(stream, "WINDOW", window)
@@ -297,14 +213,14 @@ def test_an_ignored_range_is_asked_for_again(tmp_path, release, faults):
         hub_snapshot.fetch_window(snapshot, name, 8, 99)
 
 
-def test_redirects_are_followed(tmp_path, release, faults, endpoint, arm):
+def test_redirects_are_followed(tmp_path, release, faults, api, arm):
     """As the hub sends large files to where they are stored."""
     expected = converted(release, tmp_path / "local")
     snapshot = hub.resolve_revision(REPO)
     moved = []
     for number in range(1, SHARDS + 1):
         path = f"/{REPO}/resolve/{snapshot.commit}/model-0000{number}-of-00003.safetensors"
-        there = (("location", f"{endpoint}{path}?signature=x"),)
+        there = (("location", f"{api.endpoint}{path}?signature=x"),)
         moved.append(Fault("refuse", "GET", f"model-0000{number}", status=302, headers=there))
     arm(*moved)
     assert streamed(tmp_path, "out") == expected
@@ -392,102 +308,6 @@ def test_a_header_that_arrived_damaged_is_found_out(tmp_path, release, monkeypat
     assert not (tmp_path / "out").exists()
 
 
-def test_bytes_that_differ_when_read_again_are_damage(release):
-    """What was handed out is what was hashed, even where it had to be read twice."""
-    snapshot = hub.resolve_revision(REPO)
-    name = "model-00001-of-00003.safetensors"
-    data = (release / name).read_bytes()
-    source = hub_source(release)
-    header, heads = source.tensors, {name: file.digest for name, file in source.files.items()}
-    info = next(t for t in header.values() if t.file == name and t.start > 2 * WINDOW)
-    first = True
-
-    def fetch(path: str, start: int, stop: int) -> bytes:
-        nonlocal first
-        part = data[start:stop]
-        if first:
-            first = False
-            return bytes([part[0] ^ 1]) + part[1:]
-        return part
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "KEPT", 1)
-        patch.setattr(stream, "AHEAD", 1)
-        with StreamReader(header, snapshot, headers=heads, fetch=fetch) as reader:
-
-            def go() -> None:
-                reader.read(info.name)  # out of order: nothing before it was read
-                reader.complete(name)
-
-            with pytest.raises(HubError, match=r"arrived damaged: bytes from .* differ when read"):
-                go()
-            assert not reader.verified
-
-
-def test_what_nobody_asks_for_is_read_on_the_way(release, monkeypatch):
-    """Work that begins in the middle of a file leaves nothing before it to be read again for."""
-    monkeypatch.setattr(stream, "KEPT", stream.AHEAD + 1)
-    snapshot = hub.resolve_revision(REPO)
-    name = "model-00001-of-00003.safetensors"
-    data = (release / name).read_bytes()
-    source = hub_source(release)
-    heads = {name: file.digest for name, file in source.files.items()}
-    later = [t for t in source.tensors.values() if t.file == name and t.start > 3 * WINDOW]
-    asked = []
-
-    def fetch(path: str, start: int, stop: int) -> bytes:
-        asked.append(start)
-        return data[start:stop]
-
-    with StreamReader(source.tensors, snapshot, headers=heads, fetch=fetch) as reader:
-        for info in sorted(later, key=lambda t: t.start):
-            with reader.noting(name, info.start) as files:
-                reader.read(info.name)
-            assert files == {name}
-        reader.complete(name)
-    assert sorted(asked) == list(range(0, len(data), WINDOW))
-
-
-@pytest.fixture
-def shard(release):
-    """Opens readers of a shard, and says how many windows it has."""
-    snapshot = hub.resolve_revision(REPO)
-    source = hub_source(release)
-    heads = {name: file.digest for name, file in source.files.items()}
-    name = "model-00001-of-00003.safetensors"
-    data = (release / name).read_bytes()
-    tensors = sorted((t for t in source.tensors.values() if t.file == name), key=lambda t: t.start)
-
-    def opened(fetch, **more):
-        return StreamReader(source.tensors, snapshot, headers=heads, fetch=fetch, **more)
-
-    return SimpleNamespace(open=opened, name=name, data=data, tensors=tensors)
-
-
-def test_a_window_that_does_not_come_ends_every_thread(shard):
-    """Each would try as long again; the first error is everybody's."""
-    asked = []
-
-    def fetch(path: str, start: int, stop: int) -> bytes:
-        asked.append(start)
-        if len(asked) < 3:
-            return shard.data[start:stop]
-        raise HubError(f"failure {len(asked)}")
-
-    def go(info):
-        with reader.noting(info.file, info.start):
-            return reader.read(info.name)
-
-    with shard.open(fetch) as reader, ThreadPoolExecutor(8) as pool:
-        tasks = [pool.submit(go, info) for info in shard.tensors]
-        errors = [error for task in tasks if (error := task.exception()) is not None]
-        with pytest.raises(HubError, match="failure"):
-            reader.complete(shard.name)
-    assert len(errors) > 2
-    assert len(set(map(str, errors))) == 1
-    assert len(asked) < 3 + stream.CONNECTIONS
-
-
 def test_waiting_for_the_hub_ends_with_the_run(tmp_path, release, faults, arm, monkeypatch):
     monkeypatch.setattr(hub_api, "FIRST_WAIT_S", 600)
     arm(Fault("refuse", "GET", WEIGHTS, times=10**6))
@@ -508,63 +328,6 @@ def test_waiting_for_the_hub_ends_with_the_run(tmp_path, release, faults, arm, m
     with pytest.raises(KeyboardInterrupt):
         make(REPO, tmp_path / "out", stream=True, cache=tmp_path / "cache")
     assert time.monotonic() - started < 60
-
-
-def test_who_is_interrupted_while_waiting_stands_in_nobodys_way(monkeypatch):
-    turns = stream._Turns()
-    first, second, third = (turns.ticket() for _ in range(3))
-    with turns.turn(first):
-        with monkeypatch.context() as patch:
-            interrupt = Mock(side_effect=KeyboardInterrupt)
-            patch.setattr(turns._changed, "wait_for", interrupt)
-            with pytest.raises(KeyboardInterrupt), turns.turn(second):
-                pass
-        done = threading.Event()
-
-        def last():
-            with turns.turn(third):
-                done.set()
-
-        threading.Thread(target=last, daemon=True).start()
-    assert done.wait(10)
-
-
-def test_a_second_pass_reads_ahead_as_the_first_did(shard):
-    """Several connections at once, and every window once."""
-    largest = max(shard.tensors, key=lambda t: t.nbytes)
-    count = (largest.stop - 1) // WINDOW - largest.start // WINDOW + 1
-    assert count > stream.AHEAD
-    together = threading.Barrier(stream.CONNECTIONS)
-    asked, again = [], False
-
-    def fetch(path: str, start: int, stop: int) -> bytes:
-        asked.append(start)
-        if again and len(asked) <= stream.CONNECTIONS:
-            together.wait(30)
-        return shard.data[start:stop]
-
-    with shard.open(fetch) as reader:
-        reader.read(largest.name)
-        reader.complete(shard.name)
-        reader._ready.clear()
-        asked.clear()
-        again = True
-        reader.read(largest.name)
-    assert len(asked) == count
-    assert sorted(asked) == sorted(set(asked))
-
-
-def test_windows_are_not_copied(shard, faults):
-    snapshot = hub.resolve_revision(REPO)
-    found = hub_snapshot.fetch_window(snapshot, shard.name, 8, 99)
-    assert isinstance(found, bytearray)
-    assert found == shard.data[8:99]
-
-
-def hub_source(folder: Path):
-    from converter.source import open_folder
-
-    return open_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -590,7 +353,7 @@ def test_a_folder_is_not_streamed(tmp_path, release, capsys):
     assert "is a folder, and nothing is fetched" in capsys.readouterr().err
 
 
-def test_what_was_streamed_says_that_nothing_was_compared(tmp_path, endpoint, twin_of, capsys):
+def test_what_was_streamed_says_that_nothing_was_compared(tmp_path, api, twin_of, capsys):
     """A twin is compared with torch, the output with itself, and the verdict says so."""
     publish(twin_of("llama"))
     judged = []

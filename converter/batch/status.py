@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from converter.batch.catalogue import Entry
 from converter.ui import size_text
+
+_UNFOLDED: Final = 10_000
 
 
 def rows_of(entries: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -78,7 +81,8 @@ def print_table(entries: Sequence[Entry]) -> None:
             _number(parity.get("kl")),
             _plain(reason),
         )
-    console = Console(highlight=False)
+    # Whoever reads it line by line has no width; a terminal has its own.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _UNFOLDED)
     console.print(table)
     console.print(f"{len(entries)} jobs")
 

@@ -211,9 +211,10 @@ def _catalogue(state: Path | None, ledger: str | None) -> Catalogue:
     from converter.batch.site import Place
 
     place = Place.of(None, state=state, ledger=ledger)
-    if place.url.startswith("sqlite:///") and not Path(place.url[len("sqlite:///") :]).exists():
+    file = Path(place.url.removeprefix("sqlite:///"))
+    if place.url.startswith("sqlite:///") and not file.exists():
         raise UsageError(
-            f"{place.state}: holds no ledger; run `convert batch run WATCHLIST` first, or give "
+            f"{file}: there is no such ledger; run `convert batch run WATCHLIST` first, or give "
             "--state or --ledger"
         )
     database = Database(place.url)
@@ -226,10 +227,12 @@ def _chosen(
 ) -> list[Entry]:
     from converter.batch.catalogue import choose
 
-    chosen = choose(catalogue.entries(superseded=states is None), patterns)
-    chosen = [entry for entry in chosen if states is None or entry.job.state in states]
+    found = choose(catalogue.entries(superseded=states is None), patterns)
+    chosen = [entry for entry in found if states is None or entry.job.state in states]
     if not chosen:
-        raise UsageError(f"{' '.join(patterns)}: no such job in a state that this changes")
+        told = [f"{entry.job.target} is {entry.state}" for entry in found]
+        why = f"{'; '.join(told)}, which this does not change" if told else "no such job"
+        raise UsageError(f"{' '.join(patterns)}: {why}")
     busy = [entry.job.target for entry in chosen if entry.running]
     if busy:
         raise UsageError(f"{', '.join(busy)}: is being worked on; stop the run first")
