@@ -4,13 +4,15 @@ import time
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
+import httpx2
 import pytest
 from batch_helpers import watch
 
 from converter.batch import discover as discover_module
 from converter.batch.believed import believed
-from converter.batch.discover import content_of, discover, wanted
+from converter.batch.discover import content_of, discover, wanted, watermark_key
 from converter.batch.needs import guessed, needs_of, output_bytes, proof_bytes
+from converter.batch.recipes import recipes_of
 from converter.batch.watchlist import Filters
 from converter.errors import HubError, PlanError
 from converter.hub import resolve_revision
@@ -141,6 +143,62 @@ def test_single_models_follow_their_branch_and_may_be_missing(api, catalogue, tm
     assert [entry.release.commit for entry in catalogue.entries()] == [first]
     assert found.problems[0].startswith("models: acme/none: Looking up acme/none: there is no repo")
     assert not found.failed  # waiting would not help
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(catalogue, tmp_path, monkeypatch):
+    """Asking takes minutes of patience, and a watch list may name a hundred."""
+    asked, lines = [], []
+
+    def away(repo, revision=None):
+        asked.append(repo)
+        try:
+            raise httpx2.ConnectError("refused")
+        except httpx2.ConnectError as error:
+            raise HubError("the hub cannot be reached") from error
+
+    monkeypatch.setattr(discover_module, "resolve_revision", away)
+    monkeypatch.setattr(discover_module, "list_changed", pytest.fail)
+    several = watch(tmp_path, models='models = ["acme/a", "acme/b"]\norganisations = ["acme"]')
+    found = discover(several, catalogue, say=lines.append, now=time.time())
+    assert (asked, found.failed) == (["acme/a"], True)
+    assert found.problems == ["models: acme/a: the hub cannot be reached"]
+    assert lines[-1] == "what else is watched is left to the next run"
+
+
+def test_a_run_that_is_stopped_looks_no_further(api, catalogue, tmp_path):
+    for number in range(3):
+        release(api, f"acme/m{number}")
+    looked = []
+
+    def stopped():
+        looked.append(None)
+        return len(looked) > 2
+
+    found = discover(
+        watch(tmp_path), catalogue, say=lambda line: None, now=time.time(), stopped=stopped
+    )
+    assert (found.seen, found.added) == (1, 1)
+    assert look(watch(tmp_path), catalogue).added == 2  # the mark is where it came to
+
+
+def test_an_organisation_without_models_is_said(api, catalogue, tmp_path):
+    lines = []
+    nobody = watch(tmp_path, models='organisations = ["acmee"]')
+    discover(nobody, catalogue, say=lines.append, now=time.time())
+    assert lines == ["organisations: acmee: the hub lists no model of it"]
+
+
+def test_a_new_text_looks_at_all_anew(tmp_path):
+    """As a new adapter does: what is made by it is other bytes."""
+    keys = []
+    for content in ("one text. " * 9000, "another. " * 9000):
+        text = tmp_path / "text.txt"
+        text.write_text(content)
+        data = f'calibration_data = "{text}"\nrecipes = ["own"]'
+        watchlist = watch(tmp_path, f'{data}\n[recipes.own]\nq_bits = 4\nq_method = "imatrix"')
+        recipes = recipes_of(watchlist, watchlist.watch[0])
+        keys.append(watermark_key(watchlist, watchlist.watch[0], recipes))
+    assert keys[0] != keys[1]
 
 
 def test_a_branch_that_moves_is_another_job(api, catalogue, tmp_path, faults):

@@ -21,6 +21,7 @@ from converter.batch.watchlist import Filters, Watch, WatchList
 from converter.errors import HubError
 from converter.hub import HubSnapshot, hub_errors, resolve_revision
 from converter.hub.api import client, patiently
+from converter.hub.errors import is_unreached
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -46,24 +47,40 @@ class Found:
     problems: list[str] = field(default_factory=list)
     failed: bool = False
     """Whether a part of the hub could not be looked at now."""
+    away: bool = False
+    """Whether no hub answered at all, after long trying: then nothing else of it is asked."""
 
 
 def discover(
-    watchlist: WatchList, catalogue: Catalogue, *, say: Callable[[str], None], now: float
+    watchlist: WatchList,
+    catalogue: Catalogue,
+    *,
+    say: Callable[[str], None],
+    now: float,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Found:
-    """Bring the ledger up to what the hub has; failures are noted and left to the next run."""
+    """Bring the ledger up to what the hub has; failures are noted and left to the next run.
+
+    So is what is left once ``stopped`` says so, or the hub cannot be reached.
+    """
     found = Found()
     for entry in watchlist.watch:
         recipes = recipes_of(watchlist, entry)
         policy = policy_of(watchlist, entry)
         for model in entry.models:
+            if found.away or stopped():
+                return found
             repo, _, revision = model.partition("@")
             with _noting(found, say, f"models: {model}"):
                 snapshot = resolve_revision(repo, revision=revision or None)
                 found.seen += 1
                 _enqueue(watchlist, catalogue, found, snapshot, recipes, policy)
         for organisation in entry.organisations:
-            _follow(watchlist, entry, catalogue, found, organisation, recipes, policy, say, now)
+            if found.away or stopped():
+                return found
+            _follow(
+                watchlist, entry, catalogue, found, organisation, recipes, policy, say, now, stopped
+            )
     return found
 
 
@@ -77,15 +94,20 @@ def _follow(
     policy: Policy,
     say: Callable[[str], None],
     now: float,
+    stopped: Callable[[], bool],
 ) -> None:
     key = watermark_key(watchlist, entry, recipes)
     mark = catalogue.watermark(key, organisation)
     infos: list[ModelInfo] = []
     with _noting(found, say, f"organisations: {organisation}"):
         infos = list_changed(organisation, since=None if mark is None else mark - OVERLAP_S)
+        if mark is None and not infos:
+            say(f"organisations: {organisation}: the hub lists no model of it")
     reached = mark
     whole = True
     for info in reversed(infos):  # oldest first, so that the watermark can follow
+        if found.away or stopped():
+            break
         found.seen += 1
         if wanted(info, entry.filters, now=now):
             with _noting(found, say, info.id) as went_well:
@@ -104,10 +126,17 @@ def _follow(
 def watermark_key(watchlist: WatchList, entry: Watch, recipes: Mapping[str, Asked]) -> str:
     """Names a watermark after all that decides what is made, so that a change looks at all anew."""
     asked = entry.model_dump(mode="json", exclude={"organisations", "models", "gates"})
-    chosen = {name: watchlist.recipes[name].model_dump(mode="json") for name in entry.recipes}
-    adapters = {name: one.adapter for name, one in recipes.items() if one.adapter is not None}
+    chosen = {
+        name: watchlist.recipes[name].model_dump(mode="json", exclude_defaults=True)
+        for name in entry.recipes
+    }
+    files = {
+        name: (one.adapter, text.sha256 if text is not None else None)
+        for name, one in recipes.items()
+        if (text := one.options.calibration) is not None or one.adapter is not None
+    }
     told = [watchlist.namespace, watchlist.names, asked, chosen]
-    return digest([*told, adapters] if adapters else told)
+    return digest([*told, files] if files else told)
 
 
 def list_changed(organisation: str, *, since: float | None) -> list[ModelInfo]:
@@ -210,8 +239,11 @@ def _noting(found: Found, say: Callable[[str], None], where: str) -> Iterator[Ca
         went_well = False
         failure = classify(error)
         found.failed |= failure.kind in ("hub", "disk")
+        found.away |= is_unreached(error)
         found.problems.append(f"{where}: {failure.text}")
         say(found.problems[-1])
+        if found.away:
+            say("what else is watched is left to the next run")
 
 
 def _modified(info: ModelInfo) -> float:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -70,7 +71,13 @@ def run(
             else:
                 engine = _fleet(site.ledger, scheduler, shared=site.shared, say=say)
             with stopping(engine):
-                found = discover(watchlist, catalogue, say=say, now=time.time())
+                found = discover(
+                    watchlist,
+                    catalogue,
+                    say=say,
+                    now=time.time(),
+                    stopped=partial(_is_stopping, engine),
+                )
                 say(f"{found.seen} releases seen, {found.matched} wanted, {found.added} new")
                 outcome = engine.run()
             site.sweep()
@@ -81,6 +88,10 @@ def run(
         say(f"ended with status {status}: {told(summary)}")
         _tell(watchlist.digest, name, status, summary, say)
         return status
+
+
+def _is_stopping(engine: Engine | Fleet) -> bool:
+    return engine.stopping > 0
 
 
 def engine_settings(watchlist: WatchList, stages: Stages | None) -> dict[str, Any]:

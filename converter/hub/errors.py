@@ -97,6 +97,13 @@ def may_have_been_done(error: BaseException) -> bool:
     return any(isinstance(cause, httpx2.TransportError) for cause in causes(error))
 
 
+def is_unreached(error: BaseException) -> bool:
+    """Whether no hub was there to answer, as when the network or the name service is away."""
+    import httpx2
+
+    return any(isinstance(cause, httpx2.ConnectError) for cause in causes(error))
+
+
 def explain(error: BaseException, repo_id: str, endpoint: str) -> str:
     """What the error means and what to do about it, in one paragraph."""
     import httpx2

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from difflib import get_close_matches
 from functools import cached_property, partial
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import PurePosixPath
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from converter.errors import HubError
 from converter.hub.api import LIBRARY, TIMEOUT_S, client, patiently
@@ -21,6 +22,7 @@ from converter.hub.errors import hub_errors
 
 WINDOW_ATTEMPTS: Final = 8
 """The waits between them add up to two minutes, and to what a busy hub asks for."""
+Body = TypeVar("Body", bytearray, mmap)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
@@ -127,7 +129,7 @@ def fetch_range(
 ) -> bytes:
     """Bytes [start, stop) of a remote file; `HubError` if the server sends anything else."""
     file = snapshot.file(path)
-    return bytes(_range(snapshot, file, start, stop, token, patiently))
+    return bytes(_range(snapshot, file, start, stop, token, patiently, make=bytearray))
 
 
 def fetch_window(
@@ -138,13 +140,20 @@ def fetch_window(
     *,
     token: str | None = None,
     stopped: threading.Event | None = None,
-) -> bytearray:
+) -> mmap:
     """The same during a long conversion: a wrong answer is asked for again, too, and for longer.
 
-    Once ``stopped`` is set it ends with the error that it was waiting after, or at the next piece.
+    In pages of its own, which go back to the system with it: an allocator keeps what it once had
+    for blocks as large as a window, for every thread. Once ``stopped`` is set it ends with the
+    error that it was waiting after, or at the next piece.
     """
     again = partial(patiently, attempts=WINDOW_ATTEMPTS, also=(RangeError,), stopped=stopped)
-    return _range(snapshot, snapshot.file(path), start, stop, token, again, stopped)
+    file = snapshot.file(path)
+    return _range(snapshot, file, start, stop, token, again, make=_pages, stopped=stopped)
+
+
+def _pages(size: int) -> mmap:
+    return mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS)
 
 
 class RangeError(HubError):
@@ -157,20 +166,24 @@ def _range(
     start: int,
     stop: int,
     token: str | None,
-    tried: Callable[[Callable[[], bytearray]], bytearray],
+    tried: Callable[[Callable[[], None]], None],
+    *,
+    make: Callable[[int], Body],
     stopped: threading.Event | None = None,
-) -> bytearray:
+) -> Body:
     assert 0 <= start <= stop, f"{file.path}: [{start}, {stop}) is not a range"
     if stop > file.size:
         raise HubError(
             f"{snapshot.repo_id}: bytes {start} to {stop} of {file.path} were asked for, but it "
             f"has only {file.size}: the file is truncated or its header is wrong."
         )
+    body = make(stop - start)
     if start == stop:
-        return bytearray()
+        return body
     doing = f"Reading a part of {file.path} from {snapshot.repo_id}"
     with hub_errors(doing, repo_id=snapshot.repo_id, endpoint=snapshot.endpoint):
-        return tried(lambda: _fetch_range(snapshot, file, start, stop, token, stopped))
+        tried(lambda: _fetch_range(snapshot, file, start, stop, token, stopped, body))
+    return body
 
 
 def _fetch_range(
@@ -180,7 +193,9 @@ def _fetch_range(
     stop: int,
     token: str | None,
     stopped: threading.Event | None,
-) -> bytearray:
+    body: bytearray | mmap,
+) -> None:
+    """Fill ``body`` in place: a window is large, and several are under way."""
     from huggingface_hub import get_session, hf_hub_url
     from huggingface_hub.utils._headers import build_hf_headers
     from huggingface_hub.utils._http import hf_raise_for_status
@@ -191,7 +206,6 @@ def _fetch_range(
     headers = build_hf_headers(token=token, library_name=LIBRARY)
     # A compressed answer has other offsets than the file.
     headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    body = bytearray(stop - start)  # filled in place: a window is large, and several are under way
     count = 0
     with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT_S) as response:
         if response.status_code >= 400:
@@ -219,4 +233,3 @@ def _fetch_range(
                 break
     if count != len(body):
         raise RangeError(f"{url} sent {count} bytes where {stop - start} were asked for.")
-    return body

@@ -23,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from mmap import mmap
 from typing import TYPE_CHECKING, Final
 
 from converter.errors import HubError, PlanError
@@ -39,11 +40,12 @@ KEPT: Final = 8
 CONNECTIONS: Final = 4
 AHEAD: Final = CONNECTIONS - 1
 """Windows that are asked for before they are needed."""
-Fetch = Callable[[str, int, int], bytes | bytearray]
+Window = bytes | bytearray | mmap
+Fetch = Callable[[str, int, int], Window]
 """Bytes [start, stop) of a file; raises HubError once trying again has not helped."""
 
 
-_Asked = bytes | bytearray | Future[bytes | bytearray]
+_Asked = Window | Future[Window]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class _Watched:
     stop: int
     hash: hashlib._Hash = field(default_factory=hashlib.sha256)
 
-    def update(self, window: bytes | bytearray, start: int) -> None:
+    def update(self, window: Window, start: int) -> None:
         """Take what is in the window that begins at byte ``start``; windows come in order."""
         low, high = max(self.start - start, 0), min(self.stop - start, len(window))
         if low < high:
@@ -153,8 +155,8 @@ class StreamReader(Reader):
         self._fetch = fetch
         self._state: dict[str, _Progress] = {}
         self._watched: dict[str, _Watched] = {}
-        self._ready: OrderedDict[tuple[str, int], bytes | bytearray] = OrderedDict()
-        self._loading: dict[tuple[str, int], Future[bytes | bytearray]] = {}
+        self._ready: OrderedDict[tuple[str, int], Window] = OrderedDict()
+        self._loading: dict[tuple[str, int], Future[Window]] = {}
         self._failure: BaseException | None = None
         self._stopped = stopped or threading.Event()
         self._noted = threading.local()
@@ -292,7 +294,7 @@ class StreamReader(Reader):
                 )
             return self._state[name]
 
-    def _window(self, state: _Progress, number: int) -> bytes | bytearray:
+    def _window(self, state: _Progress, number: int) -> Window:
         found = self._ask(state, number)
         return found.result() if isinstance(found, Future) else found
 
@@ -309,7 +311,7 @@ class StreamReader(Reader):
                 self._loading[key] = self._pool.submit(self._load, state, number)
             return self._loading[key]
 
-    def _load(self, state: _Progress, number: int) -> bytes | bytearray:
+    def _load(self, state: _Progress, number: int) -> Window:
         key = (state.file.path, number)
         try:
             if self._failure is not None:
@@ -371,7 +373,7 @@ def open_stream(
 
     stopped = threading.Event()
 
-    def fetch(path: str, start: int, stop: int) -> bytearray:
+    def fetch(path: str, start: int, stop: int) -> mmap:
         return fetch_window(snapshot, path, start, stop, token=token, stopped=stopped)
 
     return StreamReader(tensors, snapshot, headers=headers, fetch=fetch, stopped=stopped)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from quant.calibrate.blocks import Blocks
 from quant.calibrate.text import CalibrationError
+from quant.dotted import shared_end
 from quant.recipe import QuantSpec
 
 
@@ -45,7 +46,7 @@ def assigned(blocks: Blocks, tasks: Sequence[Task]) -> tuple[dict[str, Task], Ta
             head = task
             continue
         ranked = sorted(
-            ((_shared(name, path), path) for path in by_leaf.get(name.rpartition(".")[2], ())),
+            ((shared_end(name, path), path) for path in by_leaf.get(name.rpartition(".")[2], ())),
             reverse=True,
         )
         clear = ranked and (len(ranked) == 1 or ranked[0][0] > ranked[1][0])
@@ -59,13 +60,3 @@ def assigned(blocks: Blocks, tasks: Sequence[Task]) -> tuple[dict[str, Task], Ta
             f"{type(blocks.model).__name__}, such as {lost[0]}; use --q-method search"
         )
     return owners, head
-
-
-def _shared(a: str, b: str) -> int:
-    """How many dotted words two names share at their ends."""
-    count = 0
-    for x, y in zip(reversed(a.split(".")), reversed(b.split(".")), strict=False):
-        if x != y:
-            break
-        count += 1
-    return count

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from quant.dotted import shared_end
 from validate.loaded import Written, written_tensors
 from validate.where.bearing import Bearing, bearing_of
 from validate.where.trace import MOST, Trace, kept_rows
@@ -233,7 +234,7 @@ def _held(model: Any, folder: Path) -> dict[str, str]:
         tensor = written[name]
         found = by_values.get(_print(_count(tensor), _values(tensor)), [])
         if found:
-            held[name] = max((_shared(path, name), path) for path in found)[1]
+            held[name] = max((shared_end(path, name), path) for path in found)[1]
     places = _places(held)
     modules = {path for path, _ in model.named_modules()}
     for name in left:
@@ -279,13 +280,3 @@ def _values(tensor: Written) -> Any:
 
     bits = np.array(tensor.bits().reshape(-1)[:_SEEN])
     return bits.view(NUMPY_DTYPES[tensor.dtype]).astype(np.float32)
-
-
-def _shared(a: str, b: str) -> int:
-    """How many dotted words two names share at their ends."""
-    count = 0
-    for x, y in zip(reversed(a.split(".")), reversed(b.split(".")), strict=False):
-        if x != y:
-            break
-        count += 1
-    return count
