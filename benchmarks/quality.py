@@ -33,6 +33,10 @@ class Recipe:
     mode: str = "affine"
     bits: int | None = None
     method: str = "rtn"
+    target: float | None = None
+    """Bits per weight that formats are chosen for."""
+    by: str = ""
+    """What they are chosen by: "weights" or "activations"."""
     stock: tuple[str, ...] = ()
     """A tool of mlx-lm with its flags, in place of our own conversion."""
     beside: str = ""
@@ -65,6 +69,20 @@ def _own() -> Iterator[Recipe]:
             yield Recipe(name=f"{mode} {method}", mode=mode, method=method, beside=f"{mode} rtn")
 
 
+def _chosen() -> Iterator[Recipe]:
+    """Formats chosen for the size of uniform 4 bits, by the same method."""
+    for method in ("rtn", "imatrix", "gptq"):
+        for by in ("weights", "activations") if method == "rtn" else ("activations",):
+            yield Recipe(
+                name=f"4.5 bpw {method} by {by}",
+                method=method,
+                target=4.5,
+                by=by,
+                beside=f"affine 4 {method}",
+                bar=0.8,
+            )
+
+
 def _stock() -> Iterator[Recipe]:
     for bits in (4, 3):
         table = ("--embed-bits", str(bits), "--embed-group-size", "64")
@@ -88,7 +106,7 @@ def _stock() -> Iterator[Recipe]:
         )
 
 
-RECIPES: Final = (*_own(), *_stock())
+RECIPES: Final = (*_own(), *_chosen(), *_stock())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +154,10 @@ def _convert(source: Path, recipe: Recipe, out: Path, given: argparse.Namespace)
 
     data = source / "calibration.txt"
     calibration = None
-    if recipe.method in CALIBRATED:
+    if recipe.method in CALIBRATED or recipe.by == "activations":
         calibration = calibration_of(data, sequences=given.sequences, length=given.length)
     spec = QuantSpec.make(recipe.mode, recipe.bits, None, recipe.method)
-    options = Options(quant=spec, calibration=calibration)
+    options = Options(quant=spec, calibration=calibration, target_bits=recipe.target)
     request = Request(
         hf_path=str(source),
         mlx_path=out,
@@ -241,7 +259,7 @@ class Judge:
 
 
 HEAD: Final = (
-    "| recipe | bytes | bits/weight | KL | p99 | top-1 | ppl | of rtn | verdict | s |\n"
+    "| recipe | bytes | bits/weight | KL | p99 | top-1 | ppl | ratio | verdict | s |\n"
     "|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -266,7 +284,7 @@ def verdict(recipe: Recipe, rows: dict[str, Row]) -> str:
     row, said = rows[recipe.name], []
     beside = rows.get(recipe.beside)
     if recipe.bar is not None and beside is not None:
-        met = row.kl <= recipe.bar * beside.kl
+        met = row.kl <= recipe.bar * beside.kl and row.bytes <= beside.bytes
         said.append(f"<= {recipe.bar}: {'met' if met else 'NOT MET'}")
     for other in recipe.beats:
         if (theirs := rows.get(other)) is None:
@@ -289,17 +307,26 @@ def main() -> int:
     parser.add_argument("--reuse", action="store_true", help="of stock tools, from --work")
     parser.add_argument("--out", type=Path, help="write FILE.md and FILE.json as well")
     given = parser.parse_args()
-    recipes = [r for r in RECIPES if given.only is None or r.name in given.only]
-    rows: dict[str, Row] = {}
+    named = [r for r in RECIPES if given.only is None or r.name in given.only]
+    rows = _earlier(given) if given.only is not None else {}
     with tempfile.TemporaryDirectory() as folder:
         given.work = given.work or Path(folder)
-        for row in measure(given.source, recipes, given):
+        for row in measure(given.source, named, given):
             rows[row.name] = row
             print(f"{row.name}: KL {row.kl:.5f} {row.failed}", file=sys.stderr, flush=True)
             if given.out:  # a run that is broken off leaves what it has
-                _write(given, [r for r in recipes if r.name in rows], rows)
-    print(_table(recipes, rows))
-    return 1 if any("NOT MET" in verdict(recipe, rows) for recipe in recipes) else 0
+                _write(given, [r for r in RECIPES if r.name in rows], rows)
+    print(_table(named, rows))
+    return 1 if any("NOT MET" in verdict(recipe, rows) for recipe in named) else 0
+
+
+def _earlier(given: argparse.Namespace) -> dict[str, Row]:
+    """The rows of an earlier run that ``--out`` holds, which those of ``--only`` replace."""
+    path = given.out and given.out.with_suffix(".json")
+    if not path or not path.is_file():
+        return {}
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return {row["name"]: Row(**row) for row in data["rows"]}
 
 
 def _table(recipes: Sequence[Recipe], rows: dict[str, Row]) -> str:
@@ -313,7 +340,7 @@ def _write(given: argparse.Namespace, recipes: Sequence[Recipe], rows: dict[str,
         "model": given.source.name,
         "calibration": {"sequences": given.sequences, "length": given.length},
         "versions": versions,
-        "rows": [asdict(row) for row in rows.values()],
+        "rows": [asdict(rows[recipe.name]) for recipe in recipes],
     }
     given.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
     used = ", ".join(f"{name} {number}" for name, number in versions.items())
@@ -325,7 +352,9 @@ def _write(given: argparse.Namespace, recipes: Sequence[Recipe], rows: dict[str,
         f"{given.sequences} x {given.length} tokens of the calibration text. The tools of mlx-lm "
         "take all of it by default; awq, which runs every block dozens of times, got 16 x 512 "
         "tokens of it, for want of hours. Affine groups have 64 columns. Rows of equal bytes are "
-        "comparable; `of rtn` divides the KL by that of `rtn` at the same bits. Seconds are of a "
+        "comparable; `ratio` divides the KL by that of `rtn` at the same bits, and for formats "
+        "chosen for 4.5 bits per weight by that of uniform 4 bits with the same method, at no more "
+        "bytes. `--only` replaces rows of an earlier run. Seconds are of a "
         f"shared machine and say little; outputs that were there already took none. "
         f"{len(rows)} of {len(RECIPES)} recipes were run. {used}.\n\n{_table(recipes, rows)}\n"
     )

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -178,14 +177,14 @@ def tasks_of(draft: Plan) -> list[Any]:
 
     A head that is a copy of the table is the table's own, in torch.
     """
-    from quant.calibrate.assigned import Task
+    from quant.calibrate.links import Task
 
     assert draft.options.quant is not None
     tables = {out.expr for out in draft.outputs if out.rule.kind is Kind.EMBEDDING}
     return [
         Task(
-            source=out.expr.name,
             module=out.rule.module,
+            expr=out.expr,
             dtype=out.dtype,
             spec=draft.options.quant,
             table=out.rule.kind is Kind.EMBEDDING,
@@ -316,7 +315,7 @@ def _weights(
     uses = [""]
     if out.rule.kind is Kind.EMBEDDING:
         uses = ["", LOOKED_UP] if headless else [LOOKED_UP]
-    name = out.expr.name
+    name = out.rule.module
     return [
         (statistics[f"{use}{ROWS}{name}"], statistics[f"{use}{COLUMNS}{name}"])
         for use in uses
@@ -355,28 +354,27 @@ def cached(
     say: Callable[[str], None],
 ) -> Measured:
     """The losses from the cache, or by ``make``; ``content`` tells the weights from any others."""
-    from quant.calibrate.files import cache_file, load, save
+    from quant.calibrate.store import Store
 
     options = draft.options
     assert options.quant is not None
     specs = candidates(options.quant.method, group_size=options.target_group_size)
     outputs = measurable(draft)
     basis = "weights" if options.calibration is None else "activations"
-    path: Path = cache_file(
-        "losses",
-        {
-            "source": draft.source,
-            "content": content,
-            "method": options.quant.method,
-            "specs": [spec.to_config() for spec in specs],
-            "outputs": [[out.rule.target, out.dtype] for out in outputs],
-            "calibration": options.calibration and options.calibration.to_json(),
-            "sample": SAMPLE,
-        },
-    )
-    if (found := load(path)) is not None:
-        say(f"allocation: reusing {path}")
-        return Measured(outputs=outputs, specs=specs, losses=found["losses"], basis=basis)
-    measured = make()
-    save(path, {"losses": measured.losses})
-    return measured
+    key = {
+        "source": draft.source,
+        "content": content,
+        "method": options.quant.method,
+        "specs": [spec.to_config() for spec in specs],
+        "outputs": [[out.rule.target, out.dtype] for out in outputs],
+        "calibration": options.calibration and options.calibration.to_json(),
+        "sample": SAMPLE,
+    }
+    store = Store("losses", key)
+
+    def made() -> Statistics:
+        store.put(0, {"losses": make().losses})
+        return store.finish(1)
+
+    found = store.get(made, say)
+    return Measured(outputs=outputs, specs=specs, losses=found["losses"], basis=basis)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from arch_maps.ops import RowReader
 from converter.adapter import Fusion
 from converter.adapter.torch_folder import fused_folder
 from converter.allocate import Measured, allocate, cached, measure, tasks_of
-from converter.calibrated import identity
+from converter.calibrated import CACHE, identity
 from converter.errors import PlanError, UsageError
+from converter.execute.folder import explain
 from converter.plan.model import Plan
 from converter.plan.options import Options
 from converter.release import Release
+from converter.source import open_folder
 from converter.ui import Console
+from quant.calibrate.store import cache_folder
 
 
 def allocated(
@@ -33,14 +37,18 @@ def allocated(
     ``draft`` has one spec for all and decides what there is to choose; ``data`` is the calibration
     text. Raises UsageError for a size out of reach, PlanError for what cannot be measured.
     """
+
+    def say(line: str) -> None:
+        console.say(f"allocation: {line}")
+
     statistics = None
     if draft.options.calibration is not None:
         statistics = _sensitivities(
-            draft, release, fusion, data=data, console=console, trust_remote_code=trust_remote_code
+            draft, release, fusion, data=data, say=say, trust_remote_code=trust_remote_code
         )
 
     def make() -> Measured:
-        console.say("allocation: measuring what each matrix loses in each format")
+        say("measuring what each matrix loses in each format")
         with ExitStack() as stack:
             rows: RowReader = stack.enter_context(release.source.open())
             if fusion is not None:
@@ -55,7 +63,8 @@ def allocated(
                 progress=tick,
             )
 
-    return allocate(draft, cached(draft, release.content(), make, say=console.say))
+    with explain(cache_folder(), CACHE):
+        return allocate(draft, cached(draft, release.content(), make, say=say))
 
 
 def _sensitivities(
@@ -64,11 +73,10 @@ def _sensitivities(
     fusion: Fusion | None,
     *,
     data: Path | None,
-    console: Console,
+    say: Callable[[str], None],
     trust_remote_code: bool,
 ) -> Any:
     from quant.calibrate.fisher import sensitivities
-    from quant.calibrate.store import cache_folder
     from quant.calibrate.text import CalibrationError, calibration_of, read_text
 
     calibration = draft.options.calibration
@@ -82,13 +90,17 @@ def _sensitivities(
             sizes = {"sequences": calibration.sequences, "length": calibration.length}
             if calibration_of(data, **sizes) != calibration:
                 raise UsageError(f"--calibration-data {data}: changed since it was planned")
+            checkpoint = open_folder(folder)
+            stack.enter_context(explain(cache_folder(), CACHE))
             return sensitivities(
                 folder,
                 tasks_of(draft),
+                reader=stack.enter_context(checkpoint.open()),
+                shapes={name: info.shape for name, info in checkpoint.tensors.items()},
                 text=read_text(data),
                 calibration=calibration,
                 source=identity(draft, release),
-                say=console.say,
+                say=say,
                 trust_remote_code=trust_remote_code,
             )
         except CalibrationError as error:

@@ -12,14 +12,17 @@ import numpy as np
 
 from arch_maps.rules import Kind
 from converter.errors import PlanError, UsageError
+from converter.execute.folder import explain
 from converter.plan.model import Output, Plan
 from converter.release import Release
 from converter.source import open_folder
 from converter.ui import Console
 from quant.calibrate.pictures import Picture
-from quant.calibrate.store import Statistics
+from quant.calibrate.store import Statistics, cache_folder
 from quant.recipe import CALIBRATED, CODED
 
+CACHE: Final = "XDG_CACHE_HOME"
+"""What moves the folder of the statistics."""
 MOST_OF_PICTURES: Final = 2 << 30
 """Bytes of prepared pictures, which are all held during the pass."""
 
@@ -96,6 +99,7 @@ def statistics_of(
         with ExitStack() as stack:
             plain = stack.enter_context(plain_release(folder or release.local(), beside=beside))
             checkpoint = open_folder(plain)
+            stack.enter_context(explain(cache_folder(), CACHE))
             found = calibrate(
                 plain,
                 tasks,

@@ -50,6 +50,7 @@ from converter.plan.back import build_back_plan
 from converter.plan.match import match_release
 from converter.plan.rotate import FLAG as ROTATE
 from converter.refusals import (
+    require_memory,
     require_plain,
     require_quantized,
     require_separable,
@@ -293,6 +294,7 @@ def convert(
                 replaced = request.overwrite or request.replace_others
                 check_output(out, source=source_root, overwrite=replaced)
                 out.parent.mkdir(parents=True, exist_ok=True)
+    require_memory([plan for plan, made in zip(plans, done, strict=True) if made is None])
     console.planned(plans, folders)
     for line in planned.kv:
         console.say(line)

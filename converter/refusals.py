@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from converter.decode import View, quantization_settings
@@ -9,7 +10,11 @@ from converter.errors import PlanError, UsageError
 from converter.execute.folder import MANIFEST
 from converter.manifest import read_manifest
 from converter.maps import MapChoice
+from converter.memory import installed_memory
+from converter.plan import Plan
+from converter.plan.memory import calibration_bytes
 from converter.release import Release
+from converter.ui import size_text
 
 if TYPE_CHECKING:
     from converter.pipeline import Request
@@ -49,6 +54,22 @@ def require_separable(request: Request) -> None:
     ]
     if needs:
         raise UsageError(f"--shard: {needs[0]} looks at the whole release; leave one of them out")
+
+
+def require_memory(plans: Sequence[Plan]) -> None:
+    """Refuse to calibrate what this machine cannot hold: PlanError."""
+    here = installed_memory()
+    for plan in plans:
+        if (needed := calibration_bytes(plan)) > here:
+            method = plan.options.quant.method if plan.options.quant else ""
+            raise PlanError(
+                [
+                    f"--q-method {method}: calibrating {plan.model_type} block by block takes "
+                    f"about {size_text(needed)} of memory, and this machine has "
+                    f"{size_text(here)}; use a larger one, or --q-method search, which needs no "
+                    "calibration"
+                ]
+            )
 
 
 def require_plain(request: Request, view: View) -> None:

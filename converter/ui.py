@@ -118,10 +118,20 @@ def plan_tables(plan: Plan, *, workers: int) -> str:
         f"writes            {size_text(plan.output_bytes)} in {len(plan.shards)} file(s), "
         f"largest tensor {size_text(largest)}\n"
         f"disk needed       {size_text(plan.output_bytes)} beside the source\n"
-        f"memory needed     about {size_text(memory_estimate(plan, workers))}",
+        f"memory needed     about {size_text(memory_estimate(plan, workers))}{_too_much(plan)}",
         markup=False,
     )
     return buffer.getvalue()
+
+
+def _too_much(plan: Plan) -> str:
+    """That this machine cannot calibrate a plan, where that is so."""
+    from converter.memory import installed_memory
+    from converter.plan.memory import calibration_bytes
+
+    if calibration_bytes(plan) <= (here := installed_memory()):
+        return ""
+    return f", more than the {size_text(here)} of this machine: it is refused here"
 
 
 def _chosen(plan: Plan) -> str:
@@ -188,9 +198,10 @@ def _number(value: Any) -> str:
 
 
 def memory_estimate(plan: Plan, workers: int) -> int:
-    """Peak bytes while executing: the interpreter, and a few buffers for each worker."""
+    """Peak bytes: the interpreter, and a few buffers for each worker; or what calibrating takes."""
     from arch_maps.ops import sources, streamable
     from converter.execute.units import UNIT_BYTES
+    from converter.plan.memory import calibration_bytes
 
     whole = 0
     for out in plan.outputs:
@@ -199,7 +210,8 @@ def memory_estimate(plan: Plan, workers: int) -> int:
             for size in out.expr.shape:
                 elements *= int(size)
             whole = max(whole, 8 * elements * len(sources(out.expr)))
-    return 200_000_000 + workers * max(8 * UNIT_BYTES, whole)
+    executing = 200_000_000 + workers * max(8 * UNIT_BYTES, whole)
+    return max(executing, calibration_bytes(plan))
 
 
 def _grouped(outputs: Sequence[Output]) -> dict[str, list[Output]]:

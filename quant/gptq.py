@@ -20,6 +20,8 @@ from quant.search import pack_codes, search_codes
 DAMPING: Final = 0.01
 """Share of the mean diagonal added to the Hessian's."""
 _BLOCK: Final = 128
+_SLICE: Final = 1 << 24
+"""Elements that are rounded at a time: they take about 40 bytes each, and tables have 10^9."""
 
 Matrix = npt.NDArray[np.float64]
 P = ParamSpec("P")
@@ -52,11 +54,17 @@ def quantize_gptq(
     parts = {r: np.empty(shape, NUMPY_DTYPES[c]) for r, (c, shape) in tensors.items()}
     search_codes(w, spec, moments=diagonal_blocks(hessian, spec.group_size), out=parts)
     order, factor = inverse_factor(hessian)
-    scale, bias = _expanded(parts, spec)
-    codes = _rounded(w.astype(np.float32)[:, order], scale[:, order], bias[:, order], factor, spec)
-    back = np.empty_like(codes)
-    back[:, order] = codes
-    pack_codes(back, spec, out=parts["weight"])
+    rows, columns = w.shape
+    step = max(1, _SLICE // columns)
+    for start in range(0, rows, step):
+        block = slice(start, min(start + step, rows))
+        own = {role: part[block] for role, part in parts.items()}
+        scale, bias = _expanded(own, spec)
+        wide = w[block].astype(np.float32)[:, order]
+        codes = _rounded(wide, scale[:, order], bias[:, order], factor, spec)
+        back = np.empty_like(codes)
+        back[:, order] = codes
+        pack_codes(back, spec, out=own["weight"])
     return parts
 
 

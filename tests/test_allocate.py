@@ -108,8 +108,10 @@ def test_sensitivities_predict_the_loss_of_a_whole_recipe(tinylm, cache):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from quant.calibrate.assigned import Task
+    from arch_maps.ops import Source
+    from converter.source import open_folder
     from quant.calibrate.fisher import sensitivities
+    from quant.calibrate.links import Task
     from quant.calibrate.text import read_text, tokenized
 
     data = tinylm / "calibration.txt"
@@ -118,17 +120,26 @@ def test_sensitivities_predict_the_loss_of_a_whole_recipe(tinylm, cache):
     matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2}
     tasks = [
         Task(
-            source=n,
-            module=n.removesuffix(".weight"),
+            module=n,
+            expr=Source(n, tuple(matrices[n].shape)),
             dtype="BF16",
             spec=QuantSpec.make("affine"),
             table="embed" in n,
         )
         for n in matrices
     ]
-    found = sensitivities(
-        tinylm, tasks, text=read_text(data), calibration=calibration, source={}, say=str
-    )
+    checkpoint = open_folder(tinylm)
+    with checkpoint.open() as reader:
+        found = sensitivities(
+            tinylm,
+            tasks,
+            reader=reader,
+            shapes={name: info.shape for name, info in checkpoint.tensors.items()},
+            text=read_text(data),
+            calibration=calibration,
+            source={},
+            say=str,
+        )
     ids = torch.tensor(tokenized(read_text(data), tinylm, calibration))
     rng = np.random.default_rng(0)
     with torch.no_grad():

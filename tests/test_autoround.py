@@ -18,10 +18,11 @@ from converter.source import open_folder
 from converter.ui import Console
 from quant.allocate import candidates
 from quant.calibrate.gather import FEW_TOKENS, TOKENS, TUNED, Gathering
+from quant.calibrate.leaves import Leaves
 from quant.calibrate.links import matrix_rows, places_of
+from quant.calibrate.slots import Slots
 from quant.calibrate.store import Store, cache_folder
-from quant.calibrate.text import CalibrationError, calibration_of, model_rows, tokenized
-from quant.calibrate.tuning import _Group, _numbered
+from quant.calibrate.text import calibration_of, model_rows, tokenized
 from quant.recipe import QuantSpec
 from quant.tune import Tuning
 
@@ -124,14 +125,14 @@ def tuned_twin(folder, store, rows, iterations=12):
         return tasks, gathering.codes(store, None, Tuning(iterations=iterations))
 
 
-@pytest.mark.parametrize("model_type", ["gpt_oss", "phi3"])
+@pytest.mark.parametrize("model_type", ["gpt_oss", "phi3", "gemma4_text"])
 def test_families_are_tuned(twin_of, model_type, store):
-    """Stacked, transposed, interleaved and fused matrices."""
+    """Stacked, transposed, interleaved and fused matrices; keys and values of earlier layers."""
     folder = twin_of(model_type, "bfloat16")
     tasks, found = tuned_twin(folder, store, rows_of(2, 40), iterations=15)
     losses = np.array([found[n] for n in found.names if n.startswith(TUNED)])
     assert (losses[:, 1] < losses[:, 0]).all(), losses
-    for task in tasks:
+    for task in (t for t in tasks if ".layers." in t.module):
         *leading, columns = task.expr.shape
         assert found[f"{task.module}.weight"].shape == (*leading, columns * 2 // 32)
 
@@ -154,8 +155,11 @@ def test_experts_that_saw_little_keep_their_codes(twin_of, store):
     assert same == few.tolist()
 
 
-def test_an_interrupted_tuning_on_other_threads_gives_the_same(twin_of, store, monkeypatch):
-    folder, rows = twin_of("phi3", "bfloat16"), rows_of(2, 40)
+@pytest.mark.parametrize(("model_type", "block"), [("phi3", 0), ("gemma4_text", 2)])
+def test_an_interrupted_tuning_on_other_threads_gives_the_same(
+    twin_of, store, monkeypatch, model_type, block
+):
+    folder, rows = twin_of(model_type, "bfloat16"), rows_of(2, 40)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -166,14 +170,14 @@ def test_an_interrupted_tuning_on_other_threads_gives_the_same(twin_of, store, m
 
     def failing(self, part, *given):
         put(self, part, *given)
-        if part == 0:
+        if part == block:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "put", failing)
         with pytest.raises(KeyboardInterrupt):
             tuned_twin(folder, store, rows)
-    assert store.begun()[0] == 1
+    assert store.begun()[0] == block + 1
     assert tuned_twin(folder, store, rows)[1].digest == expected.digest
 
 
@@ -198,23 +202,41 @@ def test_places_are_where_the_map_takes_elements_from(twin_of, model_type, monke
                 assert np.array_equal(found, 2 * expected)
 
 
-def test_gradients_go_back_the_way_that_values_came(twin_of):
-    folder = twin_of("qwen3_moe", "bfloat16")
+@pytest.mark.parametrize("model_type", ["gpt_oss", "dbrx", "qwen3_moe", "phi3"])
+def test_slots_are_where_torch_takes_elements_from(twin_of, model_type):
+    """Values go from each matrix to the parameters that transformers' conversion makes of them."""
+    folder = twin_of(model_type, "bfloat16")
+    shapes = shapes_of(folder)
     with open_folder(folder).open() as reader:
-        weights = streamed(folder, reader).weights
-        groups = [g for g in weights.groups if g.converter and "layers.1." in g.names[0]]
-        assert len(groups) == 2
-        for group in groups:  # numbered against the order in which the conversion joins them
-            values = {name: weights.read(name) for name in reversed(group.names)}
-            numbers = weights.convert(group, _numbered(values))
-            back = _Group(group, values, numbers).gradients(weights.convert(group, values))
-            assert all(torch.equal(back[name], value) for name, value in values.items())
+        model = streamed(folder, reader)
+        slots = Slots(model.weights, shapes)
+        with model.loaded(1):
+            leaves = Leaves(model.weights, model.parameters(1))
+            for task in [t for t in tasks_of(folder) if ".layers.1." in t.module][:9]:
+                for index in {0, task.count - 1}:
+                    expected = matrix_rows(task, reader, index).astype(np.float32)
+                    found = np.zeros(expected.shape, np.float32)
+                    own = slots.of(places_of(task, index, shapes))
+                    for slot in own:
+                        slot.get(leaves[slot.leaf], found)
+                    assert np.array_equal(found, expected)
+                    for slot in own:
+                        slot.put(leaves[slot.leaf], 2 * expected)
+                        slot.get(leaves[slot.leaf], found)
+                    assert np.array_equal(found, 2 * expected)
 
 
-def test_blocks_that_cannot_run_again_are_refused(twin_of, store):
-    """Gemma 4's blocks share keys and values in a container that only they know how to copy."""
-    with pytest.raises(CalibrationError, match=r"hands its blocks a KVSharingDict.*-method gptq"):
-        tuned_twin(twin_of("gemma4_text", "bfloat16"), store, rows_of(1))
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_the_bound_on_gradients_does_not_change_codes(twin_of, model_type, tmp_path, monkeypatch):
+    """Nor do the cores that sequences are spread over."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, rows = twin_of(model_type, "bfloat16"), rows_of(3, 60)
+    found = {}
+    for name, most, cores in (("wide", 2 << 30, 1), ("narrow", 1 << 16, 1), ("cores", 2 << 30, 3)):
+        monkeypatch.setattr("quant.calibrate.tuning.GRADIENT_BYTES", most)
+        monkeypatch.setattr("quant.calibrate.tuning.cores", lambda cores=cores: cores)
+        found[name] = tuned_twin(folder, Store("codes", {"of": name}), rows, iterations=2)[1].digest
+    assert len(set(found.values())) == 1
 
 
 def test_plan_hash_follows_the_settings(twin_of, tinylm):

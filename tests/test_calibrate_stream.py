@@ -47,7 +47,7 @@ def whole(folder):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_numbers_are_those_of_the_whole_model(twin_of, model_type, monkeypatch):
     folder = twin_of(model_type, "bfloat16")
-    monkeypatch.setattr("quant.calibrate.stream.SPILL_BYTES", 0)
+    monkeypatch.setattr("quant.calibrate.passes.SPILL_BYTES", 0)
     with open_folder(folder).open() as reader:
         model = streamed(folder, reader)
         with model.run(rows_of()) as run:
@@ -79,7 +79,7 @@ def test_a_pass_is_taken_up_where_it_was(twin_of):
                 for index in range(first, len(model.blocks)):
                     if index == 2:
                         assert run.plain
-                        hidden = [state.clone() for state in run.inputs(2)]
+                        hidden = [{n: t.clone() for n, t in s.items()} for s in run.states(2)]
                     with model.loaded(index):
                         run.forward(index, keep=True)
                 results.append([out["logits"] for out in run.results()])
@@ -218,7 +218,7 @@ def test_an_interrupted_calibration_goes_on(twin_of, store, kind, monkeypatch):
         patch.setattr(Store, "put", failing)
         with pytest.raises(KeyboardInterrupt):
             gathered(folder, store, tasks, rows, kind)
-    assert store.finished() is None
+    assert store.finished(print) is None
     load = StreamedModel.loaded
     monkeypatch.setattr(
         StreamedModel, "loaded", lambda self, index: loaded.append(index) or load(self, index)

@@ -28,14 +28,12 @@ def needs_of(
     """From plans and the memory of a ``proof``; nothing where no plan is left.
 
     A reference lies on the disk for one output at a time, and the release itself once more where an
-    adapter is ``fused`` into it. Calibration runs the model, which takes what a proof takes.
+    adapter is ``fused`` into it.
     """
     if not plans:
         return {DISK: 0, MEMORY: 0, CONVERT: 0}
     reference = (1 + fused) * _REFERENCE_BYTES * max(plan.parameters for plan in plans)
     convert = max(memory_estimate(plan, workers) for plan in plans)
-    if any(plan.options.calibration is not None for plan in plans):
-        convert = max(convert, proof)
     return {
         DISK: source_bytes + sum(map(output_bytes, plans)) + reference,
         MEMORY: max(convert, proof),

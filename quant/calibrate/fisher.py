@@ -12,22 +12,25 @@ Blocks run one at a time, forwards and then backwards; their inputs wait in a te
 
 from __future__ import annotations
 
-import copy
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from quant.calibrate.assigned import Task, assigned
-from quant.calibrate.blocks import Blocks, load_model
-from quant.calibrate.files import Statistics, cache_file, load, save
-from quant.calibrate.stream import usable
-from quant.calibrate.text import Calibration, tokenized
+from arch_maps.ops import RowReader, Source, describe
+from quant.calibrate.calls import Call, first
+from quant.calibrate.links import Task
+from quant.calibrate.loading import Shapes
+from quant.calibrate.passes import Pass, temporary
+from quant.calibrate.store import Say, Statistics, Store
+from quant.calibrate.stream import StreamedModel
+from quant.calibrate.text import Calibration, model_rows, tokenized
+from quant.errors import CalibrationError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,55 +44,82 @@ LOOKED_UP: Final = "looked_up:"
 _SEED: Final = 0
 
 
-def fisher(blocks: Blocks, tasks: Sequence[Task]) -> dict[str, Array]:
-    """Row and column weights of each task's matrix, by its source tensor with a prefix.
+def fisher(
+    streamed: StreamedModel, tasks: Sequence[Task], rows: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Array]:
+    """Row and column weights of each task's matrix, by its module with a prefix.
 
     ``rows:`` (out,) and ``columns:`` (in,), so that half of the sum over rows and columns of
     rows * columns * d^2 estimates the KL of an error d. An embedding has them as
     ``looked_up:rows:`` (tokens,) and ``looked_up:columns:`` (size,); a tied one has both pairs.
+    Matrices that are no dense layer of the reference's, one for one, are left out. Raises
+    CalibrationError where none is.
     """
-    import torch
-
-    owners, head = assigned(blocks, [task for task in tasks if not _only_table(task, blocks)])
-    table = next((task for task in tasks if task.table), None)
-    blocks.start()
-    settings = [usable(given) for given in blocks._settings]
+    layers = _Layers(streamed, tasks)
+    count = len(streamed.blocks)
+    tokens = sum(int(row["input_ids"].numel()) for row in rows)
     found: dict[str, Array] = {}
-    count = len(blocks.blocks)
-    tokens = sum(row.shape[1] for row in blocks.ids)
-    with tempfile.TemporaryDirectory() as folder:
+    settings: list[list[Call]] = []
+    with temporary("fisher-") as folder, streamed.run(rows) as run:
         states = _States(Path(folder))
-        hidden = [usable(state) for state in blocks.hidden]
-        energy = sum(float(state.double().square().sum()) for state in hidden)
+        energy = sum(float(x.double().square().sum()) for x in run.inputs(0))
         for index in range(count):
-            states.save(index, hidden)
-            with _alone(blocks, index) as block, torch.no_grad():
-                hidden = [
-                    _first(block(x, *settings[index][0], **settings[index][1])) for x in hidden
-                ]
-        gradients = _tail(blocks, hidden, head, found, tokens)
+            states.save(index, run.inputs(index))
+            settings.append([run.call(index, row).settings() for row in range(run.count)])
+            with streamed.loaded(index):
+                run.forward(index, keep=True)
+        last = [run.handed(row) for row in range(run.count)]
+        streamed.release_rest()  # what was read in inference mode lets no gradient through
+        gradients = _tail(streamed, rows, last, layers.head, found, tokens)
+        shared: list[dict[str, Tensor]] = [{} for _ in rows]
         for index in reversed(range(count)):
-            with _alone(blocks, index) as block:
-                watch = _Watch(
-                    {
-                        owners[path].source: block.get_submodule(
-                            path.removeprefix(f"{blocks.path}.{index}.")
-                        )
-                        for path in blocks.linears(index)
-                        if path in owners
-                    }
-                )
-                for row in range(len(gradients)):
-                    x = states.load(index, row).requires_grad_()
-                    with torch.enable_grad():
-                        out = _first(block(x, *settings[index][0], **settings[index][1]))
-                    out.backward(gradients[row])
-                    assert x.grad is not None
-                    gradients[row] = x.grad
-                found.update(watch.close(tokens))
-    if table is not None:
-        found.update(_looked_up(blocks, table, gradients, energy))
+            with streamed.loaded(index):
+                watch = _Watch(layers.of_block(index))
+                for row in range(len(rows)):
+                    call = settings[index][row].with_hidden(states.load(index, row))
+                    gradients[row] = _back(streamed, index, call, gradients[row], shared[row])
+                found |= watch.close(tokens)
+    if layers.table is not None:
+        found |= _looked_up(streamed, layers.table, rows, gradients, energy)
     return found
+
+
+class _Layers:
+    """The dense layers that tasks stand for: those whose weight one tensor of the release is."""
+
+    def __init__(self, streamed: StreamedModel, tasks: Sequence[Task]) -> None:
+        from torch import nn
+
+        self._streamed = streamed
+        self.table = next((task for task in tasks if task.table), None)
+        by_source = {t.expr.name: t for t in tasks if isinstance(t.expr, Source)}
+        weights = streamed.weights
+        self._layers: dict[str, tuple[Task, Any]] = {}
+        for path, module in streamed.model.named_modules():
+            name = f"{path}.weight"
+            group = weights.group_of.get(weights.tied.get(name, name))
+            if group is None or group.converter is not None or not isinstance(module, nn.Linear):
+                continue
+            if (task := by_source.get(group.names[0])) is not None:
+                self._layers[path] = (task, module)
+        if not self._layers:
+            raise CalibrationError(
+                f"none of the {len(tasks)} matrices is a dense layer of "
+                f"{type(streamed.model).__name__}, so their formats cannot be chosen by "
+                "activations; leave --calibration-data out"
+            )
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """The output projection by its task's module, if it has one; the table's where tied."""
+        own = self._streamed.head
+        return {task.module: layer for task, layer in self._layers.values() if layer is own}
+
+    def of_block(self, index: int) -> dict[str, Any]:
+        """The dense layers of a block by their tasks' modules."""
+        prefix = f"{self._streamed.path}.{index}."
+        mine = (pair for path, pair in self._layers.items() if path.startswith(prefix))
+        return {task.module: layer for task, layer in mine}
 
 
 class _States:
@@ -98,7 +128,7 @@ class _States:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def save(self, index: int, hidden: Sequence[Tensor]) -> None:
+    def save(self, index: int, hidden: Iterator[Tensor]) -> None:
         for row, state in enumerate(hidden):
             np.save(self._folder / f"{index}-{row}.npy", state.numpy())
 
@@ -136,18 +166,37 @@ class _Watch:
         return {n: (s / tokens).numpy().astype(np.float32) for n, s in self._sums.items()}
 
 
-def _only_table(task: Task, blocks: Blocks) -> bool:
-    """Whether an embedding is looked up and nothing else: the head has a matrix of its own."""
-    if not task.table or blocks.head is None:
-        return task.table
-    tied: bool = blocks.head.weight is blocks.model.get_input_embeddings().weight
-    return not tied
+def _back(
+    streamed: StreamedModel, index: int, call: Call, gradient: Tensor, shared: dict[str, Tensor]
+) -> Tensor:
+    """The gradient at a block's inputs, from that at its outputs.
+
+    ``shared`` are gradients at what later blocks took from containers; what this block took is
+    added, and what it put there is taken away.
+    """
+    import torch
+
+    copied = call.copied()
+    copied.hidden.requires_grad_()
+    taken = {n: t.requires_grad_() for n, t in copied.shared().items() if t.is_floating_point()}
+    with torch.enable_grad():
+        out = first(streamed.compute(index, copied))
+    put = {n: t for n, t in copied.shared().items() if t is not taken.get(n)}
+    outs = [out, *(t for n, t in put.items() if n in shared)]
+    torch.autograd.backward(outs, [gradient, *(shared.pop(n) for n in put if n in shared)])
+    for name, tensor in taken.items():
+        if tensor.grad is not None:
+            shared[name] = shared[name] + tensor.grad if name in shared else tensor.grad
+    found: Tensor | None = copied.hidden.grad
+    assert found is not None, "outputs follow from inputs"
+    return found
 
 
 def _tail(
-    blocks: Blocks,
-    hidden: Sequence[Tensor],
-    head: Task | None,
+    streamed: StreamedModel,
+    rows: Sequence[Mapping[str, Tensor]],
+    last: Sequence[Tensor],
+    head: Mapping[str, Any],
     found: dict[str, Array],
     tokens: int,
 ) -> list[Tensor]:
@@ -155,24 +204,34 @@ def _tail(
     import torch
 
     generator = torch.Generator().manual_seed(_SEED)
-    named = {} if head is None or blocks.head is None else {head.source: blocks.head}
-    watch = _Watch(named)
-    gradients = []
-    for row, state in zip(blocks.ids, hidden, strict=True):
-        x = state.clone().requires_grad_()
-        with torch.enable_grad():
-            logits = blocks.logits(row, x)[0]
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            loss: Any = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
-            loss.backward()
-        assert x.grad is not None
-        gradients.append(x.grad)
-    found.update(watch.close(tokens))
-    return gradients
+    watch = _Watch(head)
+    inputs = [x.requires_grad_() for x in last]
+    with streamed.run(rows, gradients=True) as run:
+        _skip_blocks(run, len(streamed.blocks), inputs)
+        for output in run.results():
+            logits = output.logits[0].float()
+            with torch.enable_grad():
+                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+                loss: Any = torch.nn.functional.cross_entropy(logits, drawn[:, 0], reduction="sum")
+                loss.backward()
+            del output, logits, loss
+    streamed.release_rest()
+    found |= watch.close(tokens)
+    return [x.grad for x in inputs if x.grad is not None]
+
+
+def _skip_blocks(run: Pass, count: int, last: Sequence[Tensor]) -> None:
+    """Hand every row what its last block answered; blocks before that pass on what they get."""
+    for index in range(count):
+        run.answer(index, last if index == count - 1 else list(run.inputs(index)))
 
 
 def _looked_up(
-    blocks: Blocks, table: Task, gradients: Sequence[Tensor], energy: float
+    streamed: StreamedModel,
+    table: Task,
+    rows: Sequence[Mapping[str, Tensor]],
+    gradients: Sequence[Tensor],
+    energy: float,
 ) -> dict[str, Array]:
     """Weights of an embedding as it is looked up: how often each token comes, each column's square.
 
@@ -181,59 +240,64 @@ def _looked_up(
     """
     import torch
 
-    weight = blocks.model.get_input_embeddings().weight
-    ids = torch.cat([row.flatten() for row in blocks.ids])
-    counts = torch.bincount(ids, minlength=weight.shape[0]).double() + 1
+    with _embedding(streamed) as weight:
+        ids = torch.cat([row["input_ids"].flatten() for row in rows])
+        counts = torch.bincount(ids, minlength=weight.shape[0]).double() + 1
+        own = float(weight.detach()[ids].double().square().sum())
     columns = sum(g.double().square().sum((0, 1)) for g in gradients)
-    own = float(weight.detach()[ids].double().square().sum())
     assert isinstance(columns, torch.Tensor)
     columns = columns / len(ids) * (energy / own if own > 0 else 1.0)
-    rows = counts / counts.sum()
+    each = counts / counts.sum()
     return {
-        f"{LOOKED_UP}{ROWS}{table.source}": rows.numpy().astype(np.float32),
-        f"{LOOKED_UP}{COLUMNS}{table.source}": columns.numpy().astype(np.float32),
+        f"{LOOKED_UP}{ROWS}{table.module}": each.numpy().astype(np.float32),
+        f"{LOOKED_UP}{COLUMNS}{table.module}": columns.numpy().astype(np.float32),
     }
 
 
 @contextmanager
-def _alone(blocks: Blocks, index: int) -> Iterator[Any]:
-    """A float32 copy of one block, whose weights take no gradients."""
-    block = copy.deepcopy(blocks.blocks[index]).float().requires_grad_(False)
-    yield block
-    block.to("meta")
-
-
-def _first(out: Any) -> Any:
-    return out[0] if isinstance(out, tuple) else out
+def _embedding(streamed: StreamedModel) -> Iterator[Any]:
+    """The table that token numbers are looked up in."""
+    module = streamed.model.get_input_embeddings()
+    path = next(path for path, one in streamed.model.named_modules() if one is module)
+    streamed.weights.load([f"{path}.weight"])
+    try:
+        yield module.weight
+    finally:
+        streamed.release_rest()
 
 
 def sensitivities(
     folder: Path,
     tasks: Sequence[Task],
     *,
+    reader: RowReader,
+    shapes: Shapes,
     text: str,
     calibration: Calibration,
     source: Mapping[str, Any],
-    say: Callable[[str], None],
+    say: Say,
     trust_remote_code: bool = False,
 ) -> Statistics:
     """``fisher`` of the release in ``folder`` on the text, from the cache where it is known.
 
-    At most ``SEQUENCES`` of the calibration's sequences are used. One pass serves every target,
-    method and spec. Raises CalibrationError.
+    ``reader`` and ``shapes`` give its tensors. At most ``SEQUENCES`` of the calibration's sequences
+    are used. One pass serves every target, method and spec. Raises CalibrationError.
     """
     key = {
         "source": dict(source),
         "calibration": calibration.to_json(),
-        "tensors": sorted((task.source, task.table) for task in tasks),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "matrices": sorted((task.module, describe(task.expr), task.table) for task in tasks),
         "sequences": SEQUENCES,
     }
-    path = cache_file("fisher", key)
-    if (found := load(path)) is not None:
-        say(f"allocation: reusing {path}")
-        return found
-    fewer = replace(calibration, sequences=min(SEQUENCES, calibration.sequences))
-    sequences = tokenized(text, folder, fewer)
-    say(f"allocation: one backward pass over {len(sequences)} x {calibration.length} tokens")
-    model = load_model(folder, trust_remote_code=trust_remote_code)
-    return save(path, fisher(Blocks(model, sequences), tasks))
+    store = Store("fisher", key)
+
+    def made() -> Statistics:
+        fewer = replace(calibration, sequences=min(SEQUENCES, calibration.sequences))
+        rows = model_rows(tokenized(text, folder, fewer))
+        say(f"one backward pass over {len(rows)} x {calibration.length} tokens")
+        streamed = StreamedModel(folder, reader, shapes, trust_remote_code=trust_remote_code)
+        store.put(0, fisher(streamed, tasks, rows))
+        return store.finish(1)
+
+    return store.get(made, say)

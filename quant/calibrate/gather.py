@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from arch_maps.ops import sources
+from quant.calibrate.bounds import HESSIAN_BYTES
 from quant.calibrate.links import Links, Task, places_of, stored_rows
 from quant.calibrate.loading import Shapes
+from quant.calibrate.passes import Pass
 from quant.calibrate.products import Key, Moments, watching
 from quant.calibrate.store import Statistics, Store
-from quant.calibrate.stream import Pass, StreamedModel
+from quant.calibrate.stream import StreamedModel
 from quant.calibrate.text import CalibrationError
 from quant.calibrate.tuning import BlockCodes, BlockTuning
 from quant.tune import Tuning
@@ -28,8 +30,6 @@ LOOKED_UP: Final = 0.3
 """Share of equal column weights for a tied table: as an embedding, all its columns count alike."""
 FEW_TOKENS: Final = 32
 """An expert that saw fewer is judged by what all experts of its layer saw together."""
-HESSIAN_BYTES: Final = 1 << 30
-"""Whole moment matrices are collected in batches of this size, with a pass for each."""
 HESSIAN: Final = "hessian:"
 TOKENS: Final = "tokens:"
 TUNED: Final = "tuned:"
@@ -63,8 +63,8 @@ class Gathering:
         its whole matrix as ``hessian:<module>``. Goes on where an earlier call was interrupted.
         """
         streamed = self.streamed
-        first, hidden = store.begun()
-        with self._pass(first, hidden) as run:
+        first, states = store.begun()
+        with self._pass(first, states) as run:
             for index in range(first, len(streamed.blocks)):
                 found = Moments(width=width)
                 with streamed.loaded(index):
@@ -90,11 +90,11 @@ class Gathering:
         count = len(streamed.blocks)
         head = self._head
         table: dict[str, Array] = {}
-        first, hidden = store.begun()
+        first, states = store.begun()
         with ExitStack() as stack:
             exact = None
             if tuning is not None:  # before the table is replaced
-                exact = stack.enter_context(self._pass(first, hidden[len(self.rows) :]))
+                exact = stack.enter_context(self._pass(first, states[len(self.rows) :]))
             if head is not None and head.table:
                 assert moments is not None, "a tied table is quantized by its moments"
                 matrix = moments[HESSIAN + head.module].astype(np.float64)
@@ -102,19 +102,19 @@ class Gathering:
                 table = {f"{head.module}.{role}": part for role, part in found.items()}
                 streamed.weights.replaced = changed
                 streamed.release_rest()  # the table may be there from an earlier pass
-            run = stack.enter_context(self._pass(first, hidden[: len(self.rows)]))
+            run = stack.enter_context(self._pass(first, states[: len(self.rows)]))
             for index in range(first, count):
                 with streamed.loaded(index):
                     if exact is not None:
                         exact.forward(index, keep=True)
-                    block = self._block_codes(run, index)
+                    block, changed = self._block_codes(run, index)
+                    streamed.weights.load(streamed.parameters(index), changed)
+                    del changed  # as wide as the block
                     if exact is not None and tuning is not None:
                         work = BlockTuning(streamed, index, run, exact)
                         losses = work.tune(block, self.reader, self.shapes, tuning)
                         if losses is not None:
                             block.losses[f"{TUNED}{streamed.path}.{index}"] = losses
-                    names = streamed.parameters(index)
-                    streamed.weights.load(names, block.changed)
                     run.forward(index, keep=True)
                 runs = [run] if exact is None else [run, exact]
                 self._put(store, index, block.arrays(TOKENS), *runs)
@@ -127,17 +127,17 @@ class Gathering:
         return store.finish(count + 1)
 
     @contextmanager
-    def _pass(self, first: int, hidden: Sequence[Tensor]) -> Iterator[Pass]:
-        """A pass over all rows, at block ``first`` where an earlier one had ``hidden``."""
+    def _pass(self, first: int, states: Sequence[Mapping[str, Tensor]]) -> Iterator[Pass]:
+        """A pass over all rows, at block ``first`` where an earlier one had ``states``."""
         with self.streamed.run(self.rows, until_head=self.streamed.head is not None) as run:
             if first:
-                run.resume(first, hidden)
+                run.resume(first, states)
             yield run
 
     def _put(self, store: Store, index: int, arrays: Mapping[str, Array], *runs: Pass) -> None:
         more = index + 1 < len(self.streamed.blocks)
-        hidden = (state for run in runs for state in run.inputs(index + 1))
-        store.put(index, arrays, hidden if more and all(run.plain for run in runs) else None)
+        states = (state for run in runs for state in run.states(index + 1))
+        store.put(index, arrays, states if more and all(run.plain for run in runs) else None)
 
     def _parameters(self, index: int) -> dict[str, Any]:
         model = self.streamed.model
@@ -171,8 +171,8 @@ class Gathering:
                 arrays[TOKENS + task.module] = np.array(tokens, np.int64)
         return arrays
 
-    def _block_codes(self, run: Pass, index: int) -> BlockCodes:
-        """GPTQ's codes of a block's tasks."""
+    def _block_codes(self, run: Pass, index: int) -> tuple[BlockCodes, dict[str, Tensor]]:
+        """GPTQ's codes of a block's tasks, and the release's tensors as they stand for."""
         seen = Moments(width=16)
         parameters = self._parameters(index)
         alone = all(p.ndim < 3 for p in parameters.values())
@@ -204,10 +204,9 @@ class Gathering:
                 changed |= now
                 for i, one in zip(mine, made, strict=True):
                     parts[task.module][i] = one
-        return BlockCodes(
+        codes = BlockCodes(
             tasks=[task for task, _ in served],
             parts=parts,
-            changed=changed,
             tokens={t.module: [seen.tokens.get(key, 0) for key in feeds] for t, feeds in served},
             fixed=frozenset(
                 (module, i)
@@ -216,6 +215,7 @@ class Gathering:
                 if key[1] == -1
             ),
         )
+        return codes, changed
 
     def _quantized(
         self,

@@ -248,6 +248,11 @@ class Weights:
             held = torch.nn.Parameter(self.rounded(held), requires_grad=False)
         self.put(parameter, held)
 
+    def value(self, parameter: str) -> Tensor:
+        """A parameter as it is held now."""
+        found: Tensor = self._model.get_parameter_or_buffer(parameter)
+        return found
+
     def put(self, parameter: str, held: Tensor) -> None:
         """Let a parameter, and those tied to it, be this very tensor."""
         for name in (parameter, *(n for n, source in self.tied.items() if source == parameter)):

@@ -14,16 +14,15 @@ from arch_maps.ops import RowReader, describe
 from quant.calibrate.gather import FEW_TOKENS, TOKENS, TUNED, Gathering
 from quant.calibrate.links import Task
 from quant.calibrate.loading import Shapes
-from quant.calibrate.store import Statistics, Store
+from quant.calibrate.store import Say, Statistics, Store
 from quant.calibrate.text import Calibration, model_rows, tokenized
 from quant.recipe import CODED
 from quant.tune import Tuning
 
-Say = Callable[[str], None]
 _WIDTH: Final = 64
 """Columns of a block of moments, where no group is wider."""
 _VERSIONS: Final = ("torch", "transformers")
-CODES_REVISION: Final = 2
+CODES_REVISION: Final = 3
 """Raised when "gptq" or "autoround" gives other codes: theirs on disk are then not taken."""
 
 
@@ -73,28 +72,34 @@ def calibrate(
     if tuning is not None:
         settings["tuning"] = tuning.to_json()
     store = moments_store if coded is None else Store(coded, key | settings)
-    if (found := store.finished()) is not None:
-        say(f"calibration: reusing {store.folder}")
+
+    def tell(line: str) -> None:
+        say(f"calibration: {line}")
+
+    def made() -> Statistics:
+        from quant.calibrate.stream import StreamedModel
+
+        rows = [*model_rows(tokenized(text, folder, calibration)), *more()]
+        streamed = StreamedModel(folder, reader, shapes, trust_remote_code=trust_remote_code)
+        gathering = Gathering(streamed, tasks, rows, reader, shapes)
+
+        def moments() -> Statistics:
+            tell(f"activations of {len(rows)} sequences")
+            return gathering.moments(moments_store, width=width)
+
+        if coded is None:
+            found = moments()
+        else:
+            seen = None
+            if any(task.table for task in tasks):
+                seen = moments_store.get(moments, tell)
+            tell(f"{coded} of {len(tasks)} matrices, block by block")
+            found = gathering.codes(store, seen, tuning)
+        for line in coverage(tasks, found):
+            tell(line)
         return found
 
-    from quant.calibrate.stream import StreamedModel
-
-    rows = [*model_rows(tokenized(text, folder, calibration)), *more()]
-    streamed = StreamedModel(folder, reader, shapes, trust_remote_code=trust_remote_code)
-    gathering = Gathering(streamed, tasks, rows, reader, shapes)
-    moments = moments_store.finished()
-    if moments is None and (coded is None or any(task.table for task in tasks)):
-        say(f"calibration: activations of {len(rows)} sequences")
-        moments = gathering.moments(moments_store, width=width)
-    if coded is not None:
-        say(f"calibration: {coded} of {len(tasks)} matrices, block by block")
-        found = gathering.codes(store, moments, tuning)
-    else:
-        assert moments is not None, "they were just made"
-        found = moments
-    for line in coverage(tasks, found):
-        say(f"calibration: {line}")
-    return found
+    return store.get(made, tell)
 
 
 def coverage(tasks: Sequence[Task], found: Statistics) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +20,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Array = npt.NDArray[Any]
-_FORMAT = 2
+Say = Callable[[str], None]
+_FORMAT = 3
 _DONE = "done.json"
-_HIDDEN = "hidden.safetensors"
+_BEGUN = "begun.json"
+_STATES = "states.safetensors"
 
 
 class Statistics:
@@ -64,76 +69,168 @@ def cache_folder() -> Path:
 
 
 class Store:
-    """Statistics in the making: block after block, each whole or not at all."""
+    """Statistics in the making: block after block, each whole or not at all.
+
+    Whatever is written raises OSError where it cannot be.
+    """
 
     def __init__(self, kind: str, key: Mapping[str, Any]) -> None:
         """The folder for statistics of a ``kind`` that follow from ``key``."""
         text = json.dumps({"format": _FORMAT, "kind": kind, **key}, sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
         self.folder = cache_folder() / f"{name}.{kind}"
+        self._digests: dict[int, str] = {}
 
-    def finished(self) -> Statistics | None:
-        """The statistics, or None where they are not all there."""
-        path = self.folder / _DONE
-        if not path.is_file():
+    def get(self, make: Callable[[], Statistics], say: Say) -> Statistics:
+        """The statistics, which ``make`` makes where they are not there; one process at a time."""
+        found = self.finished(say)
+        if found is None:
+            with self.held(say):
+                found = self.finished(say)  # another process may just have made them
+                if found is None:
+                    return make()
+        say(f"reusing {self.folder}")
+        return found
+
+    @contextmanager
+    def held(self, say: Say) -> Iterator[None]:
+        """Nobody else makes these statistics meanwhile; waits, and says so, for whoever does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as file:  # stays, so that all lock the same
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for another process, which makes {self.folder}")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def finished(self, say: Say) -> Statistics | None:
+        """The statistics, or None where they are not all there; damaged ones are told of."""
+        if not (self.folder / _DONE).exists():
             return None
-        found = json.loads(path.read_text())
-        return Statistics(self.folder, found["index"], found["digest"])
+        try:
+            found = json.loads((self.folder / _DONE).read_text(encoding="utf-8"))
+            parts = [_sha256(self.folder / _part(part)) for part in range(found["parts"])]
+            if _together(parts) == found["digest"]:
+                return Statistics(self.folder, found["index"], found["digest"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        say(f"{self.folder} is damaged and made again")
+        return None
 
-    def begun(self) -> tuple[int, list[Tensor]]:
-        """The next part to make and the hidden states to begin it with; (0, []) at the start."""
-        from safetensors import safe_open
+    def begun(self) -> tuple[int, list[dict[str, Tensor]]]:
+        """The next part to make and the states to begin it with; (0, []) at the start.
 
-        path = self.folder / _HIDDEN
-        if not path.is_file():
+        Parts that are not as they were written are made again, and with them all after them.
+        """
+        from safetensors.torch import load_file
+
+        try:
+            begun = json.loads((self.folder / _BEGUN).read_text(encoding="utf-8"))
+            parts = [_sha256(self.folder / _part(part)) for part in range(len(begun["parts"]))]
+            if parts != begun["parts"] or _sha256(self.folder / _STATES) != begun["states"]:
+                return 0, []
+            states: list[dict[str, Tensor]] = [{} for _ in range(begun["rows"])]
+        except (OSError, ValueError, KeyError, TypeError):
             return 0, []
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            hidden = [file.get_tensor(str(i)) for i in range(int(metadata["rows"]))]
-        return int(metadata["next"]), hidden
+        self._digests = dict(enumerate(parts))
+        for label, tensor in load_file(self.folder / _STATES).items():
+            row, _, name = label.partition(":")
+            states[int(row)][name] = tensor
+        return len(parts), states
 
     def put(
-        self, part: int, arrays: Mapping[str, Array], hidden: Iterable[Tensor] | None = None
+        self,
+        part: int,
+        arrays: Mapping[str, Array],
+        states: Iterable[Mapping[str, Tensor]] | None = None,
     ) -> None:
-        """Keep a part; ``hidden`` are the states to go on with, if the pass can be taken up."""
+        """Keep a part; ``states`` are what rows go on with, if the pass can be taken up."""
         from safetensors.numpy import save_file
         from safetensors.torch import save_file as save_tensors
 
         self.folder.mkdir(parents=True, exist_ok=True)
         held = {n: np.ascontiguousarray(a) for n, a in sorted(arrays.items())}
         self._replace(_part(part), lambda path: save_file(held, path))
-        if hidden is not None:
-            states = {str(i): state.contiguous() for i, state in enumerate(hidden)}
-            metadata = {"next": str(part + 1), "rows": str(len(states))}
-            self._replace(_HIDDEN, lambda path: save_tensors(states, path, metadata))
+        self._digests[part] = _sha256(self.folder / _part(part))
+        if states is None:
+            return
+        rows = list(states)
+        tensors: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for row, state in enumerate(rows):
+            for name, tensor in state.items():
+                value = tensor.contiguous()
+                if (start := value.untyped_storage().data_ptr()) in seen:  # keys that are values
+                    value = value.clone()
+                seen.add(start)
+                tensors[f"{row:05d}:{name}"] = value
+        self._replace(_STATES, lambda path: save_tensors(tensors, path))
+        begun = {
+            "parts": [self._digest(number) for number in range(part + 1)],
+            "states": _sha256(self.folder / _STATES),
+            "rows": len(rows),
+        }
+        self._write(_BEGUN, begun)
 
     def finish(self, parts: int) -> Statistics:
         """All parts are there: give the statistics."""
         from safetensors import safe_open
 
         index: dict[str, str] = {}
-        digest = hashlib.sha256()
         for part in range(parts):
-            path = self.folder / _part(part)
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-            with safe_open(path, framework="numpy") as tensors:
-                index.update(dict.fromkeys(tensors.keys(), path.name))
-        text = json.dumps({"index": index, "digest": digest.hexdigest()})
-        self._replace(_DONE, lambda path: path.write_text(text))
-        (self.folder / _HIDDEN).unlink(missing_ok=True)
-        found = self.finished()
-        assert found is not None
-        return found
+            with safe_open(self.folder / _part(part), framework="numpy") as tensors:
+                index.update(dict.fromkeys(tensors.keys(), _part(part)))
+        digest = _together(self._digest(part) for part in range(parts))
+        self._write(_DONE, {"index": index, "digest": digest, "parts": parts})
+        for name in (_BEGUN, _STATES):
+            (self.folder / name).unlink(missing_ok=True)
+        return Statistics(self.folder, index, digest)
 
-    def clear(self) -> None:
-        """Forget what was begun."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def _digest(self, part: int) -> str:
+        if part not in self._digests:
+            self._digests[part] = _sha256(self.folder / _part(part))
+        return self._digests[part]
+
+    def _write(self, name: str, data: Mapping[str, Any]) -> None:
+        text = json.dumps(data)
+        self._replace(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _replace(self, name: str, write: Callable[[Path], Any]) -> None:
-        unfinished = self.folder / f".{name}.{os.getpid()}"
-        write(unfinished)
-        os.replace(unfinished, self.folder / name)
+        """Write a file of the folder whole or not at all."""
+        unfinished = self.folder / f".{name}"
+        try:
+            with _system_errors(unfinished):
+                write(unfinished)
+            os.replace(unfinished, self.folder / name)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """safetensors tells what the system refused in words alone."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _together(digests: Iterable[str]) -> str:
+    whole = hashlib.sha256()
+    for digest in digests:
+        whole.update(bytes.fromhex(digest))
+    return whole.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _part(number: int) -> str:

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from arch_maps.ops import RowReader
-from quant.calibrate.links import Place, Task, places_of, stored_rows
+from quant.calibrate.bounds import GRADIENT_BYTES
+from quant.calibrate.calls import first
+from quant.calibrate.leaves import Leaves
+from quant.calibrate.links import Task, places_of, stored_rows
 from quant.calibrate.loading import Shapes
-from quant.calibrate.stream import Pass, StreamedModel
+from quant.calibrate.passes import Pass
+from quant.calibrate.slots import Leaf, Slot, Slots
+from quant.calibrate.stream import StreamedModel
 from quant.errors import CalibrationError
+from quant.gptq import values_of
 from quant.tune import TunedMatrix, Tuning
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
 class BlockCodes:
-    """What the matrices of a block are stored as, and the release's tensors as those stand for."""
+    """What the matrices of a block are stored as."""
 
     tasks: Sequence[Task]
     parts: dict[str, list[dict[str, Array]]]
     """By module, the stored tensors of each matrix."""
-    changed: dict[str, Tensor]
     tokens: dict[str, list[int]]
     """By module, how many tokens each matrix of a stack saw."""
     fixed: frozenset[tuple[str, int]]
@@ -48,48 +57,34 @@ class BlockCodes:
         return found
 
 
+_THREADS: Final = 8
+"""Sequences at a time, at most."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Piece:
     """A matrix in the course of tuning, and where its elements are."""
 
-    module: str
+    task: Task
     index: int
-    shape: tuple[int, int]
-    places: list[Place]
+    slots: list[Slot]
     matrix: TunedMatrix
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.task.expr.shape[-2:]
+        return int(rows), int(columns)
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Tensors that become parameters together: their values, and where each element ends up.
-
-    transformers' conversion lets no gradients pass, so they go the way of the elements' numbers.
-    """
-
-    group: Any
-    values: Mapping[str, Tensor]
-    numbers: Mapping[str, Tensor]
-    """By parameter; none where the tensor is the parameter."""
-
-    def gradients(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of the tensors, from those of the parameters; some may be left out."""
-        import torch
-
-        if not self.numbers:
-            (name,) = self.group.names
-            return dict.fromkeys((name,), *parameters.values()) if parameters else {}
-        sizes = [value.numel() for value in self.values.values()]
-        flat = torch.zeros(sum(sizes))
-        for name, gradient in parameters.items():
-            flat[self.numbers[name].reshape(-1)] = gradient.reshape(-1)
-        each = zip(self.values.items(), torch.split(flat, sizes), strict=True)
-        return {name: own.view(value.shape) for (name, value), own in each}
+    @property
+    def leaves(self) -> frozenset[Leaf]:
+        return frozenset(slot.leaf for slot in self.slots)
 
 
 class BlockTuning:
     """Block ``index`` of a release between two passes: the quantized one and the exact one.
 
-    The exact pass was handed the block's answers already. The block must be loaded.
+    The exact pass was handed the block's answers already. The block must be loaded as quantized;
+    its parameters are changed where they lie.
     """
 
     def __init__(self, streamed: StreamedModel, index: int, run: Pass, exact: Pass) -> None:
@@ -98,6 +93,7 @@ class BlockTuning:
         self._index = index
         self._run = run
         self._exact = exact
+        self._leaves = Leaves(streamed.weights, streamed.parameters(index))
 
     def tune(
         self, codes: BlockCodes, reader: RowReader, shapes: Shapes, tuning: Tuning
@@ -108,122 +104,156 @@ class BlockTuning:
         over the sum of their squares. Raises CalibrationError for a block that cannot run again and
         again, or lets no gradient through.
         """
-        tensors = {name: value.clone() for name, value in codes.changed.items()}
-        pieces = [
-            _Piece(
-                module=task.module,
-                index=index,
-                shape=(int(task.expr.shape[-2]), int(task.expr.shape[-1])),
-                places=places_of(task, index, shapes),
-                matrix=TunedMatrix(
-                    stored_rows(task, reader, index), codes.parts[task.module][index], task.spec
-                ),
-            )
+        pieces = self._pieces(codes, reader, shapes)
+        if not pieces:
+            return None
+        parts = list(_parts(pieces, self._leaves))
+        before = self._loss()
+        for number in range(tuning.iterations):
+            rows, any_at_all = tuning.batch(number, self._run.count), False
+            for part in parts:  # all at the same point, so that it does not matter how many
+                gradients = self._gradients(part, rows)
+                any_at_all = any_at_all or bool(gradients)
+                for piece in part:
+                    piece.matrix.step(_collected(piece, gradients), tuning, number)
+            if not any_at_all:
+                raise self._refusal("")
+            for piece in pieces:
+                values = np.empty(piece.shape, np.float32)
+                piece.matrix.values(values)
+                self._write(piece, values)
+        after = self._loss()
+        better = after < before
+        for piece in pieces:
+            own = codes.parts[piece.task.module]
+            if better:
+                own[piece.index] = piece.matrix.parts()
+            else:
+                self._write(piece, values_of(own[piece.index], piece.task.spec))
+        return before, after if better else before
+
+    def _pieces(self, codes: BlockCodes, reader: RowReader, shapes: Shapes) -> list[_Piece]:
+        """The matrices to tune, in the order of their leaves."""
+        slots = Slots(self._streamed.weights, shapes)
+        located = [
+            (task, index, slots.of(places_of(task, index, shapes)))
             for task in codes.tasks
             for index in range(task.count)
             if (task.module, index) not in codes.fixed
         ]
-        if not pieces:
-            return None
-        groups = self._groups(tensors)
-        before = self._loss(tensors)
-        for number in range(tuning.iterations):
-            rows = tuning.batch(number, self._run.count)
-            gradients = self._descend(groups, rows)
-            for piece in pieces:
-                _step(piece, tensors, gradients, tuning, number)
-        after = self._loss(tensors)
-        if not after < before:
-            return before, before
-        for piece in pieces:
-            codes.parts[piece.module][piece.index] = piece.matrix.parts()
-        codes.changed.update(tensors)
-        return before, after
+        del slots
+        return [
+            _Piece(
+                task=task,
+                index=index,
+                slots=own,
+                matrix=TunedMatrix(
+                    stored_rows(task, reader, index), codes.parts[task.module][index], task.spec
+                ),
+            )
+            for task, index, own in located
+        ]
 
-    def _groups(self, tensors: Mapping[str, Tensor]) -> list[_Group]:
-        """What makes parameters of the tensors that change."""
-        weights = self._streamed.weights
-        found: dict[int, _Group] = {}
-        for name in self._streamed.parameters(self._index):
-            group = weights.group_of.get(weights.tied.get(name, name))
-            if group is None or id(group) in found or tensors.keys().isdisjoint(group.names):
-                continue
-            values = {n: tensors[n] if n in tensors else weights.read(n) for n in group.names}
-            numbers = {}
-            if group.converter is not None:
-                numbers = weights.convert(group, _numbered(values))
-            found[id(group)] = _Group(group, values, numbers)
-        return list(found.values())
+    def _write(self, piece: _Piece, values: Array) -> None:
+        for slot in piece.slots:
+            slot.put(self._leaves[slot.leaf], values)
 
-    def _loss(self, tensors: Mapping[str, Tensor]) -> float:
+    def _loss(self) -> float:
         import torch
 
-        self._streamed.weights.load(self._streamed.parameters(self._index), tensors)
-        error = energy = 0.0
-        with torch.no_grad():
-            for row in range(self._run.count):
+        def one(row: int) -> tuple[float, float]:
+            with torch.no_grad():
                 target = self._exact.handed(row)
-                error += float((self._answer(row) - target).square().sum(dtype=torch.float64))
-                energy += float(target.square().sum(dtype=torch.float64))
+                error = (self._answer(row) - target).square().sum(dtype=torch.float64)
+                return float(error), float(target.square().sum(dtype=torch.float64))
+
+        error = energy = 0.0
+        for own, norm in self._each_row(one, range(self._run.count), _THREADS):
+            error += own
+            energy += norm
         return error / (energy or 1.0)
 
-    def _descend(self, groups: Sequence[_Group], rows: Sequence[int]) -> dict[str, Tensor]:
-        """The gradient of the error on some rows, by the release's tensors."""
+    def _gradients(self, part: Sequence[_Piece], rows: Sequence[int]) -> dict[Leaf, Tensor]:
+        """The gradient of the error on some rows, by leaf; none of experts without a token."""
         import torch
 
-        held: list[dict[str, Any]] = []
-        for group in groups:
-            made = self._streamed.weights.convert(group.group, group.values)
-            held.append({n: torch.nn.Parameter(value.contiguous()) for n, value in made.items()})
-            for name, parameter in held[-1].items():
-                self._streamed.weights.put(name, parameter)
-        with torch.enable_grad():
-            for row in rows:
+        wanted = sorted({leaf for piece in part for leaf in piece.leaves}, key=str)
+        size = 4 * sum(self._leaves[leaf].numel() for leaf in wanted)
+
+        def one(row: int) -> dict[Leaf, Tensor]:
+            with torch.enable_grad():
                 loss: Any = (self._answer(row) - self._exact.handed(row)).square().sum()
+                if not loss.requires_grad:  # no token of this row came to these experts
+                    return {}
                 try:
-                    loss.backward()
+                    return self._leaves.gradients(loss, wanted)
                 except RuntimeError as error:
-                    raise CalibrationError(
-                        f"block {self._index} lets no gradient through, which autoround needs "
-                        f"({error}); use --q-method gptq"
-                    ) from error
-        found: dict[str, Tensor] = {}
-        for group, parameters in zip(groups, held, strict=True):
-            # Experts that no token was sent to have none.
-            own = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-            found |= group.gradients(own)
+                    raise self._refusal(f" ({error})") from error
+
+        found: dict[Leaf, Tensor] = {}
+        with self._leaves.differentiable(wanted):
+            at_once = max(1, GRADIENT_BYTES // max(1, size))
+            for own in self._each_row(one, rows, min(_THREADS, at_once)):
+                for leaf, gradient in own.items():
+                    found[leaf] = found[leaf] + gradient if leaf in found else gradient
         return found
+
+    def _refusal(self, why: str) -> CalibrationError:
+        return CalibrationError(
+            f"block {self._index} lets no gradient through, which autoround needs{why}; use "
+            "--q-method gptq"
+        )
+
+    def _each_row(self, one: Callable[[int], T], rows: Sequence[int], most: int) -> Iterator[T]:
+        """``one`` of each row, in their order: on as many cores, each of them a thread of torch's.
+
+        A row's sums are the same on any thread, and rows are added up in order.
+        """
+        workers = min(most, len(rows), cores())
+        if workers == 1:
+            yield from map(one, rows)
+            return
+        with ThreadPoolExecutor(workers) as pool:
+            waiting: deque[Future[T]] = deque()
+            for row in rows:
+                waiting.append(pool.submit(one, row))
+                if len(waiting) == workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
     def _answer(self, row: int) -> Tensor:
-        out = self._streamed.compute(self._index, *self._run.call(self._index, row))
-        found: Tensor = out[0] if isinstance(out, tuple) else out
+        call = self._run.copied(self._index, row)
+        found: Tensor = first(self._streamed.compute(self._index, call))
         return found
 
 
-def _step(
-    piece: _Piece,
-    tensors: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    tuning: Tuning,
-    number: int,
-) -> None:
-    """Move a matrix against the gradients, and put its new values into the tensors."""
-    values = np.zeros(piece.shape, np.float32)
-    for place in piece.places:
-        if place.name in gradients:
-            place.get(gradients[place.name], values)
-    piece.matrix.step(values, tuning, number)
-    piece.matrix.values(values)
-    for place in piece.places:
-        place.put(tensors[place.name], values)
+def cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def _numbered(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Numbers of all elements, tensor after tensor, in place of their values."""
-    import torch
+def _parts(pieces: Sequence[_Piece], leaves: Leaves) -> Iterator[list[_Piece]]:
+    """Matrices in lots whose leaves' gradients stay within ``GRADIENT_BYTES``, or one each."""
+    part: list[_Piece] = []
+    held: set[Leaf] = set()
+    for piece in pieces:
+        both = held | piece.leaves
+        if part and 4 * sum(leaves[leaf].numel() for leaf in both) > GRADIENT_BYTES:
+            yield part
+            part, both = [], set(piece.leaves)
+        part.append(piece)
+        held = both
+    if part:
+        yield part
 
-    total = sum(value.numel() for value in values.values())
-    kind = torch.int32 if total < 1 << 31 else torch.int64
-    sizes = [value.numel() for value in values.values()]
-    each = torch.split(torch.arange(total, dtype=kind), sizes)
-    return {n: own.view(value.shape) for (n, value), own in zip(values.items(), each, strict=True)}
+
+def _collected(piece: _Piece, gradients: Mapping[Leaf, Tensor]) -> Array:
+    """The gradient of a matrix's elements, 0 where there is none."""
+    found = np.zeros(piece.shape, np.float32)
+    for slot in piece.slots:
+        if slot.leaf in gradients:
+            slot.get(gradients[slot.leaf], found)
+    return found
