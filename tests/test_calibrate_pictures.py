@@ -81,7 +81,7 @@ def test_a_file_that_is_no_picture_is_named(twin_of, data, content):
         picture_rows(twin_of("qwen3_vl", "bfloat16"), pictures_in(data))
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "gemma3", "minicpmv4_6"])
 def test_moments_are_of_text_and_pictures(twin_of, data, tmp_path, monkeypatch, model_type):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     kept = SimpleNamespace(statistics=None)

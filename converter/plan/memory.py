@@ -46,6 +46,9 @@ def calibration_bytes(plan: Plan) -> int:
     inner = [blocks[name] for name in {_block(out) for out in served} - {""}]
     method = options.quant.method
     needed = [6 * table, *(_gathering(method, block, options.calibration) for block in inner)]
+    if options.calibration.pictures:  # their towers are read whole before the first block
+        towers = sum(out.elements for out in plan.outputs if out.rule.part != "text")
+        needed.append(6 * table + _FLOAT * towers)
     if method in CODED:
         needed.append(14 * table)  # quantized a few rows at a time, but held in float32
     if options.targeted:

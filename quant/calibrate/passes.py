@@ -31,6 +31,9 @@ class Streamed(Protocol):
     def compute(self, index: int, call: Call) -> Any:
         """What block ``index`` answers."""
 
+    def load_rest(self) -> None:
+        """Read the weights outside the blocks."""
+
     def release_rest(self) -> None:
         """Give up the weights outside the blocks."""
 
@@ -68,6 +71,8 @@ class Pass:
         if self._head is not None:  # before its weights are read, which nobody needs then
             ending = self._head.register_forward_pre_hook(end_here, prepend=True)
             self._ending.callback(ending.remove)
+        if any(row.seeing for row in self._rows):
+            self._streamed.load_rest()
         try:
             for row in self._rows:
                 self._ending.callback(row.end)

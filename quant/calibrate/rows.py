@@ -43,6 +43,8 @@ class Row(threading.Thread):
         self.result: Any = None
         self.plain = True
         """Whether blocks were handed only what a pass can be taken up with."""
+        self.seeing = any(name.startswith(("pixel", "image", "video")) for name in inputs)
+        """Whether there are pictures in the sequence."""
 
     def run(self) -> None:
         """The model's forward pass."""

@@ -60,6 +60,10 @@ class StreamedModel:
         """Names of the parameters of block ``index``."""
         return self._names[index]
 
+    def held(self, index: int) -> dict[str, Any]:
+        """The parameters of block ``index`` as they are now, by name."""
+        return {name: self.weights.value(name) for name in self._names[index]}
+
     @contextmanager
     def loaded(self, index: int) -> Iterator[Any]:
         """Block ``index`` with its weights, which are gone afterwards."""
@@ -104,6 +108,21 @@ class StreamedModel:
     def release_rest(self) -> None:
         """Give up the weights outside the blocks; they come back when they are needed."""
         self.weights.release([n for n in self.weights.names if n not in self._inside])
+
+    def load_rest(self) -> None:
+        """Read the weights outside the blocks now, but for the output projection's.
+
+        Picture towers ask parameters of modules inside them where they are, before those run.
+        """
+        later = {f"{path}.{leaf}" for path in self._later() for leaf in ("weight", "bias")}
+        outside = self.weights.names - self._inside - later
+        tied = self.weights.tied
+        self.weights.load(n for n in outside if tied.get(n, n) in self.weights.group_of)
+
+    def _later(self) -> Iterator[str]:
+        for path, module in self.model.named_modules():
+            if module is self.head or path in self._apart:
+                yield path
 
     def _load_on_demand(self) -> None:
         outside: dict[str, list[str]] = {}
