@@ -12,7 +12,6 @@ import numpy as np
 
 from arch_maps.rules import Kind
 from converter.errors import PlanError, UsageError
-from converter.execute.folder import explain
 from converter.plan.model import Output, Plan
 from converter.release import Release
 from converter.source import open_folder
@@ -87,6 +86,7 @@ def statistics_of(
     tasks = [] if calibration is None else _tasks(plan.outputs)
     if calibration is None or not tasks:
         return None
+    from converter.execute.folder import explain  # execute itself takes what is calibrated
     from converter.plain import plain_release  # which executes a plan itself
     from quant.calibrate.pictures import pictures_in
     from quant.calibrate.run import calibrate

@@ -17,7 +17,8 @@ from converter.plan import Options
 from converter.source import open_folder
 from converter.ui import Console
 from quant.allocate import candidates
-from quant.calibrate.gather import FEW_TOKENS, TOKENS, TUNED, Gathering
+from quant.calibrate.coding import FEW_TOKENS, TOKENS
+from quant.calibrate.gather import TUNED, Gathering
 from quant.calibrate.leaves import Leaves
 from quant.calibrate.links import matrix_rows, places_of
 from quant.calibrate.slots import Slots

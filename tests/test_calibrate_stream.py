@@ -12,7 +12,8 @@ import transformers
 from converter.pipeline import Request, plan_request
 from converter.plan import Options
 from converter.source import open_folder
-from quant.calibrate.gather import FEW_TOKENS, TOKENS, Gathering
+from quant.calibrate.coding import FEW_TOKENS, TOKENS
+from quant.calibrate.gather import Gathering
 from quant.calibrate.links import Task
 from quant.calibrate.products import Moments, watching
 from quant.calibrate.store import Store
@@ -197,7 +198,7 @@ def test_gptq_of_stacked_experts_goes_on_from_quantized_blocks(twin_of, store):
         packed = found[f"{task.module}.weight"]
         assert packed.shape == (*shape[:-1], shape[-1] * 4 // 32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quant.calibrate.gather.HESSIAN_BYTES", 1)  # a pass for each matrix
+        patch.setattr("quant.calibrate.coding.HESSIAN_BYTES", 1)  # a pass for each matrix
         again = gathered(folder, Store("gptq", {"of": "more"}), tasks, rows_of(3, 40), "gptq")
     assert again.digest == found.digest
 

@@ -10,15 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from arch_maps.ops import sources
-from quant.calibrate.bounds import HESSIAN_BYTES
-from quant.calibrate.links import Links, Task, places_of, stored_rows
+from quant.calibrate.coding import FEW_TOKENS, TOKENS, Coder, links_of
+from quant.calibrate.links import Task
 from quant.calibrate.loading import Shapes
 from quant.calibrate.passes import Pass
 from quant.calibrate.products import Key, Moments, watching
 from quant.calibrate.store import Statistics, Store
 from quant.calibrate.stream import StreamedModel
 from quant.calibrate.text import CalibrationError
-from quant.calibrate.tuning import BlockCodes, BlockTuning
+from quant.calibrate.tuning import BlockTuning
 from quant.tune import Tuning
 
 if TYPE_CHECKING:
@@ -28,10 +28,7 @@ Array = npt.NDArray[Any]
 Rows = Sequence[Mapping[str, "Tensor"]]
 LOOKED_UP: Final = 0.3
 """Share of equal column weights for a tied table: as an embedding, all its columns count alike."""
-FEW_TOKENS: Final = 32
-"""An expert that saw fewer is judged by what all experts of its layer saw together."""
 HESSIAN: Final = "hessian:"
-TOKENS: Final = "tokens:"
 TUNED: Final = "tuned:"
 _HEAD: Final[Key] = ("head", None)
 
@@ -52,6 +49,7 @@ class Gathering:
         self.rows = rows
         self.reader = reader
         self.shapes = shapes
+        self._coder = Coder(streamed, reader, shapes)
         self._head = self._head_task(tasks)
         self._of_block = self._sorted(tasks)
 
@@ -68,7 +66,7 @@ class Gathering:
             for index in range(first, len(streamed.blocks)):
                 found = Moments(width=width)
                 with streamed.loaded(index):
-                    with watching(self._parameters(index), found.add):
+                    with watching(self.streamed.held(index), found.add):
                         run.forward(index, keep=True, after=found.forget)
                     arrays = self._block_moments(index, found)
                 self._put(store, index, arrays, run)
@@ -98,7 +96,7 @@ class Gathering:
             if head is not None and head.table:
                 assert moments is not None, "a tied table is quantized by its moments"
                 matrix = moments[HESSIAN + head.module].astype(np.float64)
-                (found,), changed = self._quantized(head, [matrix])
+                (found,), changed = self._coder.quantized(head, [matrix])
                 table = {f"{head.module}.{role}": part for role, part in found.items()}
                 streamed.weights.replaced = changed
                 streamed.release_rest()  # the table may be there from an earlier pass
@@ -107,7 +105,7 @@ class Gathering:
                 with streamed.loaded(index):
                     if exact is not None:
                         exact.forward(index, keep=True)
-                    block, changed = self._block_codes(run, index)
+                    block, changed = self._coder.block(run, index, self._of_block.get(index, ()))
                     streamed.weights.load(streamed.parameters(index), changed)
                     del changed  # as wide as the block
                     if exact is not None and tuning is not None:
@@ -117,11 +115,11 @@ class Gathering:
                             block.losses[f"{TUNED}{streamed.path}.{index}"] = losses
                     run.forward(index, keep=True)
                 runs = [run] if exact is None else [run, exact]
-                self._put(store, index, block.arrays(TOKENS), *runs)
+                self._put(store, index, block.arrays(), *runs)
             last = dict(table)
             if head is not None and not head.table:
                 seen = self._head_inputs(run, None).mean(_HEAD)
-                (found,), _ = self._quantized(head, [seen])
+                (found,), _ = self._coder.quantized(head, [seen])
                 last = {f"{head.module}.{role}": part for role, part in found.items()}
             store.put(count, last)
         return store.finish(count + 1)
@@ -139,21 +137,8 @@ class Gathering:
         states = (state for run in runs for state in run.states(index + 1))
         store.put(index, arrays, states if more and all(run.plain for run in runs) else None)
 
-    def _parameters(self, index: int) -> dict[str, Any]:
-        model = self.streamed.model
-        return {n: model.get_parameter_or_buffer(n) for n in self.streamed.parameters(index)}
-
-    def _links(self, index: int, found: Moments) -> Links:
-        """Links of a block; what holds for one expert's matrix holds for all of its stack."""
-        axes = dict(found.axes)
-        parameters = self._parameters(index)
-        for (name, expert), axis in found.axes.items():
-            if expert is not None:
-                axes |= {(name, other): axis for other in range(len(parameters[name]))}
-        return Links(self.streamed.weights, self.shapes, axes)
-
     def _block_moments(self, index: int, found: Moments) -> dict[str, Array]:
-        links = self._links(index, found)
+        links = links_of(self.streamed, self.shapes, index, found)
         arrays: dict[str, Array] = {}
         for task in self._of_block.get(index, ()):
             feeds = links.feeds(task)
@@ -170,80 +155,6 @@ class Gathering:
             if task.stacked:
                 arrays[TOKENS + task.module] = np.array(tokens, np.int64)
         return arrays
-
-    def _block_codes(self, run: Pass, index: int) -> tuple[BlockCodes, dict[str, Tensor]]:
-        """GPTQ's codes of a block's tasks, and the release's tensors as they stand for."""
-        seen = Moments(width=16)
-        parameters = self._parameters(index)
-        alone = all(p.ndim < 3 for p in parameters.values())
-        with watching(parameters, seen.add):
-            run.forward(index, keep=False, rows=1 if alone else None, after=seen.forget)
-        links = self._links(index, seen)
-        served = [(t, f) for t in self._of_block.get(index, ()) if (f := links.feeds(t))]
-        wanted: dict[Key, None] = {}
-        used: dict[str, list[Key]] = {}
-        for task, feeds in served:
-            used[task.module] = [
-                (n, -1) if e is not None and seen.tokens.get((n, e), 0) < FEW_TOKENS else (n, e)
-                for n, e in feeds
-            ]
-            wanted |= dict.fromkeys(used[task.module])
-        columns = {key[0]: size for key, size in seen.columns.items()}
-        parts: dict[str, list[dict[str, Array]]] = {t.module: [{}] * t.count for t, _ in served}
-        changed: dict[str, Tensor] = {}
-        for batch in _batches(list(wanted), columns):
-            found = Moments(width=None, wanted=batch)
-            with watching(parameters, found.add):
-                run.forward(index, keep=False, after=found.forget)
-            for task, _ in served:
-                mine = [i for i, key in enumerate(used[task.module]) if key in batch]
-                if not mine:
-                    continue
-                means = [found.mean(used[task.module][i]) for i in mine]
-                made, now = self._quantized(task, means, mine, changed)
-                changed |= now
-                for i, one in zip(mine, made, strict=True):
-                    parts[task.module][i] = one
-        codes = BlockCodes(
-            tasks=[task for task, _ in served],
-            parts=parts,
-            tokens={t.module: [seen.tokens.get(key, 0) for key in feeds] for t, feeds in served},
-            fixed=frozenset(
-                (module, i)
-                for module, keys in used.items()
-                for i, key in enumerate(keys)
-                if key[1] == -1
-            ),
-        )
-        return codes, changed
-
-    def _quantized(
-        self,
-        task: Task,
-        matrices: Sequence[Array | None],
-        indices: Sequence[int] = (0,),
-        changed: Mapping[str, Tensor] | None = None,
-    ) -> tuple[list[dict[str, Array]], dict[str, Tensor]]:
-        """Stored tensors of some matrices of a task, and the release's tensors with them put in.
-
-        ``changed`` are tensors that other matrices were put into already.
-        """
-        from quant.gptq import quantize_gptq, values_of
-
-        names = {leaf.name for leaf in sources(task.expr)}
-        now = {n: value for n, value in (changed or {}).items() if n in names}
-        made = []
-        for index, matrix in zip(indices, matrices, strict=True):
-            w = stored_rows(task, self.reader, index)
-            assert matrix is not None, f"{task.module}: no products"
-            found = quantize_gptq(w, task.spec, matrix)
-            values = values_of(found, task.spec)
-            made.append(found)
-            for place in places_of(task, index, self.shapes):
-                if place.name not in now:
-                    now[place.name] = self.streamed.weights.read(place.name)
-                place.put(now[place.name], values)
-        return made, now
 
     def _head_inputs(self, run: Pass, width: int | None) -> Moments:
         found = Moments(width=width)
@@ -308,18 +219,3 @@ class Gathering:
                 f"{type(self.streamed.model).__name__}; use --q-method search"
             )
         return found
-
-
-def _batches(keys: Sequence[Key], columns: Mapping[str, int]) -> Iterator[frozenset[Key]]:
-    """Keys in lots whose whole matrices stay within ``HESSIAN_BYTES``, or one each."""
-    batch: list[Key] = []
-    size = 0
-    for key in keys:
-        own = 8 * columns[key[0]] ** 2
-        if batch and size + own > HESSIAN_BYTES:
-            yield frozenset(batch)
-            batch, size = [], 0
-        batch.append(key)
-        size += own
-    if batch:
-        yield frozenset(batch)

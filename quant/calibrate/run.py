@@ -11,7 +11,8 @@ from typing import Any, Final
 import numpy as np
 
 from arch_maps.ops import RowReader, describe
-from quant.calibrate.gather import FEW_TOKENS, TOKENS, TUNED, Gathering
+from quant.calibrate.coding import FEW_TOKENS, TOKENS
+from quant.calibrate.gather import TUNED, Gathering
 from quant.calibrate.links import Task
 from quant.calibrate.loading import Shapes
 from quant.calibrate.store import Say, Statistics, Store

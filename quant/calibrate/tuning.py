@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from arch_maps.ops import RowReader
 from quant.calibrate.bounds import GRADIENT_BYTES
 from quant.calibrate.calls import first
+from quant.calibrate.coding import BlockCodes
 from quant.calibrate.leaves import Leaves
 from quant.calibrate.links import Task, places_of, stored_rows
 from quant.calibrate.loading import Shapes
@@ -30,31 +31,6 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
-
-
-@dataclass(kw_only=True)
-class BlockCodes:
-    """What the matrices of a block are stored as."""
-
-    tasks: Sequence[Task]
-    parts: dict[str, list[dict[str, Array]]]
-    """By module, the stored tensors of each matrix."""
-    tokens: dict[str, list[int]]
-    """By module, how many tokens each matrix of a stack saw."""
-    fixed: frozenset[tuple[str, int]]
-    """Module and index of matrices that saw too few tokens to be tuned."""
-    losses: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    def arrays(self, prefix: str) -> dict[str, Array]:
-        """All of it by name; ``prefix`` is that of the numbers of tokens."""
-        found: dict[str, Array] = {n: np.array(v, np.float64) for n, v in self.losses.items()}
-        for task in self.tasks:
-            for role in self.parts[task.module][0]:
-                each = [one[role] for one in self.parts[task.module]]
-                found[f"{task.module}.{role}"] = np.stack(each) if task.stacked else each[0]
-            if task.stacked:
-                found[prefix + task.module] = np.array(self.tokens[task.module], np.int64)
-        return found
 
 
 _THREADS: Final = 8
@@ -133,7 +109,7 @@ class BlockTuning:
         return before, after if better else before
 
     def _pieces(self, codes: BlockCodes, reader: RowReader, shapes: Shapes) -> list[_Piece]:
-        """The matrices to tune, in the order of their leaves."""
+        """The matrices to tune; those that share leaves follow one another."""
         slots = Slots(self._streamed.weights, shapes)
         located = [
             (task, index, slots.of(places_of(task, index, shapes)))
@@ -141,7 +117,8 @@ class BlockTuning:
             for index in range(task.count)
             if (task.module, index) not in codes.fixed
         ]
-        del slots
+        del slots  # as large as the widest stack
+        located.sort(key=lambda one: min((n, e or 0) for n, e in (slot.leaf for slot in one[2])))
         return [
             _Piece(
                 task=task,
@@ -178,7 +155,7 @@ class BlockTuning:
         import torch
 
         wanted = sorted({leaf for piece in part for leaf in piece.leaves}, key=str)
-        size = 4 * sum(self._leaves[leaf].numel() for leaf in wanted)
+        size = sum(_bytes(self._leaves, leaf) for leaf in wanted)
 
         def one(row: int) -> dict[Leaf, Tensor]:
             with torch.enable_grad():
@@ -239,15 +216,23 @@ def _parts(pieces: Sequence[_Piece], leaves: Leaves) -> Iterator[list[_Piece]]:
     """Matrices in lots whose leaves' gradients stay within ``GRADIENT_BYTES``, or one each."""
     part: list[_Piece] = []
     held: set[Leaf] = set()
+    size = 0
     for piece in pieces:
-        both = held | piece.leaves
-        if part and 4 * sum(leaves[leaf].numel() for leaf in both) > GRADIENT_BYTES:
+        more = sum(_bytes(leaves, leaf) for leaf in piece.leaves - held)
+        if part and size + more > GRADIENT_BYTES:
             yield part
-            part, both = [], set(piece.leaves)
+            part, held, size = [], set(), 0
+            more = sum(_bytes(leaves, leaf) for leaf in piece.leaves)
         part.append(piece)
-        held = both
+        held |= piece.leaves
+        size += more
     if part:
         yield part
+
+
+def _bytes(leaves: Leaves, leaf: Leaf) -> int:
+    found: int = leaves[leaf].nbytes
+    return found
 
 
 def _collected(piece: _Piece, gradients: Mapping[Leaf, Tensor]) -> Array:
