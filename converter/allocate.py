@@ -66,23 +66,7 @@ def allocate(draft: Plan, measured: Measured) -> Options:
     """
     options = draft.options
     choices = _choices(draft, measured)
-    chosen = {out.rule.target for out in measured.outputs}  # a module may also have a bias
-    fixed = sum(
-        tensor.nbytes
-        for out in draft.outputs
-        if out.rule.target not in chosen
-        for tensor in out.stored.values()
-    )
-    if options.target_bytes is None:
-        assert options.target_bits is not None
-        total = math.floor(options.target_bits * draft.parameters / 8)
-    else:
-        tensors = [t for out in draft.outputs for t in out.stored.values()]
-        headers = draft.output_bytes - sum(t.nbytes for t in tensors)
-        total = options.target_bytes - headers - 16 * len(tensors)  # numbers there may grow
-    least, most = (fixed + sum(pick(c.bytes) for c in choices) for pick in (min, max))
-    if not least <= total <= most:
-        raise UsageError(_unreachable(options, draft, least, most))
+    fixed, total = _budget(draft)
     picked = solve(choices, total - fixed)
     reached = fixed + sum(c.bytes[i] for c, i in zip(choices, picked, strict=True))
     if reached < (1 - _TOLERANCE) * total:
@@ -103,6 +87,36 @@ def allocate(draft: Plan, measured: Measured) -> Options:
         expected=sum(c.losses[i] for c, i in zip(choices, picked, strict=True)),
     )
     return replace(options, quant=base, allocation=allocation)
+
+
+def require_reachable(draft: Plan) -> None:
+    """UsageError where no choice of formats has the target size of ``draft``, by its headers."""
+    options = draft.options
+    assert options.quant is not None
+    specs = candidates(options.quant.method, group_size=options.target_group_size)
+    offers = _offers(draft, measurable(draft), specs)
+    fixed, total = _budget(draft)
+    least, most = (fixed + sum(pick(o.bytes) for o in offers) for pick in (min, max))
+    if not least <= total <= most:
+        raise UsageError(_unreachable(options, draft, least, most))
+
+
+def _budget(draft: Plan) -> tuple[int, int]:
+    """Bytes of what stays as it is, and of all that the target has room for."""
+    options = draft.options
+    chosen = {out.rule.target for out in measurable(draft)}  # a module may also have a bias
+    fixed = sum(
+        tensor.nbytes
+        for out in draft.outputs
+        if out.rule.target not in chosen
+        for tensor in out.stored.values()
+    )
+    if options.target_bytes is None:
+        assert options.target_bits is not None
+        return fixed, math.floor(options.target_bits * draft.parameters / 8)
+    tensors = [t for out in draft.outputs for t in out.stored.values()]
+    headers = draft.output_bytes - sum(t.nbytes for t in tensors)
+    return fixed, options.target_bytes - headers - 16 * len(tensors)  # numbers there may grow
 
 
 def measure(
@@ -196,34 +210,53 @@ def tasks_of(draft: Plan) -> list[Any]:
     ]
 
 
-def _choices(draft: Plan, measured: Measured) -> list[Choice]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Offer:
+    """What a matrix may be stored as: numbers of specs, None for as it is, and their bytes."""
+
+    numbers: tuple[int | None, ...]
+    bytes: tuple[int, ...]
+
+
+def _offers(draft: Plan, outputs: Sequence[Output], specs: Sequence[QuantSpec]) -> list[_Offer]:
     recurrent = _recurrent(draft)
-    choices = []
-    for out, losses in zip(measured.outputs, measured.losses, strict=True):
+    offers = []
+    for out in outputs:
         shape = tuple(map(int, out.expr.shape))
         kind = out.rule.kind
         guarded = kind in (Kind.HEAD, Kind.EMBEDDING) or out.rule.module in recurrent
         floor = FLOOR_BITS if guarded else 0
-        offered: list[tuple[QuantSpec | None, float]] = [
-            (spec, float(loss))
-            for spec, loss in zip(measured.specs, losses, strict=True)
+        numbers: list[int | None] = [
+            number
+            for number, spec in enumerate(specs)
             if shape[-1] % spec.group_size == 0 and spec.bits >= floor
         ]
-        offered.append((None, 0.0))
+        numbers.append(None)
         sizes = (
-            sum(t.nbytes for t in pending_tensors(out.rule.target, shape, out.dtype, spec).values())
-            for spec, _ in offered
-        )
-        choices.append(
-            Choice(
-                name=out.rule.module,
-                elements=out.elements,
-                specs=tuple(spec for spec, _ in offered),
-                bytes=tuple(sizes),
-                losses=tuple(loss for _, loss in offered),
+            sum(
+                tensor.nbytes
+                for tensor in pending_tensors(
+                    out.rule.target, shape, out.dtype, None if n is None else specs[n]
+                ).values()
             )
+            for n in numbers
         )
-    return choices
+        offers.append(_Offer(numbers=tuple(numbers), bytes=tuple(sizes)))
+    return offers
+
+
+def _choices(draft: Plan, measured: Measured) -> list[Choice]:
+    offers = _offers(draft, measured.outputs, measured.specs)
+    return [
+        Choice(
+            name=out.rule.module,
+            elements=out.elements,
+            specs=tuple(None if n is None else measured.specs[n] for n in offer.numbers),
+            bytes=offer.bytes,
+            losses=tuple(0.0 if n is None else float(losses[n]) for n in offer.numbers),
+        )
+        for out, losses, offer in zip(measured.outputs, measured.losses, offers, strict=True)
+    ]
 
 
 def _recurrent(draft: Plan) -> frozenset[str]:

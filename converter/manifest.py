@@ -31,6 +31,10 @@ class Manifest:
         """Hash of the plan that was executed."""
         return str(self.data["plan"])
 
+    def answers(self, plan: str) -> bool:
+        """Whether a hash is that of the plan, or of its draft before formats were chosen for it."""
+        return plan in (self.plan, self.data.get("draft"))
+
     @property
     def files(self) -> dict[str, dict[str, Any]]:
         """sha256 and size of each file by relative name."""
@@ -69,6 +73,7 @@ def write_manifest(
     data = {
         "format": 1,
         "plan": plan.hash,
+        **({"draft": plan.draft} if plan.draft else {}),
         "program": {"name": "mlx-dayzero", "version": plan.version},
         "command": command,
         "model_type": plan.model_type,

@@ -15,6 +15,7 @@ from arch_maps.ops import RowReader, sources
 from arch_maps.registry import ArchMap
 from converter.adapter import Fusion, fuse, read_adapter
 from converter.adapter.torch_folder import fused_folder
+from converter.allocate import require_reachable
 from converter.allocating import allocated
 from converter.calibrated import statistics_of
 from converter.decode import DecodingReader, View, decoded
@@ -205,6 +206,8 @@ def plan_request(
             given_up = options.dequantize and view.settings is not None
             options = replace(options, dequantize=given_up)
             plan = build_plan(source, match, options, origin=origin, view=view)
+            if options.targeted:
+                require_reachable(plan)
             if options.targeted and measure:
                 console = console or Console(quiet=True)
                 with console.progress("download", unit="bytes") as tick:
@@ -219,7 +222,8 @@ def plan_request(
                     workers=request.thread_count,
                     trust_remote_code=request.trust_remote_code,
                 )
-                plan = build_plan(source, match, found, origin=origin, view=view)
+                chosen = build_plan(source, match, found, origin=origin, view=view)
+                plan = replace(chosen, draft=plan.hash)
             plans.append(plan)
         if not request.maps.written:
             for plan in plans:

@@ -16,7 +16,7 @@ from converter.measured import quality_report
 from converter.plan.match import find_map
 from converter.proof import kv_report, require_proof
 from converter.sidecars import REPORTS, is_sidecar
-from converter.ui import Console, quantization_text
+from converter.ui import Console, quantization_text, recipe_facts
 
 _VERSIONS = ("mlx-dayzero", "mlx", "mlx-vlm", "mlx-lm", "torch", "transformers")
 
@@ -36,7 +36,6 @@ def write_card(
     data = manifest.data
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     told = data.get("map") or _told(find(data["model_type"]) or find_map(config))
-    quant = data["recipe"]["quantization"]
     report = out / "parity.json"
     pictures = [(f"{name}.png", title) for name, title in IMAGES.items()]
     facts = CardFacts(
@@ -49,7 +48,7 @@ def write_card(
         pipeline_tag=told["pipeline_tag"],
         runtimes=tuple(told["runtimes"]),
         quantization=quantization_text(data),
-        recipe=quant or {},
+        recipe=recipe_facts(data),
         dtype=str(config.get("dtype") or config.get("torch_dtype")),
         size_bytes=sum(e["bytes"] for n, e in manifest.files.items() if n.endswith(".safetensors")),
         parameters=data["parameters"],

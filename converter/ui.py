@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.plan.match import ranges
 from converter.plan.model import Output, Plan
+from quant.recipe import CALIBRATED
 from validate.checks import NOT_COMPARED, REFERENCE
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def plan_tables(plan: Plan, *, workers: int) -> str:
     from io import StringIO
 
     from rich.console import Console as RichConsole
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -95,7 +97,8 @@ def plan_tables(plan: Plan, *, workers: int) -> str:
     for name, group in _grouped(plan.outputs).items():
         first = group[0]
         size = sum(t.nbytes for out in group for t in out.stored.values())
-        table.add_row(name, str(len(group)), _made_from(first), _stored_as(first), size_text(size))
+        made = escape(_made_from(first))  # brackets are lists here, not styles
+        table.add_row(name, str(len(group)), made, _stored_as(first), size_text(size))
     buffer = StringIO()
     console = RichConsole(file=buffer, width=150, highlight=False)
     console.print(table)
@@ -252,12 +255,30 @@ def quantization_text(data: Mapping[str, Any]) -> str:
     if quant is None:
         return ""
     mixed = f", {recipe['predicate']}" if recipe["predicate"] else ""
+    bits = f"{data['bits_per_weight']:.2f} bits per weight"
+    method = ""
+    if quant.get("method") in CALIBRATED and (text := recipe.get("calibration")):
+        pictures = " and pictures" if text.get("pictures") else ""
+        method = f", {quant['method']} on {text['sequences']} x {text['length']} tokens{pictures}"
     if recipe.get("target_size"):
-        return f"formats chosen for each matrix, {data['bits_per_weight']:.2f} bits per weight"
+        basis = (recipe.get("allocation") or {}).get("basis", "")
+        chosen = {"activations": " by activations", "weights": " by the weights"}.get(basis, "")
+        return f"formats chosen for each matrix{chosen}, {bits}{method}"
     return (
         f"{quant['bits']}-bit {quant['mode']}, group size {quant['group_size']}{mixed}, "
-        f"{data['bits_per_weight']:.2f} bits per weight"
+        f"{bits}{method}"
     )
+
+
+def recipe_facts(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of a manifest's weights, for a card: for a target size not one format for all."""
+    recipe = data["recipe"]
+    quant = dict(recipe["quantization"] or {})
+    if recipe.get("target_size"):
+        quant = {"method": quant.get("method")}
+        quant |= {k: v for k, v in recipe["target_size"].items() if v is not None}
+        quant |= {"chosen by": (recipe.get("allocation") or {}).get("basis")}
+    return quant
 
 
 def _fill(pattern: str, numbers: list[int]) -> str:

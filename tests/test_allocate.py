@@ -8,8 +8,10 @@ import pytest
 from release_helpers import make, status, stored
 
 from converter.errors import UsageError
+from converter.manifest import Manifest
 from converter.pipeline import Request, plan_request
 from converter.plan import Options
+from converter.ui import quantization_text, recipe_facts
 from quant.allocate import Choice, candidates, prior, solve
 from quant.calibrate.text import calibration_of
 from quant.recipe import QuantSpec
@@ -185,13 +187,22 @@ def test_target_is_met_from_below_and_recorded(allocated, tinylm):
     request = Request(hf_path=str(tinylm), recipes=(recipe,), calibration_data=text)
     plan = plan_request(request).plans[0]
     assert plan.hash == manifest["plan"]
+    draft = plan_request(request, measure=False).plans[0].hash  # what is known without weights
+    assert manifest["plan"] != draft == manifest["draft"]
+    assert Manifest(manifest).answers(draft)
+    assert Manifest(manifest).answers(plan.hash)
+    assert quantization_text(manifest) == (
+        f"formats chosen for each matrix by activations, {manifest['bits_per_weight']:.2f} bits "
+        "per weight"
+    )
+    assert recipe_facts(manifest) == {"method": "rtn", "bits": 4.5, "chosen by": "activations"}
     quantization = json.loads((out / "config.json").read_text())["quantization"]
     assert quantization["model.embed_tokens"]["bits"] >= 5
     assert len({(o.quant.bits, o.quant.group_size) for o in plan.outputs if o.quant}) > 3
 
 
 def test_chosen_formats_lose_less_than_one_for_all(allocated, tinylm, tmp_path):
-    """The bar is 0.8 of uniform 4 bits on held-out text (benchmarks.allocation)."""
+    """The bar is 0.8 of uniform 4 bits on held-out text (benchmarks.quality)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -334,6 +345,17 @@ def test_contradictions_are_usage_errors(tinylm, cache, flags, message, capsys):
     import re
 
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("bits", [1.5, 17.0])
+def test_sizes_out_of_reach_are_refused_before_weights_are_read(twin_of, bits, monkeypatch):
+    for name in ("allocated", "fetch"):
+        monkeypatch.setattr(f"converter.pipeline.{name}", None)
+    source = str(twin_of("qwen3_moe", "bfloat16"))
+    request = Request(hf_path=source, recipes=(target(bits),))
+    for measure in (True, False):
+        with pytest.raises(UsageError, match=r"this release can have 2\.\d+ to 16\.000 bits"):
+            plan_request(request, measure=measure)
 
 
 def test_prior_puts_the_head_first():

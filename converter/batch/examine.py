@@ -43,13 +43,10 @@ def examine(order: Order) -> Answer:
             "parameters": plan.parameters,
         }
         answer.facts[part.job] = facts
-        # For a target size what an earlier conversion came to, if any did.
-        if not plan.options.targeted:
+        part = replace(part, plan=plan.hash, drafter_plan=drafter.hash if drafter else None)
+        if not plan.options.targeted:  # else this is a draft, and its output's plan another
             facts |= {"plan": plan.hash, "bits_per_weight": round(plan.bits_per_weight, 4)}
-            part = replace(part, plan=plan.hash)
-            if drafter is not None:
-                facts["drafter_plan"] = drafter.hash
-                part = replace(part, drafter_plan=drafter.hash)
+            facts |= {"drafter_plan": drafter.hash} if drafter else {}
         there = published_of(order, part)
         output = there[part.target]
         if output is None or None in there.values():

@@ -33,6 +33,7 @@ def find_published(
 ) -> Published | None:
     """The published output of exactly this plan, None when the repo holds anything else.
 
+    The draft of a plan with a target size stands for it: that may have been measured elsewhere.
     ``folder`` takes the small files that are looked at, and is removed. Raises HubError when the
     hub does not answer.
     """
@@ -70,7 +71,7 @@ def _same(snapshot: HubSnapshot, plan: str, folder: Path) -> Published | None:
         manifest = read_manifest(root)
     except ConvertError:
         return None
-    if manifest.plan != plan or not set(manifest.files) <= set(snapshot.by_path):
+    if not manifest.answers(plan) or not set(manifest.files) <= set(snapshot.by_path):
         return None
     plain = []
     for name, entry in manifest.files.items():
@@ -87,7 +88,7 @@ def _same(snapshot: HubSnapshot, plan: str, folder: Path) -> Published | None:
     if not set(extra) <= {*manifest.files, *REPORTS}:
         return None
     report = json.loads((root / PARITY).read_text(encoding="utf-8"))
-    facts = {"plan": plan, "checkpoint": manifest.checkpoint, **facts_of(report)}
+    facts = {"plan": manifest.plan, "checkpoint": manifest.checkpoint, **facts_of(report)}
     address = f"{snapshot.endpoint}/{snapshot.repo_id}"
     return Published(address, {**facts, "address": address, "published_commit": snapshot.commit})
 

@@ -113,6 +113,8 @@ class Plan:
     """How the map was come by, where it is none of the registry's."""
     decoding: dict[str, Any] | None = None
     """The source's own quantization: its settings, and how many tensors were in which form."""
+    draft: str = ""
+    """Hash of the plan before formats were chosen for a size: what was asked, and of what."""
 
     @property
     def output_bytes(self) -> int:
