@@ -227,17 +227,18 @@ def test_slots_are_where_torch_takes_elements_from(twin_of, model_type):
                     assert np.array_equal(found, 2 * expected)
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
-def test_the_bound_on_gradients_does_not_change_codes(twin_of, model_type, tmp_path, monkeypatch):
-    """Nor do the cores that sequences are spread over."""
+def test_neither_bounds_on_gradients_nor_cores_change_codes(twin_of, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder, rows = twin_of(model_type, "bfloat16"), rows_of(3, 60)
-    found = {}
-    for name, most, cores in (("wide", 2 << 30, 1), ("narrow", 1 << 16, 1), ("cores", 2 << 30, 3)):
+    folder, rows = twin_of("qwen3_moe", "bfloat16"), rows_of(2, 50)
+    found = []
+    for most, cores in ((2 << 30, 1), (300_000, 2)):
         monkeypatch.setattr("quant.calibrate.tuning.GRADIENT_BYTES", most)
         monkeypatch.setattr("quant.calibrate.tuning.cores", lambda cores=cores: cores)
-        found[name] = tuned_twin(folder, Store("codes", {"of": name}), rows, iterations=2)[1].digest
-    assert len(set(found.values())) == 1
+        store = Store("codes", {"of": str(most)})
+        found.append(tuned_twin(folder, store, rows, iterations=10)[1])
+    losses = np.array([found[0][n] for n in found[0].names if n.startswith(TUNED)])
+    assert (losses[:, 1] < losses[:, 0]).any()  # else all would keep gptq's
+    assert found[0].digest == found[1].digest
 
 
 def test_plan_hash_follows_the_settings(twin_of, tinylm):

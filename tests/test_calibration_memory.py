@@ -59,9 +59,9 @@ def test_too_little_memory_is_said_before_anything_is_written(
     assert status(*flags, "--mlx-path", out) == 3
     said = " ".join(capsys.readouterr().err.split())
     assert "--q-method gptq: calibrating llama block by block takes about" in said
-    assert "this machine has 900.0 MB; use a larger one, or --q-method search" in said
+    assert "this machine has 1.2 GB; use a larger one, or --q-method search" in said
     assert not out.exists()
     assert status("plan", *flags) == 0
-    assert "more than the 900.0 MB of this machine: it is refused here" in capsys.readouterr().out
+    assert "more than the 1.2 GB of this machine: it is refused here" in capsys.readouterr().out
     assert status("plan", *flags[:-1], "rtn") == 0
     assert "refused" not in capsys.readouterr().out

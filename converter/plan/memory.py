@@ -17,7 +17,7 @@ from quant.calibrate.bounds import GRADIENT_BYTES, HESSIAN_BYTES, SPILL_BYTES
 from quant.calibrate.text import Calibration
 from quant.recipe import CODED, Method
 
-PROCESS: Final = 900_000_000
+PROCESS: Final = 1_200_000_000
 """The interpreter with torch, transformers and kernels."""
 _FLOAT: Final = 4
 _DOUBLE: Final = 8
@@ -50,7 +50,7 @@ def calibration_bytes(plan: Plan) -> int:
         towers = sum(out.elements for out in plan.outputs if out.rule.part != "text")
         needed.append(6 * table + _FLOAT * towers)
     if method in CODED:
-        needed.append(14 * table)  # quantized a few rows at a time, but held in float32
+        needed.append(16 * table)  # quantized a few rows at a time, but held in float32
     if options.targeted:
         needed.append(_FISHER_TABLES * table)
         needed += [_backward(block, options.calibration) for block in inner]
