@@ -18,7 +18,6 @@ from converter.errors import HubError, PlanError
 from converter.hub import resolve_revision
 from converter.plan import Options
 from converter.staging import Fault, Weather
-from quant.calibrate.text import Calibration
 from quant.recipe import QuantSpec
 
 pytestmark = [
