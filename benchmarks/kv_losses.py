@@ -15,6 +15,10 @@ MODELS = ("tinylm", "rotated", *TWINS, "spike", "spike-64")
 """`-64`: with heads of 64 channels, as in the smallest releases, where twins have 32."""
 _SPIKE = 900.0
 _TWIN_TOKENS = 1504
+_STEPS = 128
+"""Tokens decoded one by one: four times what a study takes, for a closer look."""
+_TEXTS = 3
+"""Texts of each model; those after the first are read by two settings only."""
 Row = dict[str, Any]
 
 
@@ -32,12 +36,11 @@ def losses(name: str) -> Iterator[Row]:
         if name == "rotated":
             yield from _rotated(trained, place, _text(trained))
             return
-        source, ids = trained, _text(trained)
+        source = trained
         if name != "tinylm":
             source = place / "twin"
             sizes = Sizes(hidden=256) if wide else Sizes()
             make_twin(load_example(model_type), source, sizes=sizes)
-            ids = [int(i) for i in np.random.default_rng(0).integers(5, 500, _TWIN_TOKENS)]
         convert(Request(hf_path=str(source), mlx_path=place / "out"), Console(quiet=True))
         model, label = _loaded(place / "out"), f"{model_type} twin"
         if wide:
@@ -45,17 +48,29 @@ def losses(name: str) -> Iterator[Row]:
         if kind == "spike":
             _spike(model)
             label = f"{label}, a key bias of norm {_SPIKE:.0f}"
-        yield from _model("tinylm (trained)" if name == "tinylm" else label, model, ids)
+        if name == "tinylm":
+            label = "tinylm (trained)"
+        texts = [
+            _text(trained, part) if name == "tinylm" else _random(part) for part in range(_TEXTS)
+        ]
+        yield from _model(label, model, texts)
 
 
-def _text(folder: Path) -> list[int]:
+def _random(seed: int) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(5, 500, _TWIN_TOKENS)]
+
+
+def _text(folder: Path, part: int = 0) -> list[int]:
+    """As many tokens of a held-out text as a study takes, from its beginning to its end."""
     from quant.kv.study import LONG
     from validate.processor import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     assert tokenizer is not None
-    text = (folder / "eval.txt").read_text(encoding="utf-8")[:40_000]
-    return list(tokenizer.encode(text, add_special_tokens=False))[:LONG]
+    text = (folder / "eval.txt").read_text(encoding="utf-8")
+    ids = list(tokenizer.encode(text, add_special_tokens=False))
+    start = part * (len(ids) - LONG) // (_TEXTS - 1)
+    return ids[start : start + LONG]
 
 
 def _loaded(out: Path) -> Any:
@@ -84,15 +99,69 @@ class _Bench:
         from quant.kv.measure import baseline, forward_of
         from quant.kv.runtime import own_caches
         from quant.kv.scan import static_scan
-        from quant.kv.study import STEPS
+        from quant.kv.study import Texts
 
         self.label, self.model, self.ids = label, model, ids
         self.facts = static_scan(model)
         self.forward = forward_of(model)
-        self.start = start = len(ids) - STEPS - 7 * CHUNK
+        self.texts = Texts.of(ids)
+        start = self.texts.starts["long"]
         self.exact = baseline(
-            self.forward, own_caches(model), ids, chunk=CHUNK, start=start, steps=STEPS
+            self.forward, own_caches(model), ids, chunk=CHUNK, start=start, steps=_STEPS
         )
+
+    @property
+    def group(self) -> int:
+        """Of the runtime's affine caches."""
+        plain = all(fact.key_dim % 64 == 0 for fact in self.facts if fact.quantizable)
+        return 64 if plain else 32
+
+    def auto(self) -> tuple[Any, Any]:
+        """What the study chooses at 3.5 bits, and what was seen of the model."""
+        from quant.kv.allocate import allocate, allocated_spec, sensitivity
+        from quant.kv.observe import observed
+
+        facts, texts = self.facts, self.texts
+        seen = observed(self.model, facts, texts.trial, bits=3.5, lesson=texts.lesson)
+        measured = sensitivity(self.model, facts, texts.trial, seen=seen)
+        return allocated_spec(facts, allocate(facts, measured, bits=3.5), seen), seen
+
+    def against(self, spec: Any) -> Row:
+        """The loss by position of ``spec`` less that of the runtime's own uniform 4 bits."""
+        from quant.kv.measure import by_position
+        from quant.kv.runtime import caches, dense_on_cpu, own_caches
+        from quant.kv.study import Stock, stock_forward
+
+        ours = by_position(self.forward, caches(self.model, spec), self.exact)
+        setting = Stock(flags="", scheme="uniform", bits=4, group=self.group, effective_bits=0)
+        try:
+            with dense_on_cpu("mlx_vlm"):
+                stepped = stock_forward(self.model, self.forward, setting)
+                theirs = by_position(stepped, own_caches(self.model), self.exact)
+        except NotImplementedError:  # of sliding windows: the same codec in the others
+            theirs = by_position(self.forward, caches(self.model, self.uniform()), self.exact)
+        row: Row = {"model": self.label}
+        for part in ("prefill", "decode"):
+            one, other = ours[part], theirs[part]
+            gap = one - other
+            row |= {
+                part: float(one.mean()),
+                f"{part}, uniform 4": float(other.mean()),
+                f"{part}, ratio": float(one.mean() / other.mean()),
+                f"{part}, difference": f"{gap.mean():.3g} ± {gap.std() / gap.size**0.5:.1g}",
+            }
+        return row
+
+    def uniform(self) -> Any:
+        """The runtime's uniform 4 bits in caches of ours.
+
+        It attends to the first piece of a prompt as it came, and encodes it then.
+        """
+        from quant.kv.scan import spec_for
+        from quant.kv.spec import TensorSpec
+
+        affine = TensorSpec(scheme="uniform", bits=4, group=self.group)
+        return spec_for(self.facts, lambda _: (affine, affine), **_alone())
 
     def row(self, setting: str, bits: float, found: Mapping[str, Any]) -> Row:
         """The table's row."""
@@ -182,26 +251,27 @@ class _Bench:
         return sum(stored) / len(stored)
 
 
-def _model(label: str, model: Any, ids: list[int]) -> Iterator[Row]:
-    from quant.kv.allocate import allocate, allocated_spec, sensitivity
+def _alone() -> dict[str, Any]:
+    """Of a codec without anything beside it, as the runtime uses it."""
     from quant.kv.measure import LEAD
-    from quant.kv.observe import observed
+
+    return {"sinks": 0, "window": 0, "start": LEAD + 1, "subtract_mean": False}
+
+
+def _model(label: str, model: Any, texts: list[list[int]]) -> Iterator[Row]:
+    """Auto against uniform for each text; then all settings on the first."""
     from quant.kv.scan import LayerFacts, spec_for
     from quant.kv.spec import FLOAT, TensorSpec
-    from quant.kv.study import SHORT, Stock, chooser
+    from quant.kv.study import Stock, chooser
 
-    bench = _Bench(label, model, ids)
-    facts, short = bench.facts, ids[:SHORT]
-    group = 64 if all(fact.key_dim % 64 == 0 for fact in facts if fact.quantizable) else 32
-    seen = observed(model, facts, short, bits=3.5, lesson=ids[: bench.start])
-    measured = sensitivity(model, facts, short, seen=seen)
-    chosen = allocate(facts, measured, bits=3.5, seen=measured.seen)
-    yield from bench.ours("ours auto 3.5", allocated_spec(facts, chosen, measured.seen))
+    for number, ids in reversed(list(enumerate(texts))):
+        bench = _Bench(label, model, ids)
+        spec, seen = bench.auto()
+        yield {"text": number + 1, **bench.against(spec)}
+    facts, group = bench.facts, bench.group
+    yield from bench.ours("ours auto 3.5", spec)
     four, three = (chooser("turboquant", bits, group, seen) for bits in (4, 3))
-    affine = TensorSpec(scheme="uniform", bits=4, group=group)
     yield from bench.ours("ours turboquant 4", spec_for(facts, four, means=seen.means))
-    # The runtime attends to the first piece of a prompt as it came, and encodes it then.
-    alone: dict[str, Any] = {"sinks": 0, "window": 0, "start": LEAD + 1, "subtract_mean": False}
 
     def mixed(fact: LayerFacts) -> tuple[TensorSpec, TensorSpec]:
         return three(fact)[0], four(fact)[1]
@@ -209,13 +279,12 @@ def _model(label: str, model: Any, ids: list[int]) -> Iterator[Row]:
     def but_spared(choose: Any) -> Any:
         return lambda fact: (FLOAT, FLOAT) if fact.index == bench.spared() else choose(fact)
 
-    for name, bits, choose in (
-        ("turboquant", 4.0, but_spared(four)),
-        ("turboquant", 3.5, but_spared(mixed)),
-        ("uniform", 4.0, lambda _: (affine, affine)),
+    for name, bits, alone in (
+        ("turboquant", 4.0, spec_for(facts, but_spared(four), **_alone())),
+        ("turboquant", 3.5, spec_for(facts, but_spared(mixed), **_alone())),
+        ("uniform", 4.0, bench.uniform()),
     ):
-        spec = spec_for(facts, choose, **alone)
-        yield from bench.ours(f"ours {name} {bits:g}, codec alone", spec)
+        yield from bench.ours(f"ours {name} {bits:g}, codec alone", alone)
         setting = Stock(flags="", scheme=name, bits=bits, group=group, effective_bits=0.0)
         yield bench.stock(setting)
 

@@ -12,6 +12,7 @@ from converter.kv import KEY
 from converter.manifest import Manifest, file_sha256, read_manifest, verify
 from converter.plan import Plan
 from converter.release import Release
+from converter.renewal import complete
 from converter.source.folder import folder_of
 
 
@@ -53,6 +54,7 @@ def _finished(
     if not (out / MANIFEST).is_file():
         return None
     try:
+        complete(out)  # settings that an earlier study had ready
         manifest = read_manifest(out)
         if manifest.plan != plan.hash or manifest.data.get("content") != content:
             return None

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from converter.atomic import write_atomic
 from converter.errors import ConvertError, PlanError, UsageError
-from converter.manifest import file_sha256, read_manifest, refresh
+from converter.execute.folder import MANIFEST
+from converter.manifest import read_manifest, renewed
 from converter.plan.model import Plan
+from converter.renewal import complete, renew
 from converter.ui import Console
 
 REPORT: Final = "kv_cache.json"
@@ -109,11 +110,12 @@ def study_output(
     """Study the caches of ``out`` in its stock runtime; the content of kv_cache.json.
 
     Writes the report, puts the chosen settings under ``kv_cache_quantization`` in config.json and
-    the bases that they name into a file beside it, and renews the manifest. Raises ConvertError
-    when the runtime or the heads do not allow it; the output is then as it was.
+    the bases that they name into a file beside it, and renews the manifest: all together, so that a
+    kill leaves none of it, or what the next run completes. Raises ConvertError when the runtime or
+    the heads do not allow it; the output is then as it was.
     """
     from quant.calibrate.text import CalibrationError
-    from quant.kv.learned import write
+    from quant.kv.learned import packed
     from quant.kv.spec import BASES
     from quant.kv.study import flags_for, study
     from quant.kv.turbo import KvError
@@ -126,6 +128,7 @@ def study_output(
     )
 
     read_manifest(out)
+    complete(out)  # what an earlier study had ready
     prepare_mlx()
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     runtimes = runtimes_for(config)
@@ -152,26 +155,21 @@ def study_output(
         "programs that do. The flags above are the runtime's own schemes, measured alike.",
         **found.report,
     }
-    body = json.dumps(report, indent=1) + "\n"
-    write_atomic(out / REPORT, body)
+    body = (json.dumps(report, indent=1) + "\n").encode()
     settings = {
         "scheme": scheme,
         "bits": report["chosen"]["bits"],
         "effective_bits": report["chosen"]["effective_bits"],
         **found.spec.to_json(),
-        "report_sha256": hashlib.sha256(body.encode()).hexdigest(),
+        "report_sha256": hashlib.sha256(body).hexdigest(),
     }
-    written = ["config.json", REPORT]
-    if found.spec.bases:
-        draft = out / f".{BASES}"
-        write(draft, found.spec.bases)
-        draft.replace(out / BASES)
-        written.append(BASES)
-    write_atomic(out / "config.json", json.dumps({**config, KEY: settings}, indent=4) + "\n")
-    gone = () if found.spec.bases else (BASES,)
-    refresh(out, {name: file_sha256(out / name) for name in written}, gone=gone)
-    for name in gone:
-        (out / name).unlink(missing_ok=True)
+    bases = found.spec.bases
+    files = {
+        REPORT: body,
+        BASES: packed(bases) if bases else None,
+        "config.json": (json.dumps({**config, KEY: settings}, indent=4) + "\n").encode(),
+    }
+    renew(out, {**files, MANIFEST: renewed(out, files)})
     return report
 
 

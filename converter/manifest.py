@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -109,20 +109,35 @@ def note_comparison(folder: Path, text: str | None) -> None:
     _write(folder, data)
 
 
-def refresh(folder: Path, digests: Mapping[str, str], *, gone: Collection[str] = ()) -> None:
-    """Record files of a finished output that were written again, added, or are ``gone``."""
-    data = dict(read_manifest(folder).data)
-    renewed = {
-        name: {"sha256": digest, "bytes": (folder / name).stat().st_size}
-        for name, digest in digests.items()
+def refresh(folder: Path, digests: Mapping[str, str]) -> None:
+    """Record files of a finished output that were written again or added."""
+    sizes = {name: (folder / name).stat().st_size for name in digests}
+    entries = {name: {"sha256": digests[name], "bytes": sizes[name]} for name in digests}
+    _write(folder, _renewed(folder, entries))
+
+
+def renewed(folder: Path, files: Mapping[str, bytes | None]) -> bytes:
+    """The content of the manifest once ``files`` are written; those that are None are gone."""
+    entries = {
+        name: content and {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        for name, content in files.items()
     }
-    files = {**data["files"], **renewed}
-    data["files"] = {name: files[name] for name in sorted(files) if name not in gone}
-    _write(folder, data)
+    return _text(_renewed(folder, entries)).encode()
+
+
+def _renewed(folder: Path, entries: Mapping[str, Any]) -> dict[str, Any]:
+    data = dict(read_manifest(folder).data)
+    files = {**data["files"], **entries}
+    data["files"] = {name: files[name] for name in sorted(files) if files[name] is not None}
+    return data
 
 
 def _write(folder: Path, data: Mapping[str, Any]) -> None:
-    write_atomic(folder / MANIFEST, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(folder / MANIFEST, _text(data))
+
+
+def _text(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
 def is_rotated(out: Path) -> bool:

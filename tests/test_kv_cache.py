@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from quant.kv.cache import QuantizedStateCache
-from quant.kv.learned import learn, write
+from quant.kv.learned import learn, packed
 from quant.kv.runtime import caches, takes_quantized
-from quant.kv.spec import FLOAT, KvSpec, LayerSpec, TensorSpec
+from quant.kv.spec import BASES, FLOAT, KvSpec, LayerSpec, TensorSpec
 from quant.kv.turbo import KvError
 
 pytestmark = pytest.mark.usefixtures("runtimes")
@@ -109,9 +109,14 @@ def test_loss_is_small_and_memory_shrinks(model, prompt, name):
     assert sum(cache.nbytes for cache in made) < 0.45 * full
 
 
-def test_attention_equals_numpy_with_groups_masks_and_a_mean():
+@pytest.mark.parametrize("held", [None, 1500], ids=["at once", "in runs"])
+def test_attention_equals_numpy_with_groups_masks_and_a_mean(held, monkeypatch):
     import mlx.core as mx
 
+    if held:  # one query of six heads and two sequences over 192 tokens has 2,304 scores
+        monkeypatch.setattr("quant.kv.attention._HELD", held)
+        monkeypatch.setattr("quant.kv.attention.CHUNK", 100)
+        monkeypatch.setattr("quant.kv.attention._NUMBERS", 1)
     draw = np.random.default_rng(0)
     heads, kv_heads, tokens, dim, length = 6, 2, 300, 64, 5
     k, v = (draw.standard_normal((2, kv_heads, tokens, dim)).astype(np.float32) for _ in "kv")
@@ -138,6 +143,26 @@ def test_attention_equals_numpy_with_groups_masks_and_a_mean():
         wanted = weights / weights.sum(axis=-1, keepdims=True) @ vv
         found = np.array(cache.attend(mx.array(q), scale=0.2, mask=mask))
         np.testing.assert_allclose(found, wanted, atol=0.02)
+
+
+def test_a_long_prompt_takes_bounded_memory(monkeypatch):
+    """Queries go in runs, so that scores of all of them with all tokens are never there at once."""
+    import mlx.core as mx
+
+    monkeypatch.setattr("quant.kv.attention._HELD", 1 << 20)
+    tensor = TensorSpec(scheme="turboquant", bits=3)
+    spec = spec_of(1, tensor, tensor)
+    cache = QuantizedStateCache(spec.layers[0], spec.rotations)
+    x = mx.random.normal((1, 2, 4096, 64), key=mx.random.key(0))
+    q = mx.random.normal((1, 16, 512, 64), key=mx.random.key(1))
+    cache.update_and_fetch(x, x)
+    cache.update_and_fetch(x[:, :, :512], x[:, :, :512])
+    mx.eval(q, [store.kept() for store in cache.stores])
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(cache.attend(q, scale=0.125, mask="causal"))
+    whole = 4 * 16 * 512 * 4608  # bytes of all scores, of which there are several arrays
+    assert mx.get_peak_memory() - before < whole / 3
 
 
 def test_massive_channels_aside_equal_an_oracle_in_float64():
@@ -350,10 +375,15 @@ def test_settings_survive_json(tmp_path):
     kept = spec_of(2, learned(), SCHEMES["aside"])
     assert list(kept.bases) == [learned().basis.name]
     (tmp_path / "config.json").write_text(json.dumps({"kv_cache_quantization": kept.to_json()}))
-    with pytest.raises(KvError, match=r"the basis \w{12}, which is not in the kv_cache.npz given"):
+    with pytest.raises(KvError, match=r"the basis \w{12}, which is not in the model_kv_cache"):
         KvSpec.load(tmp_path)
-    write(tmp_path / "kv_cache.npz", kept.bases)
+    file = tmp_path / BASES
+    file.parent.mkdir()
+    file.write_bytes(packed(kept.bases))
     assert KvSpec.load(tmp_path).to_json() == kept.to_json()
+    file.write_bytes(b"PK")
+    with pytest.raises(KvError, match=r"bases\.safetensors: is no safetensors file"):
+        KvSpec.load(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(KvError, match="has no kv_cache_quantization; `convert kv` writes it"):
         KvSpec.load(tmp_path)

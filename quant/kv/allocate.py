@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import exp, log, prod
+from math import exp, log
 from typing import Any, Final
 
 from quant.kv.codes import UNIT
@@ -19,21 +19,35 @@ from quant.kv.split import Layout
 from quant.kv.turbo import KvError
 
 CHUNK: Final = 64
-WIDTHS: Final = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8)
 MEASURED: Final = (1, 2, 4)
+Place = tuple[int, str]
+"""Layer, and "key" or "value"."""
 _NOTHING: Final = Seen()
+_LEAST: Final = 1e-12
+"""What rounding takes below it counts as this loss."""
 
 
-@dataclass
-class Sensitivity:
-    """Mean KL with one tensor of one layer quantized, by (layer, role, bits)."""
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One way to store one tensor: ``layout`` with codes of ``bits`` (16: float), which costs
+    ``price`` bits a vector, and with which the mean KL is ``kl``.
+    """
 
-    scheme: str
-    kl: dict[tuple[int, str, float], float] = field(default_factory=dict)
-    measured: set[tuple[int, str, float]] = field(default_factory=set)
-    """What was measured; the others follow from it."""
-    seen: Seen = _NOTHING
-    """With the layout of each tensor that lost least."""
+    layout: Layout
+    bits: float
+    price: float
+    kl: float
+    measured: bool = False
+    """Whether ``kl`` was measured, and does not follow from what was."""
+
+    @property
+    def tensor(self) -> TensorSpec:
+        """As it is stored."""
+        return FLOAT if self.bits == 16 else self.layout.tensor(self.bits)
+
+
+Sensitivity = dict[Place, list[Choice]]
+"""What there is to choose from, by the tensor that alone is quantized."""
 
 
 def sensitivity(
@@ -43,19 +57,16 @@ def sensitivity(
     *,
     seen: Seen = _NOTHING,
     measured: Sequence[float] = MEASURED,
-    widths: Sequence[float] = WIDTHS,
     progress: Callable[[str], None] | None = None,
 ) -> Sensitivity:
     """Quantize one layer's keys or values at a time, at the widths ``measured``.
 
     All settings of a layer are the rows of one batch, which starts at that layer. Each tensor is
-    stored in every layout that ``seen`` has for it, in as many bytes; the one with the least
-    geometric mean of losses is kept. The other ``widths`` follow from their expected error D: the
-    loss is c D^p between two that were measured, and proportional to D beyond the widest, where
-    the error is small.
+    stored in every layout that ``seen`` has for it. Losses at other widths follow from their
+    expected error D: the loss is c D^p between two that were measured, and proportional to D beyond
+    the widest, where the error is small.
     """
-    found = Sensitivity("turboquant")
-    layouts = dict(seen.layouts)
+    found: Sensitivity = {}
     with recorded(model, ids, chunk=CHUNK) as replay:
         for fact in facts:
             if not fact.quantizable:
@@ -63,38 +74,40 @@ def sensitivity(
             if progress:
                 progress(f"KV cache: layer {fact.index}")
             tried = [
-                (role, one, max(one.widest(bits * one.dim + 16), UNIT / one.dim))
+                (role, one, width)
                 for role in ("key", "value")
                 for one in seen.choices(fact, role)
-                for bits in measured
+                for width in dict.fromkeys(
+                    max(one.widest(bits * one.dim + 16), UNIT / one.dim) for bits in measured
+                )
             ]
             rows = [
                 caches(model, _only(facts, seen, fact.index, role, one.tensor(bits)))[fact.index]
                 for role, one, bits in tried
             ]
             losses = replay.losses(fact.index, rows[0].merge(rows), len(rows))
-            for role in ("key", "value"):
-                place = fact.index, role
-                known: dict[Layout, dict[float, float]] = {}
-                for (of, one, bits), kl in zip(tried, losses, strict=True):
-                    if of == role:
-                        known.setdefault(one, {})[bits] = kl
-                one = min(known, key=lambda one: geometric_mean(known[one]))
-                layouts[place] = one
-                found.measured |= {(*place, bits) for bits in known[one]}
-                for bits in {*widths, *known[one]}:
-                    if abs(bits * one.dim / UNIT - round(bits * one.dim / UNIT)) < 1e-6:
-                        found.kl[(*place, bits)] = _between(known[one], bits, one)
-    found.seen = replace(seen, layouts=layouts)
+            known: dict[tuple[str, Layout], dict[float, float]] = {}
+            for (role, one, bits), kl in zip(tried, losses, strict=True):
+                known.setdefault((role, one), {})[bits] = max(kl, _LEAST)
+            for (role, one), kls in known.items():
+                found.setdefault((fact.index, role), []).extend(choices(one, kls))
     return found
 
 
-def geometric_mean(known: Mapping[float, float]) -> float:
-    """Of losses by width: of two widths that one layout has for three, as many count.
-
-    What rounding takes below zero counts as next to nothing.
-    """
-    return float(prod(max(kl, 1e-12) for kl in known.values()) ** (1 / len(known)))
+def choices(one: Layout, known: Mapping[float, float]) -> list[Choice]:
+    """A layout at every width from the narrowest of ``known`` on, which has losses by width."""
+    first = round(min(known) * one.dim / UNIT)
+    widths = [units * UNIT / one.dim for units in range(first, one.dim + 1)]
+    return [
+        Choice(
+            layout=one,
+            bits=bits,
+            price=one.price(bits),
+            kl=_between(known, bits, one),
+            measured=bits in known,
+        )
+        for bits in widths
+    ]
 
 
 def _between(known: Mapping[float, float], bits: float, one: Layout) -> float:
@@ -122,62 +135,53 @@ def _only(
 
 
 def allocate(
-    facts: Sequence[LayerFacts], measured: Sensitivity, *, bits: float, seen: Seen = _NOTHING
-) -> dict[tuple[int, str], float]:
-    """Widths (16: float) with the least summed KL at ``bits`` effective bits on average.
+    facts: Sequence[LayerFacts], measured: Sensitivity, *, bits: float
+) -> dict[Place, Choice]:
+    """Of each tensor the choice with which the summed KL is least at ``bits`` effective bits.
 
-    Starts from the narrowest everywhere and widens, one step of a lower convex hull at a time,
-    where a bit saves most: the greedy solution of the knapsack. What is left when a step does not
-    fit is spent on a part of it, in units of eight channels.
-    KvError when not even the narrowest fits.
+    Starts from the cheapest everywhere and goes on, one step of a lower convex hull at a time,
+    where a bit saves most: the greedy solution of the knapsack. Layouts are on one hull, so that
+    they are compared at equal bytes. What is left when a step does not fit is spent on the best
+    choice that does. KvError when not even the cheapest fits.
     """
-    layouts = {
-        (fact.index, role): seen.layout(fact, role)
+    dims = {
+        (fact.index, role): dim
         for fact in facts
         if fact.quantizable
-        for role in ("key", "value")
+        for role, dim in (("key", fact.key_dim), ("value", fact.value_dim))
     }
-    numbers = sum(one.dim for one in layouts.values())
-    steps, cost, budget = [], 0.0, bits * numbers
-    chosen: dict[tuple[int, str], float] = {}
-    for place, one in layouts.items():
-        curve: list[tuple[float, float, float]] = [
-            (one.price(width), kl, width)
-            for (index, role, width), kl in measured.kl.items()
-            if (index, role) == place
-        ]
-        curve.append((16.0 * one.dim, 0.0, 16))
-        hull = _hull(sorted(curve))
-        chosen[place] = hull[0][2]
-        cost += hull[0][0]
-        for (paid, before, _), (price, after, width) in pairwise(hull):
-            steps.append(((before - after) / (price - paid), place, price - paid, width))
-    if cost > budget:
-        raise KvError(f"{bits} bits are too few: the narrowest choice has {cost / numbers:.3f}")
+    numbers = sum(dims.values())
+    steps: list[tuple[float, Place, Choice]] = []
+    chosen: dict[Place, Choice] = {}
+    for place, dim in dims.items():
+        whole = Choice(layout=Layout(dim=dim), bits=16, price=16.0 * dim, kl=0.0)
+        hull = _hull([*measured[place], whole])
+        chosen[place] = hull[0]
+        steps += [(-_slope(before, after), place, after) for before, after in pairwise(hull)]
+    left = bits * numbers - sum(one.price for one in chosen.values())
+    if left < 0:
+        least = bits - left / numbers
+        raise KvError(f"{bits} bits are too few: the narrowest choice has {least:.3f}")
     # On a hull later steps of a place save less per bit, so that its steps come in order.
-    blocked: set[tuple[int, str]] = set()
-    for _, place, price, width in sorted(steps, key=lambda step: -step[0]):
+    blocked: set[Place] = set()
+    for _, place, step in sorted(steps, key=lambda step: -step[0]):
         if place in blocked:
             continue
-        if cost + price > budget:
+        now = chosen[place]
+        if step.price - now.price > left:
             blocked.add(place)
-            one = layouts[place]
-            paid = one.price(chosen[place])
-            part = one.widest(paid + budget - cost)
-            if chosen[place] < part < width:
-                chosen[place] = part
-                cost += one.price(part) - paid
-            continue
-        cost += price
-        chosen[place] = width
+            fit = [one for one in measured[place] if one.price - now.price <= left]
+            step = min([now, *fit], key=lambda one: (one.kl, one.price))
+        left -= step.price - now.price
+        chosen[place] = step
     return chosen
 
 
-def _hull(curve: Sequence[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
-    """Of (price, loss, width) by price, the lower convex hull of those that lower the loss."""
-    hull: list[tuple[float, float, float]] = []
-    for point in curve:
-        if hull and point[1] >= hull[-1][1]:
+def _hull(curve: Sequence[Choice]) -> list[Choice]:
+    """The lower convex hull, by price, of those that lower the loss."""
+    hull: list[Choice] = []
+    for point in sorted(curve, key=lambda one: (one.price, one.kl)):
+        if hull and point.kl >= hull[-1].kl:
             continue
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
             hull.pop()
@@ -185,25 +189,20 @@ def _hull(curve: Sequence[tuple[float, float, float]]) -> list[tuple[float, floa
     return hull
 
 
-def _slope(a: tuple[float, float, float], b: tuple[float, float, float]) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0])
+def _slope(a: Choice, b: Choice) -> float:
+    return (b.kl - a.kl) / (b.price - a.price)
 
 
 def allocated_spec(
     facts: Sequence[LayerFacts],
-    chosen: dict[tuple[int, str], float],
+    chosen: Mapping[Place, Choice],
     seen: Seen = _NOTHING,
     **settings: Any,
 ) -> KvSpec:
     """The spec of an allocation."""
-
-    def tensor(fact: LayerFacts, role: str) -> TensorSpec:
-        width = chosen[fact.index, role]
-        return FLOAT if width == 16 else seen.layout(fact, role).tensor(width)
-
     return spec_for(
         facts,
-        lambda fact: (tensor(fact, "key"), tensor(fact, "value")),
+        lambda fact: (chosen[fact.index, "key"].tensor, chosen[fact.index, "value"].tensor),
         means=seen.means,
         **settings,
     )

@@ -18,6 +18,9 @@ CHUNK: Final = 2048
 """Tokens that are unpacked at once, or more of few and small heads."""
 _NUMBERS: Final = 1 << 19
 """As many numbers are unpacked at once at least: fewer take longer to start than to do."""
+_HELD: Final = 1 << 24
+"""About so many numbers are held at once at most. A long prompt goes through in runs of its
+queries, each of which unpacks what is stored anew, which is little beside its products."""
 
 
 Bases = tuple[Basis | None, ...]
@@ -117,23 +120,46 @@ def attend(queries: mx.array, parts: Sequence[Part], *, scale: float, mask: Any 
 
     batch, heads, length, dim = queries.shape
     total = sum(part.tokens for part in parts)
+    many = max(CHUNK, _NUMBERS // (batch * parts[0].keys(0, 1)[0].shape[1] * dim))
+    run = max(1, _HELD // (batch * heads * min(many, total)))
+    found = []
+    for at in range(0, length, run):
+        some, rows = queries[:, :, at : at + run], mask
+        if mask is not None and not isinstance(mask, str) and mask.shape[-2] > 1:
+            rows = mask[..., at : at + run, :]
+        found.append(_attended(some, parts, scale, rows, total - length + at, many))
+    return found[0] if len(found) == 1 else mx.concatenate(found, axis=2)
+
+
+def _attended(
+    queries: mx.array, parts: Sequence[Part], scale: float, mask: Any, first: int, many: int
+) -> mx.array:
+    """:func:`attend` of queries of which the first is token ``first``, ``many`` tokens a time."""
+    import mlx.core as mx
+
+    batch, heads, length, dim = queries.shape
     kv_heads = parts[0].keys(0, 1)[0].shape[1]
     # The queries of a group of heads read the same keys: they are rows of one product.
     rows = (queries.astype(mx.float32) * scale).reshape(batch, kv_heads, -1, dim)
-    many = max(CHUNK, _NUMBERS // (kv_heads * dim))
     state = _Softmax()
-    at = 0
+    at = held = 0
     for part in parts:
         along = [basis.dual(rows) if basis else rows for basis in part.key_bases]
         mean = getattr(part, "mean", None)
         offset = None if mean is None else rows @ mean.swapaxes(-1, -2)
-        for start in range(0, part.tokens, many):
-            end = min(start + many, part.tokens)
+        # Of a causal mask what comes after the last query is seen by none.
+        last = min(part.tokens, first + length - at) if isinstance(mask, str) else part.tokens
+        for start in range(0, last, many):
+            end = min(start + many, last)
             scores = reduce(add, map(_products, along, part.keys(start, end)))
             if offset is not None:
                 scores = scores + offset
-            scores = _masked(scores, mask, at + start, at + end, length, total)
+            scores = _masked(scores, mask, at + start, at + end, length, first)
             state.add(scores, part.values(start, end), part.value_bases)
+            held += scores.size + (end - start) * kv_heads * dim * 2
+            if held > _HELD:  # what is not computed yet holds all that it needs
+                state.settle()
+                held = 0
         at += part.tokens
     result: mx.array = state.result().reshape(batch, heads, length, -1)
     return result.astype(queries.dtype)
@@ -173,6 +199,12 @@ class _Softmax:
             kept = self.sums.get(id(basis))
             self.sums[id(basis)] = (basis, found if kept is None else kept[1] + found)
 
+    def settle(self) -> None:
+        """Compute what was added."""
+        import mlx.core as mx
+
+        mx.eval(self.top, self.total, [value for _, value in self.sums.values()])
+
     def result(self) -> Any:
         import mlx.core as mx
 
@@ -184,14 +216,14 @@ class _Softmax:
         return total / mx.maximum(self.total, 1e-30)
 
 
-def _masked(scores: mx.array, mask: Any, start: int, end: int, length: int, total: int) -> mx.array:
+def _masked(scores: mx.array, mask: Any, start: int, end: int, length: int, first: int) -> mx.array:
     import mlx.core as mx
 
-    if mask is None:
+    if mask is None or (isinstance(mask, str) and end <= first + 1):
         return scores
     split = scores.reshape(*scores.shape[:2], -1, length, scores.shape[-1])
     if isinstance(mask, str):
-        rows = mx.arange(total - length, total)[:, None]
+        rows = mx.arange(first, first + length)[:, None]
         return mx.where(mx.arange(start, end)[None] <= rows, split, -mx.inf).reshape(scores.shape)
     piece: mx.array = mask[..., start:end]
     if piece.ndim == 4 and piece.shape[1] > 1:  # one for each query head

@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,15 @@ class Learned:
     """
 
     rows: NDArray[np.float16]
+
+    def __post_init__(self) -> None:
+        shape = self.rows.shape
+        if len(shape) != 3 or shape[1] != shape[2] + 1 or shape[2] % UNIT or not self.rows.size:
+            raise ValueError(
+                f"is {list(shape)}, not [heads, channels + 1, channels] of a multiple of {UNIT}"
+            )
+        if self.rows.dtype != np.float16 or not np.isfinite(self.rows).all():
+            raise ValueError("holds other than finite numbers of half precision")
 
     @property
     def out(self) -> NDArray[np.float16]:
@@ -72,20 +81,31 @@ class Learned:
 
 
 def learn(
-    spread: NDArray[np.float64], mean: NDArray[np.float64] | None = None
+    spread: NDArray[np.float64],
+    mean: NDArray[np.float64] | None = None,
+    cost: NDArray[np.float64] | None = None,
 ) -> tuple[Learned, tuple[float, ...]]:
     """The basis of mean outer products [heads, dim, dim], and the squares in each unit of it.
 
-    ``mean`` [heads, dim] was taken off before.
+    ``mean`` [heads, dim] was taken off before. ``cost`` [heads, dim, dim]: an error e costs
+    e^T cost e; its square where there is none. Squares are of what errors cost: the eigenvectors
+    are those of A spread A for A A = cost.
 
     Units are eight coordinates of like eigenvalues, mixed so that each is as Gaussian as a rotated
     one. Their squares are means over heads and coordinates, descending.
     """
     dim = spread.shape[-1]
-    size = np.trace(spread, axis1=-2, axis2=-1)[:, None, None] / dim
-    square, turn = np.linalg.eigh(spread + np.maximum(size, 1e-30) * _RIDGE * np.eye(dim))
+    spread = _ridged(spread)
+    if cost is None:
+        root = back = np.broadcast_to(np.eye(dim), spread.shape)
+    else:
+        price, along = np.linalg.eigh(_ridged(cost))
+        root, back = (
+            (along * size[:, None]) @ along.swapaxes(-1, -2) for size in (price**0.5, price**-0.5)
+        )
+    square, turn = np.linalg.eigh(root @ spread @ root)
     square, turn = square[:, ::-1], turn[..., ::-1]
-    out = np.sqrt(square)[..., None] * turn.swapaxes(-1, -2)
+    out = np.sqrt(square)[..., None] * turn.swapaxes(-1, -2) @ back
     out = (_mixing() @ out.reshape(-1, UNIT, dim)).reshape(out.shape)
     out /= np.abs(out).max(axis=(-1, -2), keepdims=True)
     squares = square.mean(axis=0).reshape(-1, UNIT).mean(axis=-1)
@@ -94,6 +114,14 @@ def learn(
     return Learned(rows), tuple(float(one) for one in squares)
 
 
+def _ridged(products: NDArray[np.float64]) -> NDArray[np.float64]:
+    """With a little of their mean eigenvalue added to all."""
+    dim = products.shape[-1]
+    size = np.trace(products, axis1=-2, axis2=-1)[:, None, None] / dim
+    return products + np.maximum(size, 1e-30) * _RIDGE * np.eye(dim)
+
+
+@cache
 def shared_out(squares: tuple[float, ...], dim: int, total: int) -> tuple[int, ...]:
     """Whole bits by unit, ``total`` in sum, with the least expected error; never ascending.
 
@@ -110,18 +138,29 @@ def shared_out(squares: tuple[float, ...], dim: int, total: int) -> tuple[int, .
     return tuple(sorted(widths, reverse=True))
 
 
-def write(path: Path, bases: Mapping[str, Learned]) -> None:
-    """Keep bases in a file of numpy's (.npz), by name."""
-    arrays: dict[str, Any] = {name: bases[name].rows for name in sorted(bases)}
-    np.savez(path, **arrays)
+def packed(bases: Mapping[str, Learned]) -> bytes:
+    """A safetensors file of bases, by name."""
+    from safetensors.numpy import save
+
+    return bytes(save({name: bases[name].rows for name in sorted(bases)}))
 
 
 def read(path: Path) -> dict[str, Learned]:
-    """Bases by name; ValueError where one is not what it is called."""
-    with np.load(path, allow_pickle=False) as file:
-        found = {name: Learned(file[name].astype(np.float16)) for name in file.files}
-    for name, one in found.items():
-        if one.name != name:
+    """Bases by name; ValueError, naming the file, where one is none or not what it is called."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    found = {}
+    try:
+        arrays = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is no safetensors file: {error}") from error
+    for name, rows in arrays.items():
+        try:
+            found[name] = Learned(rows)
+        except ValueError as error:
+            raise ValueError(f"{path}: basis {name[:12]}: {error}") from error
+        if found[name].name != name:
             raise ValueError(f"{path}: basis {name[:12]} is damaged: its hash differs")
     return found
 

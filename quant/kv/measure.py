@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
     import mlx.core as mx
 
@@ -93,6 +96,25 @@ def rowwise(
     forward: Forward, caches: list[Any], wanted: Baseline, batch: int
 ) -> list[dict[str, KvLoss]]:
     """:func:`loss` of ``batch`` copies of the text, whose caches may differ row by row."""
+    total = len(wanted.ids)
+    return [
+        {part: found.loss(total) for part, found in tally.items()}
+        for tally in _tallies(forward, caches, wanted, batch)
+    ]
+
+
+def by_position(
+    forward: Forward, caches: list[Any], wanted: Baseline
+) -> dict[str, NDArray[np.float32]]:
+    """The KL of each position, of which :func:`loss` gives the mean."""
+    tally = _tallies(forward, caches, wanted, 1)[0]
+    return {part: found.each() for part, found in tally.items()}
+
+
+def _tallies(
+    forward: Forward, caches: list[Any], wanted: Baseline, batch: int
+) -> list[dict[str, _Tally]]:
+    """By row, then by part, where there is any."""
     tallies = [{"prefill": _Tally(), "decode": _Tally()} for _ in range(batch)]
     total = len(wanted.ids)
     plan = spans(total, wanted.chunk, wanted.start, wanted.steps)
@@ -102,9 +124,7 @@ def rowwise(
         part = "prefill" if at < total - wanted.steps else "decode"
         for tally, row in zip(tallies, rows, strict=True):
             tally[part].add(exact, row, wanted.ids[at + 1 : end + 1])
-    return [
-        {part: found.loss(total) for part, found in tally.items() if found.kl} for tally in tallies
-    ]
+    return [{part: found for part, found in tally.items() if found.kl} for tally in tallies]
 
 
 @dataclass
@@ -116,7 +136,6 @@ class _Tally:
     def add(self, exact: Any, other: Any, following: Sequence[int]) -> None:
         """Rows [length, vocabulary] of both; ``following`` are the tokens that came."""
         import mlx.core as mx
-        import numpy as np
 
         self.kl.append(np.array((mx.exp(exact) * (exact - other)).sum(axis=-1)))
         self.same.append(np.array(exact.argmax(axis=-1) == other.argmax(axis=-1)))
@@ -124,11 +143,13 @@ class _Tally:
             rows, tokens = mx.arange(len(following)), mx.array(list(following))
             self.gained += float((exact[rows, tokens] - other[rows, tokens]).sum())
 
+    def each(self) -> NDArray[np.float32]:
+        """The KL by position."""
+        return np.concatenate(self.kl)
+
     def loss(self, tokens: int) -> KvLoss:
         """Everything together."""
-        import numpy as np
-
-        kl, same = np.concatenate(self.kl), np.concatenate(self.same)
+        kl, same = self.each(), np.concatenate(self.same)
         return KvLoss(
             kl_mean=float(kl.mean()),
             kl_p99=float(np.quantile(kl, 0.99)),

@@ -31,6 +31,8 @@ class Seen:
     """The same with bases learned from the text."""
     means: frozenset[int] = frozenset()
     """Layers whose keys have a mean worth taking off."""
+    weighed: bool = False
+    """Whether bases are of what errors cost, and not of what is stored alone."""
 
     def layout(self, fact: LayerFacts, role: str) -> Layout:
         """Of one tensor; the plain one where nothing was seen."""
@@ -84,13 +86,17 @@ def observed(
         if _energy(centred) <= _GAIN * _energy(keys):
             means.add(fact.index)
     learned: dict[tuple[int, str], Layout] = {}
+    weighed = False
     if lesson:
         found = spreads(model, facts, lesson, means=means, skip=SINKS, context=_context(model))
+        weighed = all(spread.price() is not None for spread in found.values())
         for place, spread in found.items():
             # Values' mean is theirs wherever they are, keys' turns with the place.
             mean = spread.mean() if place[1] == "value" else np.zeros_like(spread.mean())
-            learned[place] = learned_layout(vectors[place], spread.about(mean), mean)
-    return Seen(layouts=layouts, learned=learned, means=frozenset(means))
+            learned[place] = learned_layout(
+                vectors[place], spread.about(mean), mean, spread.price()
+            )
+    return Seen(layouts=layouts, learned=learned, means=frozenset(means), weighed=weighed)
 
 
 def _context(model: Any) -> int:

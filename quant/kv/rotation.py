@@ -46,7 +46,16 @@ class Rotation:
 
     def first(self, rounds: int) -> Rotation:
         """With the first rounds of the transform only; a dense rotation as it is."""
-        return self if self.signs is None else Rotation(self.dim, signs=self.signs[:rounds])
+        if self.signs is None or rounds >= len(self.signs):
+            return self
+        if rounds not in self._shorter:
+            self._shorter[rounds] = Rotation(self.dim, signs=self.signs[:rounds])
+        return self._shorter[rounds]
+
+    @cached_property
+    def _shorter(self) -> dict[int, Rotation]:
+        """By rounds, made once: every cache of every layer asks for them."""
+        return {}
 
     def forward(self, x: mx.array) -> mx.array:
         """Rotate the last axis."""

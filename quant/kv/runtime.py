@@ -129,7 +129,7 @@ def dense_on_cpu(runtime: str) -> Iterator[None]:
         group_size: int = 64,
         bits: int = 8,
     ) -> Any:
-        if isinstance(keys, _OURS):
+        if _attends(keys):
             return keys.attend(queries, scale=scale, mask=mask)
         k, v = (
             mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
@@ -147,13 +147,18 @@ def dense_on_cpu(runtime: str) -> Iterator[None]:
         setattr(base, _ATTENTION, stock)
 
 
+def _attends(keys: Any) -> bool:
+    """Whether what stands for keys answers queries itself: a cache of ours, or a watched one."""
+    return hasattr(keys, "attend")
+
+
 def _reading(stock: Callable[..., Any]) -> Callable[..., Any]:
     """``stock``, of queries, keys, values and more, but for keys that are a cache of ours."""
     order = list(signature(stock).parameters)[3:]
 
     @wraps(stock)
     def attention(queries: Any, keys: Any, values: Any, *args: Any, **named: Any) -> Any:
-        if not isinstance(keys, _OURS):
+        if not _attends(keys):
             return stock(queries, keys, values, *args, **named)
         given = {**dict(zip(order, args, strict=False)), **named}
         if given.get("sinks") is not None:
@@ -169,7 +174,7 @@ def _measuring(stock: Callable[[Any], int]) -> Callable[[Any], int]:
 
     @wraps(stock)
     def length(keys: Any) -> int:
-        return int(keys.size()) if isinstance(keys, _OURS) else stock(keys)
+        return int(keys.size()) if _attends(keys) else stock(keys)
 
     vars(length)[_READS] = True
     return length

@@ -20,8 +20,11 @@ Scheme = Literal["float", "uniform", "turboquant", "rotated"]
 SCHEMES: Final = get_args(Scheme)
 SINKS: Final = 4
 """First tokens that stay in full precision."""
-BASES: Final = "kv_cache.npz"
-"""The file of the learned bases, beside config.json."""
+BASES: Final = "model_kv_cache/bases.safetensors"
+"""The file of the learned bases. In a folder, because mlx-lm takes every model*.safetensors beside
+config.json for weights; called like that, because it fetches no others. mlx-vlm fetches all, and
+takes those of the index for weights.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class TensorSpec:
         if name is not None and name not in bases:
             raise KvError(
                 f"the settings need the basis {name[:12]}, which is not in the {BASES} given; "
-                "stock loaders do not fetch that file: download the whole repo"
+                "it belongs beside config.json: download the whole repo"
             )
         lists = {
             "aside": tuple(tuple(one) for one in stored["aside"]),
@@ -151,14 +154,18 @@ class KvSpec:
 
     @classmethod
     def load(cls, folder: Path) -> KvSpec:
-        """The settings of a checkpoint; KvError where it has none, or of another version."""
+        """The settings of a checkpoint; KvError where they are not, or not as they were written."""
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "kv_cache_quantization" not in config:
             raise KvError(
                 f"{folder}: config.json has no kv_cache_quantization; `convert kv` writes it"
             )
         file = folder / BASES
-        return cls.from_json(config["kv_cache_quantization"], read(file) if file.is_file() else {})
+        try:
+            bases = read(file) if file.is_file() else {}
+        except ValueError as error:
+            raise KvError(str(error)) from error
+        return cls.from_json(config["kv_cache_quantization"], bases)
 
     @classmethod
     def from_json(

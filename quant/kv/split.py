@@ -145,10 +145,13 @@ def _rounds(one: Layout, x: NDArray[np.float32], bits: float, rotation: Rotation
 
 
 def learned_layout(
-    x: NDArray[np.float32], spread: NDArray[np.float64], mean: NDArray[np.float64] | None = None
+    x: NDArray[np.float32],
+    spread: NDArray[np.float64],
+    mean: NDArray[np.float64] | None = None,
+    cost: NDArray[np.float64] | None = None,
 ) -> Layout:
     """A basis learned from what is known of vectors like ``x``; arguments as in :func:`learn`."""
-    basis, squares = learn(spread, mean)
+    basis, squares = learn(spread, mean, cost)
     x = x - basis.rows[:, -1:].astype(np.float32)
     top = _ROOM * float(np.linalg.norm(x @ basis.into, axis=-1).max())
     return Layout(dim=x.shape[-1], top=top, basis=basis, squares=squares)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any, Final, Literal
 
-from quant.kv.allocate import CHUNK, WIDTHS, allocate, allocated_spec, joint, sensitivity
+from quant.kv.allocate import CHUNK, MEASURED, allocate, allocated_spec, joint, sensitivity
 from quant.kv.measure import Baseline, Forward, baseline, forward_of, loss
 from quant.kv.observe import Seen, observed
 from quant.kv.runtime import dense_on_cpu, own_caches
@@ -21,9 +21,43 @@ CHOICES: Final[tuple[Choice, ...]] = ("uniform", "turboquant", "auto")
 STEPS: Final = 32
 """Tokens that are decoded one by one, after the prompt."""
 SHORT: Final = 512
-LONG: Final = 4096 + 7 * CHUNK + STEPS
-_FAR: Final = 4096
-"""Where measuring starts in a text that is longer."""
+LONG: Final = 4096 + 2 * SHORT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Parts of one text, so that nothing is measured on what decided it."""
+
+    lesson: Sequence[int]
+    """From which bases are learned; with ``trial`` where there would be little without."""
+    trial: Sequence[int]
+    """On which layouts and bits are chosen."""
+    short: Sequence[int]
+    """On which the choice is measured."""
+    long: Sequence[int]
+    """All of them in order, which ends with ``short``."""
+
+    @classmethod
+    def of(cls, ids: Sequence[int]) -> Texts:
+        """KvError where ``ids`` are too few to tell."""
+        if len(ids) < 8 * CHUNK:
+            raise KvError(f"{len(ids)} tokens of text: a KV study needs {8 * CHUNK} or more")
+        long = ids[:LONG]
+        # Of less than four chunks too little would be encoded to tell.
+        part = min(SHORT, max(4 * CHUNK, len(long) // 4))
+        cut = len(long) - part
+        before = cut - part
+        return cls(
+            lesson=long[: before if before >= part else cut],
+            trial=long[before:cut],
+            short=long[cut:],
+            long=long,
+        )
+
+    @property
+    def starts(self) -> dict[str, int]:
+        """Where measuring starts in ``short``, and in ``long``: what is measured, ``short`` has."""
+        return {"short": CHUNK, "long": len(self.long) - len(self.short)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,40 +94,39 @@ def study(
     layer can be quantized, a head cannot be stored as asked, or the text is too short to tell.
     """
     say = progress or (lambda text: None)
-    if len(ids) < 4 * CHUNK:
-        raise KvError(f"{len(ids)} tokens of text: a KV study needs {4 * CHUNK} or more")
+    texts = Texts.of(ids)
     facts = static_scan(model)
     if not any(fact.quantizable for fact in facts):
         reasons = sorted({fact.reason for fact in facts})
         raise KvError(f"no layer's cache can be quantized: {'; '.join(reasons)}")
     report: dict[str, Any] = {"layers": [asdict(fact) for fact in facts]}
-    short = list(ids[:SHORT])
-    # Directions are learned from what lies before the tokens that are measured of the long text.
-    lesson = ids[: _start(ids[:LONG])] if choice == "auto" else ()
-    seen = observed(model, facts, short, bits=bits, lesson=lesson)
+    lesson = texts.lesson if choice == "auto" else ()
+    seen = observed(model, facts, texts.trial, bits=bits, lesson=lesson)
     if choice == "auto":
-        measured = sensitivity(model, facts, short, seen=seen, progress=progress)
-        seen = measured.seen
-        spec = allocated_spec(facts, allocate(facts, measured, bits=bits, seen=seen), seen)
+        measured = sensitivity(model, facts, texts.trial, seen=seen, progress=progress)
+        spec = allocated_spec(facts, allocate(facts, measured, bits=bits), seen)
+        report["weighed"] = seen.weighed
         report["sensitivity"] = [
             {
                 "layer": layer,
                 "of": role,
-                "bits": width,
-                "kl_mean": kl,
-                "measured": (layer, role, width) in measured.measured,
+                "basis": "learned" if one.layout.basis else "rotation",
+                "bits": one.bits,
+                "kl_mean": one.kl,
             }
-            for (layer, role, width), kl in sorted(measured.kl.items())
+            for (layer, role), every in sorted(measured.items())
+            for one in every
+            if one.measured
         ]
     else:
         spec = spec_for(facts, chooser(choice, bits, group, seen), means=seen.means)
     forward = forward_of(model)
-    texts = {"short": short, "long": list(ids[:LONG])}
     exact: dict[str, Baseline] = {}
-    for name, text in texts.items():
+    for name, start in texts.starts.items():
+        text = getattr(texts, name)
         say(f"KV cache: {len(text)} tokens with a float cache")
         exact[name] = baseline(
-            forward, own_caches(model), text, chunk=CHUNK, start=_start(text), steps=STEPS
+            forward, own_caches(model), text, chunk=CHUNK, start=start, steps=STEPS
         )
     say("KV cache: as chosen")
     report["chosen"] = {
@@ -111,9 +144,9 @@ def study(
 
 
 def tensor_spec(choice: str, bits: float, group: int = 64) -> TensorSpec:
-    """How keys and values are stored alike; for "auto" one of the widths that it chooses from."""
+    """How keys and values are stored alike; for "auto" the narrowest that it tries."""
     if choice == "auto":
-        return TensorSpec(scheme="turboquant", bits=WIDTHS[0], tries=TRIES)
+        return TensorSpec(scheme="turboquant", bits=MEASURED[0], tries=TRIES)
     scheme: Any = choice
     return TensorSpec(scheme=scheme, bits=bits, group=group, tries=TRIES)
 
@@ -145,13 +178,6 @@ def kept_aside(spec: KvSpec) -> list[dict[str, Any]]:
         for of, tensor in (("keys", layer.key), ("values", layer.value))
         if tensor.aside
     ]
-
-
-def _start(text: Sequence[int]) -> int:
-    """Where measuring starts: of a long text its last part, which attends to all before it."""
-    if len(text) <= SHORT:
-        return CHUNK
-    return _FAR if len(text) > _FAR + STEPS + CHUNK else len(text) - len(text) // 4
 
 
 def stock_settings(model: Any, facts: Sequence[LayerFacts]) -> list[Stock]:

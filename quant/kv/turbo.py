@@ -79,6 +79,10 @@ class TurboCodec:
         object.__setattr__(self, "segments", _segments(self))
         if self.aside:
             _check_aside(self.aside, self.dim)
+        if self.learned and self.learned.rows.shape[-1] != self.dim:
+            raise KvError(
+                f"a basis of {self.learned.rows.shape[-1]} channels for heads of {self.dim}"
+            )
 
     @cached_property
     def bases(self) -> tuple[Basis | None, ...]:
