@@ -119,7 +119,9 @@ def refresh(folder: Path, digests: Mapping[str, str]) -> None:
 def renewed(folder: Path, files: Mapping[str, bytes | None]) -> bytes:
     """The content of the manifest once ``files`` are written; those that are None are gone."""
     entries = {
-        name: content and {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        name: None
+        if content is None
+        else {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         for name, content in files.items()
     }
     return _text(_renewed(folder, entries)).encode()
