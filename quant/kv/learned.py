@@ -118,7 +118,8 @@ def _ridged(products: NDArray[np.float64]) -> NDArray[np.float64]:
     """With a little of their mean eigenvalue added to all."""
     dim = products.shape[-1]
     size = np.trace(products, axis1=-2, axis2=-1)[:, None, None] / dim
-    return products + np.maximum(size, 1e-30) * _RIDGE * np.eye(dim)
+    found: NDArray[np.float64] = products + np.maximum(size, 1e-30) * _RIDGE * np.eye(dim)
+    return found
 
 
 @cache
