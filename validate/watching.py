@@ -69,8 +69,8 @@ class _Unasked(Exception):
 
 def _asked(model: MlxRuntime, folder: Path) -> list[Question]:
     """The questions as the processor in ``folder`` makes them; _Unasked where it does not."""
-    place = _token(model.config, "video")
-    if place is None:
+    places = {_token(model.config, kind) for kind in ("video", "video_start")} - {None}
+    if not places:
         raise _Unasked("the config names no token for a video")
     questions = []
     for case in load_cases(VIDEO_FILE):
@@ -84,7 +84,7 @@ def _asked(model: MlxRuntime, folder: Path) -> list[Question]:
         if _PIXELS not in inputs:
             raise _Unasked("the runtime's processor gives frames a form of its own")
         ids = tuple(int(token) for token in inputs["input_ids"][0])
-        if place not in ids:
+        if places.isdisjoint(ids):  # GLM 5.3 has pictures' tokens between a video's start and end
             raise _Unasked("the chat template has no place for a video")
         _as_released(inputs)
         inputs.setdefault("mm_token_type_ids", _kinds(ids, model.config))

@@ -9,7 +9,7 @@ from arch_maps.facts import Facts
 from arch_maps.ops import Reshape
 from arch_maps.registry import ArchMap
 from arch_maps.rules import Kind, Layout, Mount
-from arch_maps.text import llama, moe
+from arch_maps.text import hyper, llama, moe
 
 _RATIOS: Final = {
     "sliding_attention": 0,
@@ -106,20 +106,6 @@ def _experts(at: Mount, facts: Facts, *, by_token: bool) -> None:
         at.rule(f"shared_experts.{name}.weight", weight, Kind.LINEAR)
 
 
-def _hyper(layer: Mount, facts: Facts) -> None:
-    """How the streams of the residual are read and written around a block."""
-    streams = int(facts.size("hc_mult", 4))
-    rows = streams * (2 + streams)
-    for block in ("attn", "ffn"):
-        for name, shape in (
-            ("fn", (rows, streams * facts.size("hidden_size"))),
-            ("base", (rows,)),
-            ("scale", (3,)),
-        ):
-            found = layer.input(f"hc_{block}_{name}", *shape)
-            layer.rule(f"{block}_hc.{name}", found, Kind.STATE)
-
-
 def _tensors(root: Mount, facts: Facts, layout: Layout) -> None:
     hidden, vocab = facts.size("hidden_size"), facts.size("vocab_size")
     ratios, by_token = _ratios(facts), _by_token(facts)
@@ -129,7 +115,7 @@ def _tensors(root: Mount, facts: Facts, layout: Layout) -> None:
     for index, layer in model.layers("layers", len(ratios)):
         _attention(layer / "attn", facts, ratios[index])
         _experts(layer / "ffn", facts, by_token=index < by_token)
-        _hyper(layer, facts)
+        hyper.connections(layer, facts)
         layer.norm("attn_norm", hidden)
         layer.norm("ffn_norm", hidden)
     streams = facts.size("hc_mult", 4)
@@ -177,12 +163,12 @@ def _config(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
     kinds = {ratio: kind for kind, ratio in _RATIOS.items()}
     by_token = _by_token(facts)
     hashed = ["hash_moe"] * by_token + ["moe"] * (len(ratios) - by_token)
-    numbers = {"routed_scaling_factor": 1.5, "swiglu_limit": 10.0, "hc_eps": 1e-6}
+    numbers = {"routed_scaling_factor": 1.5, "swiglu_limit": 10.0}
     sizes = {
         **{"num_experts_per_tok": 6, "n_routed_experts": 256, "moe_intermediate_size": 2048},
         **{"q_lora_rank": 1024, "o_groups": 8, "o_lora_rank": 1024, "sliding_window": 128},
         **{"index_n_heads": 64, "index_head_dim": 128, "index_topk": 512, "n_shared_experts": 1},
-        **{"hc_mult": 4, "hc_sinkhorn_iters": 20, "max_position_embeddings": 1048576},
+        "max_position_embeddings": 1048576,
     }
     out.update(
         {name: facts.number(name, default) for name, default in numbers.items()},
@@ -204,6 +190,7 @@ def _config(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
         vision_n_layers=0,
         tie_word_embeddings=False,
     )
+    hyper.spell_config(out, facts)
     return out
 
 
@@ -220,5 +207,5 @@ MAP = ArchMap(
         ),
     ),
     runtimes=("mlx-vlm",),
-    parts=("text.llama", "text.moe"),
+    parts=("text.llama", "text.moe", "text.hyper"),
 )

@@ -10,30 +10,9 @@ from arch_maps.registry import ArchMap
 from arch_maps.rules import Layout, Mount
 from arch_maps.text import deepseek, dsa, moe
 
-_KINDS = {"F": "full", "S": "shared"}
-
-
-def _choosers(facts: Facts) -> list[str]:
-    """Which layers choose tokens ("full"), and which take the last choice over ("shared")."""
-    layers = facts.count("num_hidden_layers")
-    kinds = facts.data.get("indexer_types") or facts.data.get("index_topk_pattern")
-    if kinds is None:
-        every = int(facts.size("index_topk_freq", 1))
-        start = int(facts.size("index_skip_topk_offset", 2))
-        places = (max(index - start + 1, 0) % every for index in range(layers))
-        return ["shared" if place else "full" for place in places]
-    named = [_KINDS.get(kind, kind) for kind in kinds]
-    if len(named) != layers or set(named) - set(_KINDS.values()) or named[0] != "full":
-        facts.problem(
-            f"config.json: {facts.path}indexer_types must list {layers} layers as full or shared, "
-            "the first of them full"
-        )
-        return ["full"] * layers
-    return named
-
 
 def _tensors(root: Mount, facts: Facts, layout: Layout) -> None:
-    dense, kinds = deepseek.dense_first(facts, 3), _choosers(facts)
+    dense, kinds = deepseek.dense_first(facts, 3), dsa.choosers(facts)
     sparse = [index >= dense for index in range(len(kinds))]
 
     def indexer(index: int, layer: Mount) -> None:
@@ -50,7 +29,7 @@ def _config(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
     deepseek.spell_routing(out, facts, dense=deepseek.dense_first(facts, 3))
     deepseek.sigmoid_routing(out, facts)
     dsa.spell_config(out, facts, interleaved=True)
-    kinds = _choosers(facts)
+    kinds = dsa.choosers(facts)
     if "shared" in kinds:
         facts.note("mlx-lm has an indexer in every layer and cannot load this release; mlx-vlm can")
     out.update(indexer_types=kinds, index_topk_pattern=None)

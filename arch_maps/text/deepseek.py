@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ def experts(
     *,
     correction: bool = True,
     target: str = "switch_mlp",
+    shared_mlp: Callable[[Mount, int, int], None] = llama.gated_mlp,
 ) -> None:
     """Router with its correction of the choice, routed experts and the shared ones as one."""
     at.linear("gate", e.count, e.hidden, kind=Kind.GATE)
@@ -39,7 +40,7 @@ def experts(
     moe.experts(at, e, target=target)
     if facts.data.get("n_shared_experts"):
         shared = facts.size("n_shared_experts") * e.intermediate
-        llama.gated_mlp(at / "shared_experts", e.hidden, shared)
+        shared_mlp(at / "shared_experts", e.hidden, shared)
 
 
 def latent_lm(
@@ -76,18 +77,20 @@ def latent_lm(
     drop_mtp(root, facts, s.layers, lambda at: moe.layer(at, s, further, attention))
 
 
-def drop_mtp(root: Mount, facts: Facts, layers: int, block: moe.Block) -> None:
-    """Leave out the layers after the last, which predict further tokens."""
+def drop_mtp(
+    root: Mount, facts: Facts, layers: int, block: moe.Block, *, stack: str = "model"
+) -> None:
+    """Leave out the source's layers after the last of ``stack``, which predict further tokens."""
     hidden, vocab = facts.size("hidden_size"), facts.size("vocab_size")
     more = facts.count("num_nextn_predict_layers") if mtp_layers(facts) else 0
     for index in range(layers, layers + more):
-        at = root / f"model.layers.{index}"
+        at = root / f"{stack}.layers.{index}"
         at.drop("embed_tokens.weight", MTP, vocab, hidden)
         for name in ("enorm", "hnorm", "shared_head.norm"):
             at.drop(f"{name}.weight", MTP, hidden)
         at.drop("eh_proj.weight", MTP, hidden, 2 * hidden)
         at.drop("shared_head.head.weight", MTP, vocab, hidden)
-        moe.drop_block(root, f"model.layers.{index}", block, MTP)
+        moe.drop_block(root, f"{stack}.layers.{index}", block, MTP)
         at.bind_drops("eh_proj.weight")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from arch_maps import config as spell
 from arch_maps.facts import Dim, Facts
-from arch_maps.rules import Mount
+from arch_maps.ops import Concat
+from arch_maps.rules import Kind, Mount
 
 DEFAULTS: Final = {
     "vocab_size": 32000,
@@ -121,6 +123,32 @@ def gated_mlp(at: Mount, hidden: int, intermediate: int, *, bias: bool = False) 
     at.linear("gate_proj", intermediate, hidden, bias=bias)
     at.linear("up_proj", intermediate, hidden, bias=bias)
     at.linear("down_proj", hidden, intermediate, bias=bias)
+
+
+def joined(
+    at: Mount,
+    name: str,
+    parts: Mapping[str, int],
+    hidden: int,
+    *,
+    bias: bool = False,
+    kind: Kind = Kind.LINEAR,
+) -> None:
+    """Projections of the same input that the runtime makes by one, row under row.
+
+    ``parts`` are the source's names with their rows.
+    """
+    weights = tuple(at.input(f"{part}.weight", rows, hidden) for part, rows in parts.items())
+    at.rule(f"{name}.weight", Concat(weights), kind)
+    if bias:
+        biases = tuple(at.input(f"{part}.bias", rows) for part, rows in parts.items())
+        at.rule(f"{name}.bias", Concat(biases), Kind.BIAS)
+
+
+def joined_mlp(at: Mount, hidden: int, intermediate: int) -> None:
+    """The gated MLP where the runtime makes gate and up by one projection."""
+    joined(at, "gate_up_proj", dict.fromkeys(("gate_proj", "up_proj"), intermediate), hidden)
+    at.linear("down_proj", hidden, intermediate)
 
 
 def causal_lm(root: Mount, s: Sizes) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from arch_maps.facts import Dim, Facts
 from arch_maps.ops import Concat, Expr, Permute, Reshape, Slice
 from arch_maps.rules import Kind, Mount
+from arch_maps.text import llama
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,15 +25,15 @@ class Sizes:
     bias: bool = False
 
 
-def sizes(facts: Facts) -> Sizes:
-    """Read the sizes; releases state them all."""
+def sizes(facts: Facts, *, rotated: bool = True) -> Sizes:
+    """Read the sizes; releases state them all. ``rotated`` is whether a part of a head rotates."""
     return Sizes(
         hidden=facts.size("hidden_size"),
         heads=facts.size("num_attention_heads"),
         q_rank=None if facts.data.get("q_lora_rank") is None else facts.size("q_lora_rank"),
         kv_rank=facts.size("kv_lora_rank"),
         nope=facts.size("qk_nope_head_dim"),
-        rope=facts.size("qk_rope_head_dim"),
+        rope=facts.size("qk_rope_head_dim") if rotated else Dim(0, "qk_rope_head_dim"),
         value=facts.size("v_head_dim"),
         bias=facts.flag("attention_bias", False),
     )
@@ -60,6 +61,19 @@ def attention(at: Mount, s: Sizes, *, absorbed: bool = True, halves: bool = Fals
         per_head(at, s)
     else:
         at.linear("kv_b_proj", s.heads * (s.nope + s.value), s.kv_rank)
+    at.linear("o_proj", s.hidden, s.heads * s.value, bias=s.bias)
+
+
+def joined_attention(at: Mount, s: Sizes) -> None:
+    """The absorbed projections where the runtime makes both latents by one, ``qkv_a_proj``."""
+    at.changed_values("values are made from a latent vector, which is what the cache holds")
+    assert s.q_rank is not None
+    ranks = {"q_a_proj": s.q_rank, "kv_a_proj_with_mqa": s.kv_rank + s.rope}
+    llama.joined(at, "qkv_a_proj", ranks, s.hidden, bias=s.bias)
+    at.norm("q_a_layernorm", s.q_rank)
+    at.linear("q_b_proj", s.heads * (s.nope + s.rope), s.q_rank)
+    at.norm("kv_a_layernorm", s.kv_rank)
+    per_head(at, s)
     at.linear("o_proj", s.hidden, s.heads * s.value, bias=s.bias)
 
 

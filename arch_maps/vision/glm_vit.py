@@ -11,7 +11,10 @@ from arch_maps.text.llama import gated_mlp
 
 
 def tower(at: Mount, facts: Facts) -> None:
-    """GLM-OCR: patches, blocks with normed heads, downsampling and merger, below ``at``."""
+    """GLM-OCR and GLM 5.3: patches, blocks with normed heads, downsampling and merger.
+
+    The merger is as wide as ``projection_intermediate_size``, or as GLM-OCR has it in code.
+    """
     hidden, out = facts.size("hidden_size"), facts.size("out_hidden_size")
     channels, inner = facts.size("in_channels", 3), facts.size("intermediate_size")
     patch, frames = facts.size("patch_size", 14), facts.size("temporal_patch_size", 2)
@@ -32,15 +35,18 @@ def tower(at: Mount, facts: Facts) -> None:
     merger = at.at(source="merger", target="merger", part="projector")
     merger.linear("proj", out, out)
     merger.norm("post_projection_norm", out, bias=True)
-    gated_mlp(merger, out, out * channels)
+    own = "projection_intermediate_size"
+    gated_mlp(merger, out, facts.size(own) if own in facts.data else out * channels)
 
 
-def spell_config(config: dict[str, Any], facts: Facts) -> None:
+def spell_config(
+    config: dict[str, Any], facts: Facts, *, model_type: str = "glm_ocr_vision"
+) -> None:
     """Write the tower's facts as the runtime reads them, in place."""
     facts.expect("hidden_act", "silu", default="silu", why="the runtime computes SiLU")
     facts.expect("in_channels", 3, default=3, why="the runtime tells layouts apart by it")
     config.update(
-        model_type="glm_ocr_vision",
+        model_type=model_type,
         attention_bias=facts.flag("attention_bias", True),
         in_channels=3,
         num_heads=int(facts.size("num_heads")),

@@ -77,6 +77,7 @@ FAMILIES: dict[str, Family] = {
     "glm4": dense.PARTIAL,
     "glm4v": glm_vl.GLM4V,
     "glm4v_moe": glm_vl.GLM4V,
+    "glm5_next": glm_vl.GLM5_NEXT,
     "glm_ocr": glm_vl.GLM_OCR,
     "got": got.FAMILY,
     "gpt_neox": dense.GPT_NEOX,
