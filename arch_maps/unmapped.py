@@ -6,7 +6,6 @@ UNMAPPED: Final[dict[str, str]] = {
     "bitnet": "the runtimes take packed ternary weights only, through a Metal kernel",
     "diffusion_gemma": "it writes whole blocks by diffusion, where every check here steps token by "
     "token; not written yet",
-    "inkling_mm_model": "not written yet",
     "minimax": "the runtimes' module of that name computes MiniMax-M2, without lightning attention",
     "muse_spark": "its runtime module needs Metal",
     "nemotron_h_omni": "not written yet",

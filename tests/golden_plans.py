@@ -33,8 +33,9 @@ _INDEX = re.compile(r"\.(\d+)\.")
 LARGEST = 2100
 """Tensors of a release with golden plans; per-expert lists of more would fill megabytes."""
 
-BULKY = {"florence2", "gemma3n", "phimoe", "qwen4_exp"}
-"""Types whose plans would, because hardly two of their layers, blocks or parts are alike."""
+BULKY = {"florence2", "gemma3n", "inkling_mm_model", "phimoe", "qwen4_exp"}
+"""Types whose plans would, because hardly two of their layers, blocks or parts are alike, or
+because those that are take turns with others."""
 
 
 def golden_types(wanted: Sequence[str] = ()) -> list[str]:

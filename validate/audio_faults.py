@@ -4,11 +4,27 @@ Each function returns patches (module, attribute, what belongs there), given the
 """
 
 from importlib import import_module
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 Patch = tuple[Any, str, Any]
+
+INKLING_FLOOR: Final = 1e-5
+"""Inkling's least magnitude of a frequency: the root of the least power, 1e-10."""
+
+
+def inkling_sounds(model: Any) -> list[Patch]:
+    """The release's floor of a magnitude, where mlx-vlm has that of a power."""
+    del model
+    mx: Any = import_module("mlx.core")
+    module: Any = import_module("mlx_vlm.models.inkling.audio_feature_extractor")
+    stft = module.stft
+
+    def floored(*args: Any, **settings: Any) -> Any:
+        return mx.maximum(mx.abs(stft(*args, **settings)), INKLING_FLOOR)
+
+    return [(module, "stft", floored)]
 
 
 def gemma4_sounds(model: Any) -> list[Patch]:

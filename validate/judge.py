@@ -63,6 +63,8 @@ def judge_runtime(job: Judgement, answers: Answers, *, runtime: str) -> Found:
             if prepared:
                 fed = {index: to_mlx(answers.exact[index].question.inputs) for index in rows}
                 run = partial(_run, model, answers, rows, fed)
+                if modality == "audio":
+                    run = partial(_listen, model, answers, rows, heard, fed)
             with model.without(known, source=job.source):
                 judged = run() if known else stock
                 found.checks += heard
@@ -128,10 +130,19 @@ def _prepared(
     return {index: medium(model, answers.exact[index]) for index in fed}, []
 
 
-def _listen(model: MlxRuntime, answers: Answers, rows: Sequence[int], heard: list[Check]) -> Runs:
-    """As ``_run``, with the sounds prepared anew: a fault may lie in the runtime's processor."""
-    inputs, heard[:] = audio_inputs(model, answers, rows)
-    return _run(model, answers, rows, inputs)
+def _listen(
+    model: MlxRuntime,
+    answers: Answers,
+    rows: Sequence[int],
+    heard: list[Check],
+    fed: Mapping[int, dict[str, Any]] | None = None,
+) -> Runs:
+    """As ``_run``, with the sounds prepared anew: a fault may lie in the runtime's processor.
+
+    Where that prepares them otherwise even so, the model gets what it is ``fed``.
+    """
+    inputs, heard[:] = audio_inputs(model, answers, rows, known=fed is not None)
+    return _run(model, answers, rows, inputs if fed is None else fed)
 
 
 def _needed_deviations(
