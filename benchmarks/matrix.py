@@ -39,8 +39,8 @@ LIMIT_S = 600  # some towers have their size in the runtime's code
 COMPARED = ("mlx", "mlx-vlm", "mlx-lm", "torch", "transformers")
 VISION = ("torchvision", "timm")
 NEEDS_VISION = (
-    *("gemma3n", "gemma4_unified", "kimi_k25", "lfm2_vl", "llama4", "mistral3", "molmo2"),
-    *("muse_glimmer", "phi4mm", "pixtral"),
+    *("gemma3n", "gemma4_unified", "inkling_mm_model", "kimi_k25", "lfm2_vl", "llama4"),
+    *("mistral3", "molmo2", "muse_glimmer", "phi4mm", "pixtral"),
 )
 """Types whose release's processor or tower needs one of these libraries."""
 

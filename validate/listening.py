@@ -62,7 +62,7 @@ def _compare_features(reference: Mapping[str, Any], other: Mapping[str, Any]) ->
 
 def _unlike(reference: Any, other: Any) -> float:
     """The share of integers that differ; infinity where the shapes do."""
-    a, b = np.array(reference), np.array(other)
+    a, b = np.asarray(reference), np.asarray(other)
     return float(np.mean(a != b)) if a.shape == b.shape else float("inf")
 
 
