@@ -108,8 +108,8 @@ DOCUMENTED: Final = (
         model_types=("inkling_mm_model",),
         modality="audio",
         what="mlx-vlm 0.7.10 lets a frequency's magnitude fall to 1e-10, where the release stops "
-        "at 1e-5, so that silence and what is as quiet get lower levels; of the levels that are "
-        "left a few in 10,000 lie between two and are rounded either way",
+        "at 1e-5, so that silence and what is as quiet get lower levels; with that floor one level "
+        "in a thousand lies between two and is rounded either way",
         bound=2.0,
         patches=audio_faults.inkling_sounds,
         prepares=True,
