@@ -71,7 +71,10 @@ _BY_ARCHITECTURE: Final = {
 """Releases of one model_type that are told apart by the class they name."""
 
 
-_SPELLINGS: Final = {"lfm2-vl": "lfm2_vl"}
+_SPELLINGS: Final = {
+    "lfm2-vl": "lfm2_vl",
+    "NemotronH_Nano_Omni_Reasoning_V3": "nemotron_h_omni",
+}
 """Other spellings of a model_type."""
 
 

@@ -81,6 +81,8 @@ class Drop:
     required: bool = False
     only_with: str | None = None
     """Source tensor without which this one is no such thing, but surplus."""
+    filled_with: float | None = None
+    """What each of its elements must be, so that leaving it out changes nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,12 +226,12 @@ class Mount:
         *shape: int,
         same_as: str | None = None,
         required: bool = False,
+        filled_with: float | None = None,
     ) -> None:
         """Leave out the source tensor ``name`` below this mount; it may be absent."""
         self.out.name_one()
-        self.out.drops.append(
-            Drop(self._source_name(name), reason, shape or None, same_as, required)
-        )
+        full, size = self._source_name(name), shape or None
+        self.out.drops.append(Drop(full, reason, size, same_as, required, filled_with=filled_with))
 
     def bind_drops(self, witness: str) -> None:
         """Let the drops below this mount hold only where its tensor ``witness`` is present.

@@ -8,7 +8,6 @@ UNMAPPED: Final[dict[str, str]] = {
     "token; not written yet",
     "minimax": "the runtimes' module of that name computes MiniMax-M2, without lightning attention",
     "muse_spark": "its runtime module needs Metal",
-    "nemotron_h_omni": "not written yet",
     "openai_privacy_filter": "a classifier of tokens, which no check judges",
     "pp_doclayout_v3": "a detector, which no check judges",
     "rt_detr_v2": "the runtime's loader transposes every convolution on each load, so that no file "

@@ -40,7 +40,8 @@ COMPARED = ("mlx", "mlx-vlm", "mlx-lm", "torch", "transformers")
 VISION = ("torchvision", "timm")
 NEEDS_VISION = (
     *("gemma3n", "gemma4_unified", "inkling_mm_model", "kimi_k25", "lfm2_vl", "llama4"),
-    *("mistral3", "molmo2", "muse_glimmer", "phi4mm", "pixtral"),
+    *("mistral3", "molmo2", "muse_glimmer", "nemotron_h_omni", "nemotron_h_omni:super-vl"),
+    *("phi4mm", "pixtral"),
 )
 """Types whose release's processor or tower needs one of these libraries."""
 

@@ -31,7 +31,7 @@ def audio_inputs(
         inputs = prepared[index] = model.media_inputs(item.question.case)
         name = item.question.case.name
         ids.append(CaseResult(name, differing(item, inputs), {"tokens": len(item.question.ids)}))
-        error, what = _compare_features(item.question.inputs, inputs)
+        error, what = _compare_features(item.question.inputs, _heard(model, inputs))
         sounds.append(CaseResult(name, error, {"compared": what}))
         prompts.append(stock_prompt(model, item))
     note = "each side's own processor on the same sound"
@@ -41,6 +41,14 @@ def audio_inputs(
     ]
     checks += prompt_row("audio", model, prompts)
     return prepared, checks
+
+
+def _heard(model: MlxRuntime, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The inputs, with the features that a model makes of a sound where its processor does not."""
+    extract = getattr(model.model, "sound_feature_extractor", None)
+    if extract is None or "sound_clips" not in inputs:
+        return inputs
+    return {**inputs, "input_features": extract(inputs["sound_clips"])[0]}
 
 
 def _compare_features(reference: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, str]:

@@ -26,6 +26,7 @@ def leaves(value: Any) -> Pixels:
 def compare_pixels(reference: Any, other: Any) -> tuple[float, str]:
     """Relative error and the layout it was found in; infinity when no layout fits the shapes."""
     a, b = leaves(reference), leaves(other)
+    errors: dict[str, float] = {}
     for layout, arrange in _LAYOUTS.items():
         x, y = arrange(a), arrange(b)
         if [i.shape for i in x] == [i.shape for i in y]:
@@ -34,9 +35,13 @@ def compare_pixels(reference: Any, other: Any) -> tuple[float, str]:
         y = arrange(b)
         if [i.shape for i in a] == [i.shape for i in y]:
             return relative_error(_flat(a), _flat(y)), layout
-    cut = [_patches(x, y) for x, y in zip(a, b, strict=False)]
-    if len(a) == len(b) and [i.shape for i in a] == [i.shape for i in cut]:
-        return relative_error(_flat(a), _flat(cut)), "cut into patches"
+    for layout, axes in _CUTS.items():
+        cut = [_patches(x, y, axes) for x, y in zip(a, b, strict=False)]
+        if len(a) == len(b) and [i.shape for i in a] == [i.shape for i in cut]:
+            errors[layout] = relative_error(_flat(a), _flat(cut))
+    if errors:  # both have the same shape
+        best = min(errors, key=lambda layout: errors[layout])
+        return errors[best], best
     shapes = f"{[list(i.shape) for i in a]} against {[list(i.shape) for i in b]}"
     return float("inf"), f"no common layout: {shapes}"
 
@@ -45,8 +50,13 @@ def _flat(arrays: Pixels) -> NDArray[np.float32]:
     return np.concatenate([array.ravel() for array in arrays]) if arrays else np.zeros(0, "f4")
 
 
-def _patches(reference: NDArray[np.float32], picture: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The picture [channels, height, width] cut into the reference's patches, padded with zeros."""
+def _patches(
+    reference: NDArray[np.float32], picture: NDArray[np.float32], axes: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """The picture [channels, height, width] cut into the reference's patches, padded with zeros.
+
+    ``axes`` orders channels, rows, a patch's rows, columns and a patch's columns.
+    """
     if picture.ndim != 3 or reference.ndim < 2:
         return picture
     channels, height, width = picture.shape
@@ -55,7 +65,7 @@ def _patches(reference: NDArray[np.float32], picture: NDArray[np.float32]) -> ND
     room = reference.size // reference.shape[-1] - rows * columns
     if (rows * side, columns * side) != (height, width) or room < 0:
         return picture
-    tiles = picture.reshape(channels, rows, side, columns, side).transpose(1, 3, 2, 4, 0)
+    tiles = picture.reshape(channels, rows, side, columns, side).transpose(axes)
     flat = np.pad(tiles.reshape(rows * columns, -1), ((0, room), (0, 0)))
     return flat.reshape(reference.shape) if flat.size == reference.size else picture
 
@@ -69,6 +79,10 @@ def _joined(arrays: Pixels) -> Pixels:
 
 
 _LAYOUTS: dict[str, Callable[[Pixels], Pixels]] = {"as is": lambda x: x, "packed": _joined}
+_CUTS = {
+    "cut into patches": (1, 3, 2, 4, 0),
+    "cut into patches, channel by channel": (1, 3, 0, 2, 4),
+}
 _MOVES: dict[str, Callable[[Pixels], Pixels]] = {
     "channels last": lambda arrays: [np.moveaxis(i, -1, max(0, i.ndim - 3)) for i in arrays]
 }

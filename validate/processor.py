@@ -102,12 +102,7 @@ def load_processor(
         elif attribute == "video_processor":
             parts.append(NoVideo(parts))
         elif attribute in ("feature_extractor", "audio_processor"):
-            sounds: Any = import_module("transformers").AutoFeatureExtractor
-            parts.append(
-                sounds.from_pretrained(
-                    folder, local_files_only=True, trust_remote_code=trust_remote_code
-                )
-            )
+            parts.append(_sounds(folder, modality, trust_remote_code=trust_remote_code))
         else:
             raise ReferenceError(f"{cls.__name__}: no way to load its {attribute}")
     processor = _accepting(cls).from_args_and_dict(parts, settings)
@@ -119,7 +114,9 @@ def load_processor(
 
 def _part(folder: Path, other: StandIn, attribute: str) -> Any:
     cls: Any = getattr(import_module("transformers"), other.parts[attribute])
-    return cls.from_pretrained(folder, local_files_only=True)
+    told = other.settings(read_config(folder)).get(attribute, {})
+    part = cls.from_pretrained(folder, local_files_only=True)
+    return cls.from_dict({**part.to_dict(), **told}) if told else part
 
 
 def _name_tokens(tokenizer: Any, other: StandIn) -> None:
@@ -136,6 +133,19 @@ def _images(folder: Path, modality: str, *, trust_remote_code: bool) -> Any:
         )
     except (ImportError, ValueError) as error:
         if modality == "image" or missing_library(error) is None:
+            raise
+        return NoVideo(())
+
+
+def _sounds(folder: Path, modality: str, *, trust_remote_code: bool) -> Any:
+    """What hears; of a release that only sees, whose processor's class can do both, nothing."""
+    sounds: Any = import_module("transformers").AutoFeatureExtractor
+    try:
+        return sounds.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError):
+        if modality == "audio":
             raise
         return NoVideo(())
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from validate.stand_ins import stand_in
-from validate.torch_faults import complete, mend
+from validate.torch_faults import complete, mend, needless
 
 Logits = NDArray[np.float32]
 _SUFFIX_TYPE: Final = {"paligemma": 1}
@@ -82,7 +82,8 @@ class TorchReference:
                 other.complete(model, folder)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise ReferenceError(f"{folder}: transformers cannot load it: {error}") from error
-        lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        lost = sorted(key for key in info["missing_keys"] if not needless(key))
+        lost += sorted(str(key) for key in info["mismatched_keys"])
         if lost:
             raise ReferenceError(
                 f"{folder}: {len(lost)} parameters of {type(model).__name__} have no weights in "

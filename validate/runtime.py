@@ -101,7 +101,10 @@ def _knows(name: str, config: dict[str, Any]) -> bool:
     return False
 
 
-_WRITING: Final = ("For", "Draft", "LMHeadModel", "ChatModel", "Moondream", "MiniCPMO")
+_WRITING: Final = (
+    *("For", "Draft", "LMHeadModel", "ChatModel", "Moondream", "MiniCPMO"),
+    "Omni_Reasoning",
+)
 """Words in the names of classes that write text; a few releases' own have no ``For...``."""
 
 

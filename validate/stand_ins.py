@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from validate import phi4mm
+from validate import nemotron_omni, phi4mm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,22 @@ class StandIn:
     """transformers' class of each part of the processor but the tokenizer."""
     tokens: Mapping[str, str]
     """Tokens that the processor looks for on the tokenizer, by the attribute's name."""
+    settings: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, Any]]] = lambda _: {}
+    """What each part of the processor must be told besides the release's files."""
 
 
 STAND_INS: Final[Mapping[str, StandIn]] = {
+    "NemotronH_Nano_Omni_Reasoning_V3": StandIn(
+        architecture="NemotronH_Omni_Reasoning_V3",
+        config=nemotron_omni.torch_config,
+        names={},
+        beside=nemotron_omni.BESIDE,
+        complete=nemotron_omni.complete,
+        processor=nemotron_omni.processor,
+        parts=nemotron_omni.PARTS,
+        tokens={},
+        settings=nemotron_omni.settings,
+    ),
     "Phi4MMForCausalLM": StandIn(
         architecture="Phi4MultimodalForCausalLM",
         config=phi4mm.torch_config,

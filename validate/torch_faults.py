@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final
 
+from validate import nemotron_omni
+
 _HEAD_SCALES: Final[Mapping[tuple[str, str], tuple[str, int]]] = {
     ("aya_vision", "cohere2"): ("logit_scale", 1),
     ("cohere2_vision", "cohere2"): ("logit_scale", 1),
@@ -30,6 +32,26 @@ _BY_TIMM: Final[Mapping[str, tuple[str, str]]] = {
 """Types, and of their part that only timm can build the model_type and the start of its names."""
 
 
+_RENAMED: Final[Mapping[str, tuple[str, str, str]]] = {
+    "nemotron_h_omni": (
+        "NemotronH_Omni_Reasoning_V3",
+        r"^vision_projector\.vision_final_layernorm\.",
+        r"vision_final_layernorm\.",
+    ),
+}
+"""Types, and of their class a part that its releases call otherwise than it does."""
+
+
+_UNREAD: Final = ("num_batches_tracked", "vision_model.summary_idxs")
+"""Ends of the names of saved integers that do without a release: a counter of training, and which
+tokens sum up a picture, which follows from the config and is not asked for here."""
+
+
+def needless(name: str) -> bool:
+    """Whether a class computes the same without the tensor, though it saves one of that name."""
+    return name.endswith(_UNREAD)
+
+
 def unbuilt(model_type: str) -> str:
     """Start of the names of the tensors that the class is built without here; "" for none."""
     missing = model_type in _BY_TIMM and find_spec("timm") is None
@@ -40,10 +62,14 @@ def mend(model_type: str) -> None:
     """Make a class of transformers buildable that contradicts itself, for this process.
 
     5.23.0 wants every layer of these drafters to share the keys and values of another model, and
-    rejects a stack whose layers all share them. 5.24.0 asks the answer of Llama 4's text stack for
-    the pictures' features, which it does not have. Where timm is missing, a class whose tower comes
-    from there is built without that tower, and answers nothing about pictures.
+    rejects a stack whose layers all share them. 5.23.0 does not know what releases call the norm
+    after C-RADIO's tower, and silently leaves it as it was made. 5.24.0 asks the answer of Llama
+    4's text stack for the pictures' features, which it does not have. Where timm is missing, a
+    class whose tower comes from there is built without that tower, and answers nothing about
+    pictures.
     """
+    if model_type in _RENAMED:
+        _rename(*_RENAMED[model_type])
     if model_type == "llama4":
         outputs: Any = import_module("transformers.modeling_outputs")
         if not hasattr(outputs.MoeCausalLMOutputWithPast, "image_outputs"):
@@ -69,6 +95,15 @@ def mend(model_type: str) -> None:
     cls.kv_sharing_modes = property(modes)
 
 
+def _rename(owner: str, source: str, target: str) -> None:
+    loading: Any = import_module("transformers.core_model_loading")
+    known: Any = import_module("transformers.conversion_mapping")
+    rules = known.get_checkpoint_conversion_mapping(owner)
+    if not any(source in rule.source_patterns for rule in rules):
+        rules.append(loading.WeightRenaming(source, target))
+        known.register_checkpoint_conversion_mapping(owner, rules, overwrite=True)
+
+
 def _leave_out(part: str) -> None:
     torch: Any = import_module("torch")
     module: Any = import_module("transformers.models.gemma3n.modeling_gemma3n")
@@ -91,6 +126,8 @@ def _leave_out(part: str) -> None:
 def complete(model: Any) -> str:
     """Scale the logits of a loaded model as its text stack does; what was done, or "" """
     config = model.config
+    if config.model_type == "nemotron_h_omni":
+        nemotron_omni.watch(model)
     text = getattr(config, "text_config", None)
     key = (str(config.model_type), str(getattr(text, "model_type", "")))
     if key not in _HEAD_SCALES:

@@ -72,6 +72,8 @@ def _asked(model: MlxRuntime, folder: Path) -> list[Question]:
     places = {_token(model.config, kind) for kind in ("video", "video_start")} - {None}
     if not places:
         raise _Unasked("the config names no token for a video")
+    # Frames may take the place of pictures, as those of GLM 5.3 between a video's start and end.
+    places.add(_token(model.config, "image"))
     questions = []
     for case in load_cases(VIDEO_FILE):
         # A processor and its template are the release's and the runtime's: they may raise anything.
@@ -84,7 +86,7 @@ def _asked(model: MlxRuntime, folder: Path) -> list[Question]:
         if _PIXELS not in inputs:
             raise _Unasked("the runtime's processor gives frames a form of its own")
         ids = tuple(int(token) for token in inputs["input_ids"][0])
-        if places.isdisjoint(ids):  # GLM 5.3 has pictures' tokens between a video's start and end
+        if places.isdisjoint(ids):
             raise _Unasked("the chat template has no place for a video")
         _as_released(inputs)
         inputs.setdefault("mm_token_type_ids", _kinds(ids, model.config))

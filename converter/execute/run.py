@@ -403,8 +403,16 @@ def _aliases(plan: Plan, source: Source) -> list[tuple[str, str]]:
 
 
 def _check_aliases(plan: Plan, source: Source, reader: RowReader, trust: _Trust) -> None:
-    """A dropped tied tensor must be the tensor that it is tied to."""
+    """A dropped tied tensor must be the tensor that it is tied to, a constant one constant."""
     problems = []
+    for drop in plan.drops:
+        if drop.filled_with is not None:
+            values = reader.read_rows(drop.name, 0, source.tensors[drop.name].shape[0])
+            if (values.astype(np.float32) != drop.filled_with).any():
+                problems.append(
+                    f"not constant: {drop.name} is left out because it is {drop.filled_with:g} "
+                    "throughout, which it is not here: the runtime cannot compute this release"
+                )
     for name, tied in _aliases(plan, source):
         info = source.tensors[name]
         if info.dtype == source.tensors[tied].dtype and trust.same(name, tied):
