@@ -16,8 +16,12 @@ from converter.errors import PlanError
 from converter.pipeline import Request, convert
 from converter.ui import Console
 from validate.arrays import to_torch
+from validate.metrics import relative_error
 from validate.pixels import compare_pixels
+from validate.reference import TorchReference
+from validate.runtime import MlxRuntime
 from validate.twin import load_example
+from validate.watching import video_questions
 
 TYPE = "nemotron_h_omni"
 SCALE = "vision_model.radio_model.model.blocks.{}.layer_scale{}.lambda1"
@@ -128,3 +132,15 @@ def test_pictures_become_the_patches_that_the_reference_takes():
     assert np.array_equal(patch.numpy(), pictures[1][:, 48:64, 16:32])
     error, layout = compare_pixels(made["pixel_values"][:8], pictures[0])
     assert (error, layout) == (0.0, "cut into patches, channel by channel")
+
+
+def test_both_sides_leave_out_the_same_tokens_of_a_video(twin_of, runtimes, tmp_path):
+    twin, out = twin_of(TYPE), tmp_path / "out"
+    convert(Request(hf_path=str(twin), mlx_path=out), Console(quiet=True))
+    (question,), _ = video_questions(out, source=twin)
+    wanted = TorchReference.load(twin).forward(question.inputs)
+    model = MlxRuntime.load(out, runtime="mlx_vlm")
+    frames = question.ids.count(model.config["image_token_id"])
+    assert len(question.ids) - len(wanted) == frames - int(frames * 0.75) > 0
+    found = model.run(model.media_inputs(question.case)).prefill
+    assert relative_error(wanted, found) < 1e-4

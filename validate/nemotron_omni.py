@@ -69,6 +69,23 @@ def watch(model: Any) -> None:
     module.compute_retention_mask = kept
 
 
+def lighten(model: Any) -> None:
+    """Take out of a class that is built without weights what no release has any of.
+
+    That is layer scales of one, counters of training, and integers that follow from the config.
+    """
+    torch: Any = import_module("torch")
+    for module in list(model.modules()):
+        for name in ("layer_scale1", "layer_scale2"):
+            if hasattr(module, name):
+                setattr(module, name, torch.nn.Identity())
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.num_batches_tracked = None
+        if "summary_idxs" in module._buffers:
+            indices = torch.tensor(module.config.summary_idxs)
+            module.register_buffer("summary_idxs", indices, persistent=False)
+
+
 def complete(model: Any, folder: Path) -> None:
     """The class computes all that the release does."""
     del model, folder

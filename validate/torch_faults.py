@@ -52,6 +52,12 @@ def needless(name: str) -> bool:
     return name.endswith(_UNREAD)
 
 
+def lighten(model: Any) -> None:
+    """Rid a class that is built without weights of those that no release has."""
+    if model.config.model_type == "nemotron_h_omni":
+        nemotron_omni.lighten(model)
+
+
 def unbuilt(model_type: str) -> str:
     """Start of the names of the tensors that the class is built without here; "" for none."""
     missing = model_type in _BY_TIMM and find_spec("timm") is None

@@ -106,6 +106,7 @@ def spell_config(section: dict[str, Any], given: Facts) -> None:
     facts.expect("layer_norm_eps", 1e-6, default=1e-6, why="the runtime's blocks have no other")
     facts.expect("qkv_bias", True, default=True, why="the runtime's attention has biases")
     facts.expect("use_swiglu_ffn", False, default=False, why="the runtime has no gated MLP here")
+    facts.expect("layerscale_value", 1.0, default=1.0, why="the runtime scales no branches")
     facts.expect("separate_video_embedder", True, default=True, why="the runtime has two of them")
     for name in _PLAIN:
         facts.expect(name, None, default=None, why="the runtime does without it")

@@ -24,7 +24,7 @@ from validate.reference import (
 from validate.stand_ins import stand_in
 from validate.streamed.tables import Head, by_rows, tables
 from validate.streamed.tensors import Tensors
-from validate.torch_faults import complete, mend
+from validate.torch_faults import complete, lighten, mend
 
 GREEDY_TOKENS: Final = 4
 """Tokens of a greedy continuation; each costs one more pass over all weights."""
@@ -53,6 +53,7 @@ class StreamedReference(TorchReference):
         folder = tensors.folder
         with _explained():
             model = without_weights(lambda: _build(tensors, trust_remote_code), folder)
+            lighten(model)
             large = tables(model)
             streamed = StreamedModel(
                 folder, tensors.reader, tensors.shapes, model=model, apart=large
