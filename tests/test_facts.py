@@ -1,9 +1,13 @@
 """Reading config.json: problems are collected, sizes keep the config's words."""
 
+from copy import deepcopy
+
 import pytest
 
 from arch_maps import config as spell
 from arch_maps.facts import MAX_LAYERS, Dim, Facts, spell_shape
+from arch_maps.registry import find
+from validate.twin import load_example
 
 
 def test_sizes_carry_their_names_through_arithmetic():
@@ -202,3 +206,14 @@ def test_spell_dtype_reaches_the_sections_that_state_one():
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
     assert config["text_config"] == {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
     assert config["other"] == {"x": 1}
+
+
+def test_a_bound_that_is_null_is_not_one_that_is_missing():
+    config = deepcopy(load_example("glm5_next"))
+    text = config["text_config"]
+    del text["linear_attn_config"]
+    for stated, bound in (({}, -5.0), ({"linear_lower_bound": None}, None)):
+        config["text_config"] = {**text, **stated}
+        written = find("glm5_next").config(deepcopy(config), Facts(config))
+        assert written["text_config"]["linear_lower_bound"] == bound
+        assert written["text_config"]["linear_attn_config"]["safe_gate"] is (bound is not None)

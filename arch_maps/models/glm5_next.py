@@ -31,13 +31,16 @@ _TOKENS: Final = {
 
 def _text(facts: Facts) -> Facts:
     """The text's facts, with those of delta attention under transformers 5's names."""
-    text = facts.section("text_config").filled(_DEFAULTS)
+    stated = facts.section("text_config")
+    text = stated.filled(_DEFAULTS)
     listed = text.data.get("linear_attn_config") or {}
     found = {
         name: listed.get(theirs, text.data.get(name, default))
         for name, (theirs, default) in _LINEAR.items()
     }
-    return text.overruled(found)
+    # None says that there is no bound, which is not the same as saying nothing.
+    bound = stated.data.get("linear_lower_bound", -5.0)
+    return text.overruled({**found, "linear_lower_bound": bound})
 
 
 def _lower_bound(text: Facts) -> float | None:
