@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from converter.errors import ConvertError
-from converter.execute.folder import MANIFEST
+from converter.execute.folder import MANIFEST, BusyError
 from converter.kv import KEY
 from converter.manifest import Manifest, file_sha256, read_manifest, verify
 from converter.plan import Plan
@@ -30,7 +30,7 @@ def earlier_outputs(
     Such an output is of that very plan and of the weights and further files of ``release``, its
     files are as its manifest says, and it has KV settings only where they are ``studied`` now. An
     earlier run that has judged all outputs was not interrupted, so that without ``keep_judged``
-    there is nothing to go on with.
+    there is nothing to go on with. BusyError while another process writes KV settings into one.
     """
     if overwrite:
         return [None] * len(folders)
@@ -59,6 +59,8 @@ def _finished(
         if manifest.plan != plan.hash or manifest.data.get("content") != content:
             return None
         verify(out)
+    except BusyError:
+        raise
     except ConvertError:
         return None
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,7 @@ from converter.atomic import write_atomic
 from converter.errors import ConvertError, PlanError, UsageError
 from converter.execute.folder import MANIFEST
 from converter.plan.model import Plan
+from converter.renewal import is_unfinished
 from converter.sidecars import REPORTS
 from converter.source.strict_json import parse_object
 
@@ -175,7 +177,8 @@ def _lists_files(files: object) -> bool:
 def verify(folder: Path) -> tuple[int, int]:
     """Check every file against the manifest, offline; returns (files, bytes).
 
-    Raises ConvertError naming every missing, changed or unlisted file.
+    Raises ConvertError naming every missing, changed or unlisted file, and how to go on where a
+    KV study was killed while it wrote them.
     """
     manifest = read_manifest(folder)
     problems: list[str] = []
@@ -195,6 +198,11 @@ def verify(folder: Path) -> tuple[int, int]:
         if path.is_file() and name not in listed and path.suffix == ".safetensors":
             problems.append(f"{name}: is not in the manifest, and a loader would read it")
     if problems:
+        if is_unfinished(folder):
+            problems.append(
+                "new settings for its KV cache were being written when that was interrupted; "
+                f"`convert kv {shlex.quote(str(folder))}` writes the rest, and studies it again"
+            )
         raise ConvertError(f"{folder}: does not match its manifest:\n" + "\n".join(problems))
     return len(manifest.files), total
 

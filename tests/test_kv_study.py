@@ -488,6 +488,8 @@ def test_killed_anywhere_a_study_leaves_all_or_nothing(output, tmp_path, monkeyp
 
             def counted(call, left=left):
                 def checked(*given, **more):
+                    if str(given[0]).endswith(".lock"):  # which dies with its process
+                        return call(*given, **more)
                     left[0] -= 1
                     if left[0] < 0:
                         raise Killed

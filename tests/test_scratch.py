@@ -1,5 +1,6 @@
 """What killed processes leave: the next one removes it, and nothing of a live one's."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -87,6 +88,33 @@ def test_nested_folders_of_one_output_leave_each_other_alone(tmp_path):
             assert outer.is_dir()
             assert innermost.parent == inner
         assert inner.is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_taken_for_abandoned_is_made_under_another_name(tmp_path, monkeypatch):
+    """Between being made and being held its lock looks like that of one of the dead."""
+    lock, seen = fcntl.flock, []
+
+    def late(descriptor, how):
+        if not seen:
+            seen.extend(tmp_path.iterdir())
+            raise BlockingIOError
+        return lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with scratch("plain", tmp_path / "out") as mine:
+        assert mine.is_dir()
+        assert seen[0] != mine.with_suffix(".lock")
+    assert not mine.exists()
+
+
+def test_where_nothing_can_be_locked_folders_are_made_all_the_same(tmp_path, monkeypatch):
+    def refuse(descriptor, how):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with scratch("plain", tmp_path / "out") as mine:
+        assert list(tmp_path.iterdir()) == [mine]
     assert list(tmp_path.iterdir()) == []
 
 
