@@ -194,6 +194,11 @@ def test_cards_and_repos_are_made_anew_from_a_standing_conversion(
     assert status(*told, "--card-template", template) == 0
     assert cards == [None, None, None, template, template]
     assert (len(proofs), hashes(out)) == (1, before)
+    capsys.readouterr()
+    for idle in (["--private"], ["--card-template", template, "--no-validate"]):
+        assert status(*told, *idle) == 2, "there is nothing left to do"
+        assert "holds a finished conversion; use --overwrite" in capsys.readouterr().err
+    assert (cards[5:], hashes(out)) == ([], before)
 
 
 def test_a_report_stands_for_its_own_files_and_gates_alone(tmp_path, monkeypatch):

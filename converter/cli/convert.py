@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from converter.cli.proving import asks_how, memory_limit, prove_and_publish, require_pass
+from converter.cli.proving import memory_limit, prove_and_publish, require_pass
 from converter.cli.tools import write_text
 from converter.errors import UsageError
 from converter.execute.parts import Part
@@ -175,7 +175,7 @@ def request_from(given: dict[str, Any]) -> Request:
         recipes=tuple(_recipes(given)),
         dequantize=given["dequantize"],
         overwrite=given["overwrite"],
-        keep_judged=given.get("upload_repo") is not None or asks_how(given),
+        keep_judged=_publishes(given),
         workers=given.get("workers"),
         calibration_data=given["calibration_data"],
         trust_remote_code=given["trust_remote_code"],
@@ -190,6 +190,14 @@ def request_from(given: dict[str, Any]) -> Request:
         part=None if given.get("shard") is None else _part(given),
         stream=bool(given.get("stream")),
         command=command_text(sys.argv[1:]),
+    )
+
+
+def _publishes(given: dict[str, Any]) -> bool:
+    """Whether there is a card or an upload to make, for which finished outputs are gone on with."""
+    carded = given.get("card_template") is not None
+    return given.get("upload_repo") is not None or (
+        carded and not given.get("no_validate") and not _back(given)
     )
 
 

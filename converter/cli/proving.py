@@ -49,7 +49,7 @@ def prove_and_publish(
 
 
 def asks_how(given: Mapping[str, Any]) -> bool:
-    """Whether flags are about the card or the repo: then finished outputs are gone on with."""
+    """Whether flags are about the card or the repo, which what is published may not be like."""
     return given.get("card_template") is not None or bool(given.get("private"))
 
 
