@@ -12,6 +12,7 @@ import torch
 from release_helpers import hashes, make, status
 
 from converter.plan import Options
+from quant.calibrate.calls import Call
 from quant.calibrate.store import Store, cache_folder
 from quant.calibrate.text import calibration_of
 from quant.recipe import QuantSpec
@@ -58,6 +59,19 @@ def test_what_was_begun_is_taken_up_whole():
         assert {n: t.tolist() for n, t in row.items()} == {
             n: t.tolist() for n, t in states(2)[0].items()
         }
+
+
+def test_tuples_in_containers_keep_their_order():
+    mixed = (torch.zeros(2, dtype=torch.float16), torch.ones(3, dtype=torch.int64), torch.ones(4))
+    many = tuple(torch.full((1,), float(i)) for i in range(12))
+    store = Store("codes", {"of": "tuples"})
+    store.put(0, arrays(0), [Call((), {"kv": {"mixed": mixed, "many": many}}).shared()])
+    _, rows = Store("codes", {"of": "tuples"}).begun()
+    again = Call((), {"kv": {}})
+    again.share(rows[0])
+    held = again.named["kv"]
+    assert [t.dtype for t in held["mixed"]] == [t.dtype for t in mixed]
+    assert torch.cat(held["many"]).tolist() == list(range(12))
 
 
 @pytest.mark.parametrize("name", ["part-00001.safetensors", "states.safetensors", "begun.json"])

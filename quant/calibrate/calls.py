@@ -65,15 +65,15 @@ class Call:
     def share(self, tensors: Mapping[str, Tensor]) -> None:
         """Put what ``shared`` gave into the containers."""
         containers = dict(self.containers())
-        several: dict[tuple[str, str], list[Tensor]] = {}
-        for label, tensor in tensors.items():  # the numbers of a key follow one another
+        several: dict[tuple[str, str], dict[int, Tensor]] = {}
+        for label, tensor in tensors.items():  # in any order: a file sorts by type and name
             name, key, *number = label.split("/")
             if number:
-                several.setdefault((name, key), []).append(tensor)
+                several.setdefault((name, key), {})[int(number[0])] = tensor
             else:
                 containers[name][key] = tensor
         for (name, key), each in several.items():
-            containers[name][key] = tuple(each)
+            containers[name][key] = tuple(tensor for _, tensor in sorted(each.items()))
 
     def _values(self) -> Iterator[Any]:
         yield from self.positional
