@@ -206,25 +206,28 @@ def plan_request(
             given_up = options.dequantize and view.settings is not None
             options = replace(options, dequantize=given_up)
             plan = build_plan(source, match, options, origin=origin, view=view)
+            plans.append(plan)
             if options.targeted:
                 require_reachable(plan)
-            if options.targeted and measure:
-                console = console or Console(quiet=True)
-                with console.progress("download", unit="bytes") as tick:
-                    release = fetch(release, progress=tick)
-                source = replace(source, root=release.source.root, files=release.source.files)
-                found = allocated(
-                    plan,
-                    release,
-                    fusion,
-                    data=request.calibration_data,
-                    console=console,
-                    workers=request.thread_count,
-                    trust_remote_code=request.trust_remote_code,
-                )
-                chosen = build_plan(source, match, found, origin=origin, view=view)
-                plan = replace(chosen, draft=plan.hash)
-            plans.append(plan)
+        drafts = [at for at, plan in enumerate(plans) if measure and plan.options.targeted]
+        if drafts:
+            require_memory(plans)  # before hours of choosing formats
+        for at in drafts:
+            console = console or Console(quiet=True)
+            with console.progress("download", unit="bytes") as tick:
+                release = fetch(release, progress=tick)
+            source = replace(source, root=release.source.root, files=release.source.files)
+            found = allocated(
+                plans[at],
+                release,
+                fusion,
+                data=request.calibration_data,
+                console=console,
+                workers=request.thread_count,
+                trust_remote_code=request.trust_remote_code,
+            )
+            chosen = build_plan(source, match, found, origin=origin, view=view)
+            plans[at] = replace(chosen, draft=plans[at].hash)
         if not request.maps.written:
             for plan in plans:
                 check_reload(plan, arch.runtimes[:1], model_file=request.maps.model_file)

@@ -11,10 +11,11 @@ from converter.execute.folder import MANIFEST
 from converter.manifest import read_manifest
 from converter.maps import MapChoice
 from converter.memory import installed_memory
-from converter.plan import Plan
+from converter.plan import Options, Plan
 from converter.plan.memory import calibration_bytes
 from converter.release import Release
 from converter.ui import size_text
+from quant.recipe import CALIBRATED
 
 if TYPE_CHECKING:
     from converter.pipeline import Request
@@ -61,15 +62,24 @@ def require_memory(plans: Sequence[Plan]) -> None:
     here = installed_memory()
     for plan in plans:
         if (needed := calibration_bytes(plan)) > here:
-            method = plan.options.quant.method if plan.options.quant else ""
+            asked, instead = _calibrating(plan.options)
             raise PlanError(
                 [
-                    f"--q-method {method}: calibrating {plan.model_type} block by block takes "
-                    f"about {size_text(needed)} of memory, and this machine has "
-                    f"{size_text(here)}; use a larger one, or --q-method search, which needs no "
-                    "calibration"
+                    f"{asked}: calibrating {plan.model_type} block by block takes about "
+                    f"{size_text(needed)} of memory, and this machine has {size_text(here)}; use "
+                    f"a larger one, or {instead}"
                 ]
             )
+
+
+def _calibrating(options: Options) -> tuple[str, str]:
+    """The flag that makes a recipe calibrate, and what to say instead of it."""
+    method = options.quant.method if options.quant else ""
+    search = "--q-method search, which needs no calibration"
+    if not options.targeted:
+        return f"--q-method {method}", search
+    leave = "leave --calibration-data out"
+    return options.target_text, f"{search}, and {leave}" if method in CALIBRATED else leave
 
 
 def require_plain(request: Request, view: View) -> None:

@@ -2,13 +2,19 @@
 
 from dataclasses import replace
 
+import pytest
+from golden_plans import release
 from release_helpers import status
 from release_plans import plan_llama
 
+from arch_maps.registry import find
+from arch_maps.rules import Kind
 from converter.batch.needs import needs_of
 from converter.pipeline import Request, plan_request
-from converter.plan import Options
+from converter.plan import Options, build_plan
+from converter.plan.match import match_release
 from converter.plan.memory import PROCESS, calibration_bytes
+from quant.allocate import Allocation
 from quant.calibrate.bounds import SPILL_BYTES
 from quant.calibrate.text import Calibration
 from quant.recipe import QuantSpec
@@ -65,3 +71,70 @@ def test_too_little_memory_is_said_before_anything_is_written(
     assert "more than the 1.2 GB of this machine: it is refused here" in capsys.readouterr().out
     assert status("plan", *flags[:-1], "rtn") == 0
     assert "refused" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("method", "instead"),
+    [
+        ("rtn", "use a larger one, or leave --calibration-data out"),
+        ("gptq", "or --q-method search, which needs no calibration, and leave --calibration-data"),
+    ],
+)
+def test_too_little_memory_is_said_before_formats_are_chosen(
+    twin_of, tmp_path, monkeypatch, capsys, method, instead
+):
+    def never(*given, **named):
+        raise AssertionError("formats were chosen first")
+
+    monkeypatch.setattr("converter.refusals.installed_memory", lambda: PROCESS)
+    monkeypatch.setattr("converter.pipeline.allocated", never)
+    text = tmp_path / "text.txt"
+    text.write_text("one two three " * 2000)
+    flags = ["--hf-path", twin_of("llama", "bfloat16"), "-q", "--q-method", method]
+    flags += ["--q-target-bpw", "5.5", "--calibration-data", text]
+    assert status(*flags, "--mlx-path", tmp_path / "out") == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--q-target-bpw 5.5: calibrating llama block by block takes about" in said
+    assert instead in said
+
+
+def test_formats_that_are_chosen_need_no_memory():
+    for method in ("rtn", "search", "gptq"):
+        draft = recipe(method, target_bits=5.0)
+        specs = {o.rule.module: draft.quant for o in plan_llama(2, draft).outputs}
+        chosen = Allocation(
+            specs=specs, base=draft.quant, basis="activations", losses="0" * 64, expected=0.1
+        )
+        plan = plan_llama(2, replace(draft, allocation=chosen))
+        once = calibration_bytes(plan_llama(2, recipe("gptq"))) if method == "gptq" else 0
+        assert calibration_bytes(plan) == once <= calibration_bytes(plan_llama(2, draft))
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n", "gemma4", "gemma4_text"])
+def test_of_several_tables_the_head_s_is_calibrated(model_type):
+    source = release(model_type).source()
+    match = match_release(source, find(model_type))
+    for method in ("imatrix", "gptq"):
+        plan = build_plan(source, match, recipe(method))
+        tables = [o for o in plan.outputs if o.rule.kind is Kind.EMBEDDING and o.quant]
+        head, *others = tables
+        assert head.rule.module.endswith("embed_tokens")
+        assert (head.quant.method, [o.quant.method for o in others]) == (method, ["search"])
+        assert any("1 embeddings that are only looked up" in note for note in plan.notes)
+
+
+def test_tables_that_are_only_looked_up_are_loaded_and_no_more():
+    source = release("gemma4").source()
+    plan = build_plan(source, match_release(source, find("gemma4")), recipe("gptq"))
+    head, looked_up = (o.elements for o in plan.outputs if o.rule.kind is Kind.EMBEDDING)
+    most = max(16 * head, 6 * looked_up)
+    assert most < calibration_bytes(plan) - PROCESS < 1.01 * most < 16 * looked_up
+
+
+def test_rows_of_tables_in_blocks_are_no_outputs():
+    source = release("qwen4_exp").source()  # millions of n-grams in a block
+    match = match_release(source, find("qwen4_exp"))
+    for options in (recipe("autoround"), recipe("rtn", target_bits=5.0)):
+        plan = build_plan(source, match, options)
+        longer = replace(options, calibration=replace(TEXT, length=2048))
+        assert calibration_bytes(replace(plan, options=longer)) < 1.1 * calibration_bytes(plan)

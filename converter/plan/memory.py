@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from typing import Final
 
 from arch_maps.rules import Kind
+from converter.plan.calibrated import tied_table
 from converter.plan.model import Output, Plan
 from quant.calibrate.bounds import GRADIENT_BYTES, HESSIAN_BYTES, SPILL_BYTES
 from quant.calibrate.text import Calibration
-from quant.recipe import CODED, Method
+from quant.recipe import CALIBRATED, CODED, Method
 
 PROCESS: Final = 1_200_000_000
 """The interpreter with torch, transformers and kernels."""
@@ -31,27 +32,34 @@ _TABLES: Final = frozenset({Kind.EMBEDDING, Kind.HEAD})
 def calibration_bytes(plan: Plan) -> int:
     """Peak bytes of calibrating ``plan``, and of choosing its formats by activations; 0 for none.
 
-    A draft whose formats are yet to be chosen counts as what it is a draft of.
+    A draft whose formats are yet to be chosen counts choosing them; once they are chosen, only
+    what the conversion itself calibrates is left.
     """
     options = plan.options
     served = [out for out in plan.outputs if out.rule.quantizable]
     if options.calibration is None or options.quant is None or not served:
         return 0
+    method = options.quant.method
+    choosing = options.targeted and options.allocation is None
+    if method not in CALIBRATED and not choosing:
+        return 0
     tables = [out for out in plan.outputs if out.rule.kind in _TABLES]
-    table = max((out.elements for out in tables), default=0)
-    hidden = max((int(out.expr.shape[-1]) for out in tables), default=0)
+    loaded = max((out.elements for out in tables), default=0)
+    tied = tied_table(out.rule for out in plan.outputs)
+    multiplied = [out for out in tables if out.rule is tied or out.rule.kind is Kind.HEAD]
+    table = max((out.elements for out in multiplied), default=0)
+    hidden = max((int(out.expr.shape[-1]) for out in multiplied), default=0)
     blocks: dict[str, list[Output]] = {}
     for out in plan.outputs:
         blocks.setdefault(_block(out), []).append(out)
     inner = [blocks[name] for name in {_block(out) for out in served} - {""}]
-    method = options.quant.method
-    needed = [6 * table, *(_gathering(method, block, options.calibration) for block in inner)]
+    needed = [6 * loaded, *(_gathering(method, block, options.calibration) for block in inner)]
     if options.calibration.pictures:  # their towers are read whole before the first block
         towers = sum(out.elements for out in plan.outputs if out.rule.part != "text")
-        needed.append(6 * table + _FLOAT * towers)
+        needed.append(6 * loaded + _FLOAT * towers)
     if method in CODED:
         needed.append(16 * table)  # quantized a few rows at a time, but held in float32
-    if options.targeted:
+    if choosing:
         needed.append(_FISHER_TABLES * table)
         needed += [_backward(block, options.calibration) for block in inner]
     tokens = options.calibration.sequences * options.calibration.length
@@ -82,8 +90,12 @@ def _backward(block: Sequence[Output], calibration: Calibration) -> int:
 
 
 def _answers(block: Sequence[Output], calibration: Calibration) -> int:
-    """What a sequence leaves for its gradients, of stacks by the experts that a token sees."""
-    wide = sum(int(out.expr.shape[-2]) for out in block if len(out.expr.shape) > 1)
+    """What a sequence leaves for its gradients, of stacks by the experts that a token sees.
+
+    Rows of an embedding are no outputs: a token takes one of them.
+    """
+    mine = [out for out in block if out.rule.kind is not Kind.EMBEDDING]
+    wide = sum(int(out.expr.shape[-2]) for out in mine if len(out.expr.shape) > 1)
     return 3 * _FLOAT * calibration.length * wide
 
 
