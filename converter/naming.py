@@ -28,6 +28,11 @@ def output_name(model: str, options: Options, *, dtype: str | None, kept: str = 
     return f"{model}-{options.suffix}"
 
 
+def published_as(target: str, *, mtp: bool) -> tuple[str, ...]:
+    """The repos of an output that is published as ``target``: its own, and a drafter's beside."""
+    return (target, target + DRAFTER) if mtp else (target,)
+
+
 def repo_name(requested: str, name: str) -> str:
     """The repo to upload to; an empty request derives it from the account and the output's name.
 

@@ -292,6 +292,28 @@ def test_a_commit_whose_answer_was_lost_is_recorded_once(mine, catalogue):
     assert catalogue.entries()[0].job.lost == 0
 
 
+def test_a_lease_that_ran_out_does_not_come_back_beside_another_commit(ledger_url):
+    """Two workers would publish to one repo."""
+    slow, other = ledger(ledger_url), ledger(ledger_url)
+    catalogue = Catalogue(slow)
+    add(catalogue, commit="c1")
+    old = slow.claim()
+    assert old is not None
+    slow.expire(slow.owner)
+    assert slow.heartbeat([old]) == set()  # nobody has come meanwhile
+    add(catalogue, commit="c2", content="other", modified=2.0)
+    assert other.claim() is None
+    slow.expire(slow.owner)
+    new = other.claim()
+    assert new is not None
+    assert new.commit == "c2"
+    with pytest.raises(LeaseLostError):
+        slow.entered(old, [old.tasks[0].id], "publish")
+    assert slow.heartbeat([old]) == {old.release}
+    other.entered(new, [new.tasks[0].id], "publish")
+    other.give_back(new)
+
+
 def test_enqueue_is_idempotent(catalogue):
     assert add(catalogue, "acme/model", "bf16", "4bit") == 2
     assert add(catalogue, "acme/model", "bf16", "4bit") == 0
@@ -304,6 +326,38 @@ def test_two_releases_of_one_name_do_not_share_a_repo(catalogue):
     second = catalogue.entries()[1].job
     assert (second.state, second.error_class) == ("parked", "usage")
     assert second.error.startswith("night/model-bf16 is made from acme/model already")
+
+
+def with_drafter(target: str, *, mtp: bool = True) -> list[Wanted]:
+    asked = replace(RECIPES["4bit"] if mtp else RECIPES["bf16"], mtp=mtp)
+    return [Wanted(variant="own", asked=asked, target=target, policy=Policy())]
+
+
+@pytest.mark.parametrize("drafter_first", [True, False])
+def test_a_drafter_does_not_go_where_another_output_goes(catalogue, drafter_first):
+    jobs = [
+        ("acme/model", with_drafter("night/model")),
+        ("acme/model-mtp", with_drafter("night/model-mtp", mtp=False)),
+    ]
+    for repo, wants in jobs if drafter_first else reversed(jobs):
+        assert catalogue.enqueue(seen(repo), wants) == 1
+    first, second = sorted(catalogue.entries(), key=lambda entry: entry.job.id)
+    assert (first.state, second.state, second.job.error_class) == ("queued", "parked", "usage")
+    told = f"night/model-mtp is made from {first.release.repo} already; give names with"
+    assert second.job.error.startswith(told)
+
+
+def test_drafter_and_output_of_one_release_do_not_share_a_repo(catalogue):
+    catalogue.enqueue(seen(), with_drafter("night/d"))
+    catalogue.enqueue(seen(), with_drafter("night/d-mtp", mtp=False))
+    catalogue.enqueue(seen(), with_drafter("night/other", mtp=False))
+    found = {entry.job.target: entry for entry in catalogue.entries()}
+    assert {target: entry.state for target, entry in found.items()} == {
+        "night/d": "queued",
+        "night/d-mtp": "parked",
+        "night/other": "queued",
+    }
+    assert "rename one of the two" in found["night/d-mtp"].job.error
 
 
 def publish(mine, catalogue):

@@ -11,6 +11,7 @@ from release_helpers import factors, peft_config, peft_pair, write_adapter
 
 from converter.batch.failures import AdapterError
 from converter.batch.recipes import Asked, digest, policy_of, recipes_of
+from converter.batch.strict_yaml import load
 from converter.batch.watchlist import Recipe, Watch, WatchList, read_watchlist
 from converter.cli.app import cli
 from converter.errors import UsageError
@@ -382,6 +383,64 @@ def test_two_outputs_do_not_share_a_repo(tmp_path, text, names, repo):
         f"watch[0]: {names} would both be published as {repo}; rename one, or give names with "
         "{variant}"
     ]
+
+
+def apart(one: str, other: str, filters: str = "") -> str:
+    return (
+        "namespace: night\nwatch:\n"
+        f"  - {{{one}, recipes: [d]}}\n  - {{{other}, recipes: [d-mtp]{filters}}}\n"
+        "recipes: {d: {q_bits: 8, mtp: true}, d-mtp: {q_bits: 4}}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("entries", "clash"),
+    [
+        (("models: [a/b]", "models: [a/b@main]"), True),
+        (("organisations: [a]", "organisations: [a]"), True),
+        (("organisations: [a]", "organisations: [a]", ", filters: {exclude: [x]}"), False),
+        (("models: [a/b]", "models: [a/c]"), False),
+    ],
+)
+def test_entries_that_follow_one_release_do_not_share_a_repo(tmp_path, entries, clash):
+    path = write(tmp_path, apart(*entries), "watch.yaml")
+    if not clash:
+        assert len(read_watchlist(path).watch) == 2
+        return
+    with pytest.raises(UsageError, match=r"watch\[0\] and watch\[1\]: d and d-mtp would both be"):
+        read_watchlist(path)
+
+
+def test_a_worker_reads_a_list_whose_inputs_lie_elsewhere(tmp_path):
+    data = 'calibration_data = "/no/text"\n[recipes.own]'
+    text = OWN.replace("[recipes.own]", data) + 'q_bits = 4\nadapter_path = "/no/lora"'
+    assert len(problems(tmp_path, text)) == 2
+    read = read_watchlist(write(tmp_path, text), inputs=False)
+    assert read.watch[0].calibration_data == Path("/no/text")
+
+
+def test_a_user_that_is_unknown_here_is_told(tmp_path):
+    data = 'calibration_data = "~nosuchuser/text"\n[recipes.own]'
+    text = OWN.replace("[recipes.own]", data) + 'q_bits = 4\nadapter_path = "~nosuchuser/lora"'
+    assert problems(tmp_path, text) == [
+        "watch[0].calibration_data: ~nosuchuser/text: this machine has no such user",
+        "recipes.own.adapter_path: ~nosuchuser/lora: this machine has no such user",
+    ]
+
+
+MERGED = """
+base: &b {x: 0, y: 1}
+deep:
+  more:
+    - &a {<<: *b, x: 1}
+    - {<<: *a, z: 3}
+"""
+
+
+def test_yaml_with_merge_keys_is_read_as_it_is_meant():
+    assert load(MERGED) == yaml.safe_load(MERGED)
+    with pytest.raises(yaml.YAMLError, match=r"(?s)'z' is given twice.*line 6"):
+        load(MERGED.replace("z: 3", "z: 3, z: 4"))
 
 
 FOUR = {"mode": "affine", "bits": 4, "group_size": 64, "method": "rtn"}

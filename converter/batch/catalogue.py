@@ -14,6 +14,7 @@ from converter.batch.ledger import OPEN, Ledger, insert_new
 from converter.batch.recipes import Asked, Policy, digest
 from converter.batch.schema import attempt, job, piece, release, run, watermark
 from converter.errors import UsageError
+from converter.naming import DRAFTER, published_as
 
 UNFINISHED = (*OPEN, "parked", "quarantined")
 _UNMOVED = (None, "held", "usage", "gate")
@@ -88,27 +89,20 @@ class Catalogue:
         self, connection: Connection, seen: Seen, release_id: int, one: Wanted, now: float
     ) -> bool:
         recipe = one.asked.hash
-        rows = connection.execute(
-            select(job, release.c.repo, release.c.content)
-            .join(release, release.c.id == job.c.release_id)
-            .where(job.c.target == one.target, job.c.state != "superseded")
-        ).all()
+        near = _near(connection, one)
+        rows = [row for row in near if row.target == one.target]
         mine = [row for row in rows if row.release_id == release_id and row.recipe_hash == recipe]
         for row in mine:
             if row.state == "published" or row.tools == self.ledger.tools:
                 self._renew_policy(connection, row, one, now)
                 return False
-        strangers = sorted({row.repo for row in rows if row.repo != seen.repo})
         older = [row for row in rows if row.repo == seen.repo]
         self._supersede(connection, older, now)
         current = any(
             row.state == "published" and row.content == seen.content and row.recipe_hash == recipe
             for row in older
         )
-        clash = (
-            f"{one.target} is made from {', '.join(strangers)} already; give names with "
-            "{organisation}, or take one of the two releases out of the watch list"
-        )
+        clash = _clash(near, one, seen.repo)
         return insert_new(
             connection,
             job,
@@ -121,14 +115,14 @@ class Catalogue:
                 "variant": one.variant,
                 "recipe": one.asked.to_json(),
                 "policy": one.policy.to_json(),
-                "state": "parked" if strangers else "queued",
+                "state": "parked" if clash else "queued",
                 "attempts": {},
                 "crashes": 0,
                 "inside": 0,
                 "lost": 0,
                 "not_before": now,
-                "error_class": "usage" if strangers else None,
-                "error": clash if strangers else None,
+                "error_class": "usage" if clash else None,
+                "error": clash,
                 "facts": {},
                 "created": now,
                 "updated": now,
@@ -312,6 +306,44 @@ def choose(entries: Sequence[Entry], patterns: Sequence[str]) -> list[Entry]:
         return any(fnmatchcase(name, pattern) for name in names)
 
     return [e for e in entries if any(matches(e, pattern) for pattern in patterns)]
+
+
+def _near(connection: Connection, one: Wanted) -> Sequence[Row[Any]]:
+    """Jobs that publish in a repo of ``one``, or would with a drafter; with their releases."""
+    beside = [one.target, one.target + DRAFTER]
+    beside += [one.target.removesuffix(DRAFTER)] if one.target.endswith(DRAFTER) else []
+    return connection.execute(
+        select(job, release.c.repo, release.c.content)
+        .join(release, release.c.id == job.c.release_id)
+        .where(job.c.target.in_(beside), job.c.state != "superseded")
+    ).all()
+
+
+def _clash(near: Sequence[Row[Any]], one: Wanted, repo: str) -> str | None:
+    """Why ``one`` of the release ``repo`` cannot be published; None where it can.
+
+    A repo takes one output or drafter, of one release.
+    """
+    mine = published_as(one.target, mtp=one.asked.mtp)
+    shared: dict[str, set[str]] = {}
+    for row in near:
+        if (row.repo, row.target) == (repo, one.target):
+            continue
+        theirs = published_as(row.target, mtp=bool(row.recipe.get("mtp")))
+        for target in set(mine) & set(theirs):
+            shared.setdefault(target, set()).add(row.repo)
+    if not shared:
+        return None
+    target, repos = min(shared.items())
+    if repos == {repo}:
+        return (
+            f"{target} is made from {repo} by another recipe already, as one's drafter and the "
+            "other's output; rename one of the two"
+        )
+    return (
+        f"{target} is made from {', '.join(sorted(repos))} already; give names with "
+        "{organisation}, or take one of the two releases out of the watch list"
+    )
 
 
 def _is_known(recipe: Mapping[str, Any]) -> bool:

@@ -10,6 +10,7 @@ import os
 import platform
 import uuid
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -232,20 +233,34 @@ class Ledger:
     def heartbeat(self, claims: Collection[Claim]) -> set[int]:
         """Prolong the leases; the releases that are no longer this worker's."""
 
-        def beat(connection: Connection) -> set[int]:
-            now = self.database.now(connection)
-            return {
-                claim.release
-                for claim in claims
-                if connection.execute(
-                    update(release)
-                    .where(_mine(claim, self.owner))
-                    .values(heartbeat=now, lease_until=now + self.retries.lease)
-                ).rowcount
-                != 1
-            }
+        def beat(connection: Connection, claim: Claim) -> bool:
+            return self._keep(connection, claim, prolong=True) is not None
 
-        return self.database.do(beat)
+        # One transaction each: two that hold several releases could wait for one another.
+        return {
+            claim.release for claim in claims if not self.database.do(partial(beat, claim=claim))
+        }
+
+    def _keep(self, connection: Connection, claim: Claim, *, prolong: bool = False) -> float | None:
+        """The time, once a claim that still stands has beaten; None for one that does not.
+
+        One whose lease has run out stands until somebody takes the release, or another commit of
+        its repo; which is decided under the same lock (`take`).
+        """
+        self.database.lock(connection, f"repo {claim.repo}")
+        now = self.database.now(connection)
+        until = {"lease_until": now + self.retries.lease} if prolong else {}
+        kept = connection.execute(
+            update(release)
+            .where(
+                release.c.id == claim.release,
+                release.c.owner == self.owner,
+                release.c.claims == claim.fence,
+                or_(release.c.lease_until >= now, ~_busy(now)),
+            )
+            .values(heartbeat=now, **until)
+        )
+        return now if kept.rowcount == 1 else None
 
     def entered(self, claim: Claim, jobs: Collection[int], stage: str) -> None:
         """Record that a stage begins; LeaseLostError when the release is another worker's."""
@@ -390,11 +405,8 @@ class Ledger:
 
     def fence(self, connection: Connection, claim: Claim) -> float:
         """The time, once the claim has been found to be live; LeaseLostError otherwise."""
-        now = self.database.now(connection)
-        held = connection.execute(
-            update(release).where(_mine(claim, self.owner)).values(heartbeat=now)
-        )
-        if held.rowcount != 1:
+        now = self._keep(connection, claim)
+        if now is None:
             raise LeaseLostError(claim.repo)
         return now
 
@@ -457,12 +469,4 @@ def _busy(now: float) -> ColumnElement[bool]:
         other.c.id != release.c.id,
         other.c.owner.is_not(None),
         other.c.lease_until >= now,
-    )
-
-
-def _mine(claim: Claim, owner: str) -> ColumnElement[bool]:
-    return and_(
-        release.c.id == claim.release,
-        release.c.owner == owner,
-        release.c.claims == claim.fence,
     )

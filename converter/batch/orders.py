@@ -12,7 +12,7 @@ from converter.batch.recipes import Asked, Policy, digest
 from converter.execute.folder import MANIFEST
 from converter.execute.parts import Part as Shards
 from converter.manifest import read_manifest
-from converter.naming import DRAFTER
+from converter.naming import DRAFTER, published_as
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,10 +83,9 @@ class Order:
         """All that a job makes: its output, and where it asks for one the drafter beside it."""
         out = self.out(part)
         output = Made(folder=out, target=part.target, plan=part.plan)
-        if not part.asked.mtp:
-            return (output,)
-        folder, target = out.with_name(out.name + DRAFTER), part.target + DRAFTER
-        return output, Made(folder=folder, target=target, plan=part.drafter_plan)
+        _, *beside = published_as(part.target, mtp=part.asked.mtp)
+        folder = out.with_name(out.name + DRAFTER)
+        return output, *(Made(folder=folder, target=t, plan=part.drafter_plan) for t in beside)
 
 
 @dataclass(slots=True, kw_only=True)

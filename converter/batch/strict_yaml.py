@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -10,16 +11,36 @@ import yaml
 class _Loader(yaml.SafeLoader):
     """Takes mappings whose keys are all different."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping; ConstructorError, with line and column, for a key that comes again."""
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is given twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    def get_single_node(self) -> yaml.Node | None:
+        """The document as it is written; ConstructorError, with line and column, for a key twice.
+
+        Looked at before anything is made of it, since merge keys change the nodes as they go.
+        """
+        node: yaml.Node | None = super().get_single_node()
+        left, known = [node], set()
+        while left:
+            one = left.pop()
+            if id(one) in known or not isinstance(one, yaml.CollectionNode):
+                continue
+            known.add(id(one))  # which aliases come to again
+            if isinstance(one, yaml.MappingNode):
+                _require_different([key for key, _ in one.value])
+                left += [part for pair in one.value for part in pair]
+            else:
+                left += one.value
+        return node
+
+
+def _require_different(keys: Sequence[yaml.Node]) -> None:
+    seen = set()
+    for key in keys:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key.value!r} is given twice", key.start_mark
+            )
+        seen.add(key.value)
 
 
 def load(text: str) -> Any:

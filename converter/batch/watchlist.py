@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -19,13 +20,14 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
 from converter.batch.mistakes import near, told
 from converter.batch.quantities import expanded, parse_duration, parse_rate, parse_size
 from converter.errors import ConvertError, UsageError
-from converter.naming import DRAFTER
+from converter.naming import published_as
 from converter.variants import named_variant
 from quant.recipe import CALIBRATED, Method, Mode, QuantSpec
 
@@ -33,6 +35,8 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w./-]+)?")
 _ACCOUNT = re.compile(r"[A-Za-z0-9][\w.-]*")
 TAG = re.compile(r"[a-z0-9][a-z0-9.-]{0,39}")
 """What a worker may be tagged with."""
+_ELSEWHERE: Final = "elsewhere"
+"""Validation context of a list whose texts and adapters may lie on other machines alone."""
 
 
 def _matching(pattern: re.Pattern[str], what: str) -> AfterValidator:
@@ -62,10 +66,20 @@ def _variant(name: str) -> str:
     return name
 
 
-def _adapter(path: Path) -> Path:
+def _whole(path: Path) -> Path:
+    """The path from the root, its ``~`` resolved; ValueError for a user that is unknown here."""
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: this machine has no such user") from error
+
+
+def _adapter(path: Path, info: ValidationInfo) -> Path:
     from converter.adapter import read_adapter
 
-    path = path.expanduser().absolute()
+    path = _whole(path)
+    if info.context == _ELSEWHERE:
+        return path
     try:
         read_adapter(path)
     except ConvertError as error:
@@ -73,10 +87,12 @@ def _adapter(path: Path) -> Path:
     return path
 
 
-def _text(path: Path) -> Path:
+def _text(path: Path, info: ValidationInfo) -> Path:
     from quant.calibrate.text import CalibrationError, read_text
 
-    path = path.expanduser().absolute()
+    path = _whole(path)
+    if info.context == _ELSEWHERE:
+        return path
     try:
         read_text(path)
     except CalibrationError as error:
@@ -217,6 +233,18 @@ class Watch(_Strict):
             raise ValueError("names neither variants nor recipes")
         return self
 
+    def follows_what(self, other: Watch) -> bool:
+        """Whether some release is surely followed by both: a model, or what one filter lets pass.
+
+        Entries with different filters may split an organisation's releases between them.
+        """
+        models = {model.partition("@")[0] for model in self.models}
+        if models & {model.partition("@")[0] for model in other.models}:
+            return True
+        return self.filters == other.filters and bool(
+            {*self.organisations} & {*other.organisations}
+        )
+
 
 class Budgets(_Strict):
     """What a run may use of its machine."""
@@ -314,7 +342,11 @@ class WatchList(_Strict):
             problems += [
                 f"watch[{number}]: {n!r} is both a variant and a recipe" for n in sorted(twice)
             ]
-            problems += [] if twice else self._shared_repos(number, entry)
+            problems += [] if twice else self._shared_repos(f"watch[{number}]", entry)
+        for (first, one), (second, other) in combinations(enumerate(self.watch), 2):
+            if one.follows_what(other):
+                where = f"watch[{first}] and watch[{second}]"
+                problems += self._shared_repos(where, one, other)
         for name in self.recipes:
             if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
                 problems.append(f"recipes.{name}: not a name that a repo may end in")
@@ -322,18 +354,22 @@ class WatchList(_Strict):
             raise ValueError("\n".join(problems))
         return self
 
-    def _shared_repos(self, number: int, entry: Watch) -> Iterator[str]:
-        """What is wrong where two outputs of one release would be published in one repo."""
+    def _shared_repos(self, where: str, *entries: Watch) -> Iterator[str]:
+        """What is wrong where two outputs of one release would be published in one repo.
+
+        Of several entries: what none of them has wrong by itself.
+        """
+        asked = [(*entry.variants, *entry.recipes) for entry in entries]
         makers: dict[str, list[str]] = {}
-        for name in dict.fromkeys((*entry.variants, *entry.recipes)):
-            repo = self.target("organisation/model", name)
+        for name in dict.fromkeys(name for names in asked for name in names):
             drafted = name in self.recipes and self.recipes[name].mtp
-            for made in (repo, repo + DRAFTER) if drafted else (repo,):
-                makers.setdefault(made, []).append(name)
+            for repo in published_as(self.target("organisation/model", name), mtp=drafted):
+                makers.setdefault(repo, []).append(name)
         for repo, names in makers.items():
-            if len(names) > 1:
+            alone = len(asked) > 1 and any(set(names) <= set(one) for one in asked)
+            if len(names) > 1 and not alone:
                 yield (
-                    f"watch[{number}]: {' and '.join(names)} would both be published as {repo}; "
+                    f"{where}: {' and '.join(names)} would both be published as {repo}; "
                     "rename one, or give names with {variant}"
                 )
 
@@ -357,20 +393,25 @@ _TABLES: Final[dict[str, type[BaseModel]]] = {
 }
 
 
-def read_watchlist(path: Path) -> WatchList:
-    """The watch list in a .toml, .yaml or .yml file; UsageError with every problem."""
+def read_watchlist(path: Path, *, inputs: bool = True) -> WatchList:
+    """The watch list in a .toml, .yaml or .yml file; UsageError with every problem.
+
+    ``inputs``: whether the calibration texts and adapters that it names must lie here, as for who
+    makes jobs of them; a worker needs those of its own jobs alone, and each job looks for its own.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise UsageError(f"{path}: cannot be read: {why}") from error
-    return parse_watchlist(path, text)
+    return parse_watchlist(path, text, inputs=inputs)
 
 
-def parse_watchlist(path: Path, text: str) -> WatchList:
+def parse_watchlist(path: Path, text: str, *, inputs: bool = True) -> WatchList:
     """The watch list that ``path`` says in ``text``; UsageError with every problem."""
+    context = None if inputs else _ELSEWHERE
     try:
-        return WatchList.model_validate(_parsed(path, text))
+        return WatchList.model_validate(_parsed(path, text), context=context)
     except ValidationError as error:
         lines = told(path, error.errors(), top=WatchList, tables=_TABLES)
         raise UsageError("\n".join(lines)) from None

@@ -104,7 +104,7 @@ def batch_worker(
     from converter.batch.tags import with_own
     from converter.batch.watchlist import read_watchlist
 
-    read = read_watchlist(watchlist)
+    read = read_watchlist(watchlist, inputs=False)
     place = Place.of(read, state=state, ledger=ledger)
     where = Scheduler.of(scheduler, **tls)
     status = serve(read, place, where, tags=with_own(tags), echo=_echo(quiet))
