@@ -28,8 +28,21 @@ def drafter_folder(target: Path) -> Path:
     return target.with_name(target.name + DRAFTER)
 
 
-def plan_drafter(source: Source, plan: Plan, *, origin: Mapping[str, Any] | None = None) -> Plan:
-    """The plan of the drafter beside ``plan``; PlanError where there is none to be had."""
+def plan_drafter(
+    source: Source,
+    plan: Plan,
+    *,
+    draft: Plan | None = None,
+    origin: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The plan of the drafter beside ``plan``; PlanError where there is none to be had.
+
+    ``draft`` is what ``plan`` was before formats were chosen for a size: the drafter of that is
+    recorded as this one's draft, which is what can be known of it without weights.
+    """
+    if draft is not None:
+        before = plan_drafter(source, draft, origin=origin)
+        return replace(plan_drafter(source, plan, origin=origin), draft=before.hash)
     match = _drafter(source, plan)
     drafted = build_plan(source, match, _recipe(plan.options), origin=origin)
     check_reload(drafted, match.arch.runtimes)

@@ -180,6 +180,7 @@ def plan_request(
     source = view.source
     arch = choose_map(source, request.maps)
     plans: list[Plan] = []
+    drafts: dict[str, Plan] = {}
     fusion = None
     if back and request.adapter_path is not None:
         raise UsageError("--adapter-path is fused into a torch release: leave -d and --to out")
@@ -209,10 +210,10 @@ def plan_request(
             plans.append(plan)
             if options.targeted:
                 require_reachable(plan)
-        drafts = [at for at, plan in enumerate(plans) if measure and plan.options.targeted]
-        if drafts:
+        targeted = [at for at, plan in enumerate(plans) if measure and plan.options.targeted]
+        if targeted:
             require_memory(plans)  # before hours of choosing formats
-        for at in drafts:
+        for at in targeted:
             console = console or Console(quiet=True)
             with console.progress("download", unit="bytes") as tick:
                 release = fetch(release, progress=tick)
@@ -227,6 +228,7 @@ def plan_request(
                 trust_remote_code=request.trust_remote_code,
             )
             chosen = build_plan(source, match, found, origin=origin, view=view)
+            drafts[plans[at].hash] = plans[at]
             plans[at] = replace(chosen, draft=plans[at].hash)
         if not request.maps.written:
             for plan in plans:
@@ -246,7 +248,7 @@ def plan_request(
             else ()
         ),
         drafters=tuple(
-            plan_drafter(source, plan, origin=release.origin)
+            plan_drafter(source, plan, draft=drafts.get(plan.draft), origin=release.origin)
             for plan in (plans if request.mtp else ())
         ),
     )

@@ -42,6 +42,7 @@ from converter.hub import fetch as fetch_module
 from converter.manifest import read_manifest
 from converter.plan import Options, layout
 from converter.staging import Fault
+from quant.calibrate.text import calibration_of
 from quant.recipe import QuantSpec
 from validate.streamed.tensors import whole_run_bytes
 
@@ -202,6 +203,27 @@ def test_an_adapter_that_is_not_on_this_machine_leaves_the_other_variants(order_
     assert list(answer.facts) == [2]
 
 
+def test_a_text_that_is_not_on_this_machine_leaves_the_other_variants(order_of, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some text. " * 100)
+    calibration = calibration_of(text, sequences=2, length=16)
+    quant = QuantSpec.make("affine", 4, 64, "imatrix")
+    asked = {
+        "own": Asked(options=Options(quant=quant, calibration=calibration)),
+        "bf16": RECIPES["bf16"],
+    }
+    policy = replace(POLICY, calibration_data=str(text))
+    source = write_release(tmp_path / "source")
+    order = order_of(source, "own", "bf16", recipes=asked, policy=policy)
+    text.rename(tmp_path / "elsewhere")
+    answer = convert_release(order)
+    told = f"calibration_data {text}: cannot be read on this machine: no such file or folder"
+    assert answer.failed == {1: Failure("adapter", told)}
+    assert list(answer.facts) == [2]
+    text.write_text("another. " * 100)
+    assert convert_release(order).failed[1].text.endswith("run it again")
+
+
 def test_what_was_finished_before_its_worker_was_killed_is_not_made_again(
     order_of, tmp_path, monkeypatch
 ):
@@ -319,3 +341,25 @@ def test_a_drafter_goes_with_its_output(order_of, api, tmp_path, monkeypatch, fa
     renew_card(order)
     api.delete_repo(drafter.target)
     assert examine(order).published == {}
+
+
+def test_a_drafter_of_a_target_size_is_known_again_from_headers(
+    order_of, api, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = Options(quant=QuantSpec.make("affine"), target_bits=12.0)
+    order = order_of(
+        make_mtp_twin("qwen3_5", tmp_path / "source"),
+        "sized",
+        recipes={"sized": Asked(options=options, mtp=True)},
+    )
+    assert examine(order).published == {}
+    made = known(order, convert_release(order))
+    out, drafter = made.made(made.parts[0])
+    assert read_manifest(drafter.folder).plan == drafter.plan
+    for one in (out, drafter):
+        judged(made, one)
+    told = publish_output(made)
+    again = examine(order)  # by a ledger that knows nothing of it
+    assert again.published == told.published
+    assert again.needs["disk"] == 0

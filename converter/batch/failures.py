@@ -26,7 +26,7 @@ Kind = Literal[
     "internal",  # a fault of this program
     "lost",  # the worker vanished with its lease
     "held",  # parked by hand
-    "adapter",  # waits for its adapter, which does not lie on this machine
+    "adapter",  # waits for its adapter or text, which does not lie on this machine
     "worker",  # waits for a worker with the tag that a stage needs
 ]
 State = Literal["queued", "waiting", "parked", "quarantined", "published", "superseded"]
@@ -41,7 +41,7 @@ _FATAL: Final = frozenset({"crash", "internal"})
 
 
 class AdapterError(UsageError):
-    """The adapter that a job asks for does not lie where the watch list says."""
+    """The adapter or calibration text of a job does not lie where the watch list says."""
 
 
 @dataclass(frozen=True, slots=True)

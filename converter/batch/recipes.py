@@ -107,6 +107,20 @@ class Asked:
             )
         return path
 
+    def check_calibration(self, data: str | None) -> None:
+        """AdapterError where another text than the recipe's lies at ``data`` now, or none."""
+        asked = self.options.calibration
+        if asked is None or data is None:
+            return
+        where = f"calibration_data {data}"
+        try:
+            found = calibration_of(Path(data), sequences=asked.sequences, length=asked.length)
+        except CalibrationError as error:
+            told = str(error).removeprefix(f"--calibration-data {data}: ")
+            raise AdapterError(f"{where}: cannot be read on this machine: {told}") from error
+        if found != asked:
+            raise AdapterError(f"{where}: is not what the watch list was read with; run it again")
+
 
 def recipes_of(watchlist: WatchList, entry: Watch) -> dict[str, Asked]:
     """What every variant and recipe of an entry asks for, by name; UsageError naming both."""

@@ -16,7 +16,7 @@ from converter.acceptance import accept_output, acceptance_report
 from converter.adapter.output import reference_of_output
 from converter.batch.believed import believed
 from converter.batch.examine import examine
-from converter.batch.failures import Failure, classify
+from converter.batch.failures import AdapterError, Failure, classify
 from converter.batch.orders import Answer, Made, Order, Part, together
 from converter.batch.published import PARITY, facts_of, published_of, snapshot_of
 from converter.errors import GateError, HubError, PlanError, UsageError
@@ -78,7 +78,7 @@ def convert_release(order: Order) -> Answer:
     """Every output that is not there yet, from one read of the source for each adapter."""
     answer = Answer(bytes=0)
     todo = [part for part in order.parts if not all(one.finished for one in order.made(part))]
-    for group in together(todo):
+    for group in together([part for part in todo if _has_its_text(part, answer)]):
         try:
             _convert(order, group, answer)
         except (PlanError, UsageError) as error:
@@ -91,6 +91,16 @@ def convert_release(order: Order) -> Answer:
                 for one in drafters:
                     answer.facts[part.job]["drafter_plan"] = one.plan
     return answer
+
+
+def _has_its_text(part: Part, answer: Answer) -> bool:
+    """Whether what calibrates a job lies on this machine; others are made without it."""
+    try:
+        part.asked.check_calibration(part.policy.calibration_data)
+    except AdapterError as error:
+        answer.failed[part.job] = classify(error)
+        return False
+    return True
 
 
 def _convert(order: Order, group: tuple[Part, ...], answer: Answer) -> None:
