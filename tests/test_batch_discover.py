@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import httpx2
 import pytest
 from batch_helpers import watch
+from PIL import Image
 
 from converter.batch import discover as discover_module
 from converter.batch.believed import believed
@@ -144,15 +145,16 @@ def test_single_models_follow_their_branch_and_may_be_missing(api, catalogue, tm
     assert not found.failed  # waiting would not help
 
 
-def test_a_hub_that_cannot_be_reached_is_asked_once(catalogue, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["ConnectError", "ConnectTimeout", "ProxyError"])
+def test_a_hub_that_cannot_be_reached_is_asked_once(catalogue, tmp_path, monkeypatch, how):
     """Asking takes minutes of patience, and a watch list may name a hundred."""
     asked, lines = [], []
 
     def away(repo, revision=None):
         asked.append(repo)
         try:
-            raise httpx2.ConnectError("refused")
-        except httpx2.ConnectError as error:
+            raise getattr(httpx2, how)("away")
+        except httpx2.TransportError as error:
             raise HubError("the hub cannot be reached") from error
 
     monkeypatch.setattr(discover_module, "resolve_revision", away)
@@ -194,6 +196,19 @@ def test_a_new_text_looks_at_all_anew(tmp_path):
         text = tmp_path / "text.txt"
         text.write_text(content)
         data = f'calibration_data = "{text}"\nrecipes = ["own"]'
+        watchlist = watch(tmp_path, f'{data}\n[recipes.own]\nq_bits = 4\nq_method = "imatrix"')
+        recipes = recipes_of(watchlist, watchlist.watch[0])
+        keys.append(watermark_key(watchlist, watchlist.watch[0], recipes))
+    assert keys[0] != keys[1]
+
+
+def test_a_new_picture_looks_at_all_anew(tmp_path):
+    keys = []
+    for colour in ("red", "green"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / "text.txt").write_text("one text. " * 9000)
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "data" / "picture.png")
+        data = f'calibration_data = "{tmp_path / "data"}"\nrecipes = ["own"]'
         watchlist = watch(tmp_path, f'{data}\n[recipes.own]\nq_bits = 4\nq_method = "imatrix"')
         recipes = recipes_of(watchlist, watchlist.watch[0])
         keys.append(watermark_key(watchlist, watchlist.watch[0], recipes))

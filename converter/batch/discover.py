@@ -131,7 +131,7 @@ def watermark_key(watchlist: WatchList, entry: Watch, recipes: Mapping[str, Aske
         for name in entry.recipes
     }
     files = {
-        name: (one.adapter, text.sha256 if text is not None else None)
+        name: (one.adapter, text.to_json() if text is not None else None)
         for name, one in recipes.items()
         if (text := one.options.calibration) is not None or one.adapter is not None
     }

@@ -101,7 +101,8 @@ def is_unreached(error: BaseException) -> bool:
     """Whether no hub was there to answer, as when the network or the name service is away."""
     import httpx2
 
-    return any(isinstance(cause, httpx2.ConnectError) for cause in causes(error))
+    away = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError)
+    return any(isinstance(cause, away) for cause in causes(error))
 
 
 def explain(error: BaseException, repo_id: str, endpoint: str) -> str:
