@@ -430,16 +430,14 @@ def test_a_user_that_is_unknown_here_is_told(tmp_path):
 
 MERGED = """
 base: &b {x: 0, y: 1}
-deep:
-  more:
-    - &a {<<: *b, x: 1}
-    - {<<: *a, z: 3}
+deep: [[[&a {<<: *b, x: 1}]]]
+own: {<<: *a, z: 3}
 """
 
 
 def test_yaml_with_merge_keys_is_read_as_it_is_meant():
     assert load(MERGED) == yaml.safe_load(MERGED)
-    with pytest.raises(yaml.YAMLError, match=r"(?s)'z' is given twice.*line 6"):
+    with pytest.raises(yaml.YAMLError, match=r"(?s)'z' is given twice.*line 4"):
         load(MERGED.replace("z: 3", "z: 3, z: 4"))
 
 
