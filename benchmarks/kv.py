@@ -102,8 +102,9 @@ _SPEED = (
     "mlx-vlm's is its turboquant. Ratios are mlx-vlm's time over ours."
 )
 _AGAINST = (
-    "`auto` has 3.5 bits on average, norms counted, beside the first four and the last 64 to 128 "
-    "tokens in float; the runtime's uniform caches have 4.5, or 5 with heads of 32 channels. "
+    "Over as many positions as below. `auto` has 3.5 bits on average, norms counted, beside the "
+    "first four and the last 64 to 128 tokens in float; the runtime's uniform caches have 4.5, or "
+    "5 with heads of 32 channels. "
     "Learned and chosen on the text before what is measured, which attends to it: on other texts "
     "`auto` gains less. Differences are of the same "
     "positions, with their standard error; below zero `auto` loses less. Of Gemma 4, whose sliding "

@@ -14,7 +14,8 @@ TWINS = ("qwen3", "qwen2", "qwen2-64", "minicpmv4_6", "gemma4")
 MODELS = ("tinylm", "rotated", *TWINS, "spike", "spike-64")
 """`-64`: with heads of 64 channels, as in the smallest releases, where twins have 32."""
 _SPIKE = 900.0
-_TWIN_TOKENS = 1504
+_TWIN_TOKENS = (1504, 2048)
+"""Of the texts that twins read; all settings read the first of the first length."""
 _STEPS = 128
 """Tokens decoded one by one: four times what a study takes, for a closer look."""
 _TEXTS = 3
@@ -51,13 +52,15 @@ def losses(name: str) -> Iterator[Row]:
         if name == "tinylm":
             label = "tinylm (trained)"
         texts = [
-            _text(trained, part) if name == "tinylm" else _random(part) for part in range(_TEXTS)
+            _text(trained, part) if name == "tinylm" else _random(part, tokens)
+            for tokens in (_TWIN_TOKENS[:1] if name == "tinylm" else _TWIN_TOKENS)
+            for part in range(_TEXTS)
         ]
         yield from _model(label, model, texts)
 
 
-def _random(seed: int) -> list[int]:
-    return [int(i) for i in np.random.default_rng(seed).integers(5, 500, _TWIN_TOKENS)]
+def _random(seed: int, tokens: int) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(5, 500, tokens)]
 
 
 def _text(folder: Path, part: int = 0) -> list[int]:
@@ -267,7 +270,7 @@ def _model(label: str, model: Any, texts: list[list[int]]) -> Iterator[Row]:
     for number, ids in reversed(list(enumerate(texts))):
         bench = _Bench(label, model, ids)
         spec, seen = bench.auto()
-        yield {"text": number + 1, **bench.against(spec)}
+        yield {"text": number % _TEXTS + 1, "tokens": len(ids), **bench.against(spec)}
     facts, group = bench.facts, bench.group
     yield from bench.ours("ours auto 3.5", spec)
     four, three = (chooser("turboquant", bits, group, seen) for bits in (4, 3))

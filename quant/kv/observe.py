@@ -40,8 +40,15 @@ class Seen:
         return self.layouts.get((fact.index, role), Layout(dim=dim))
 
     def choices(self, fact: LayerFacts, role: str) -> list[Layout]:
-        """Of one tensor, all that there is to choose from."""
+        """Of one tensor, all that there is to choose from.
+
+        Values with a learned basis have no other choice: codes of a rotation are of the values'
+        mean as well, and an error of it is in every token alike, so that attention to thousands
+        keeps it and the trial's few hundred do not show it.
+        """
         more = self.learned.get((fact.index, role))
+        if more and role == "value":
+            return [more]
         return [self.layout(fact, role), *([more] if more else [])]
 
 
