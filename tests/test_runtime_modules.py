@@ -8,7 +8,7 @@ import pytest
 from validate.answers import Question
 from validate.cases import Case
 from validate.judgement import Found, compare_tokens
-from validate.runtime import MlxRuntime, runtimes_for
+from validate.runtime import MlxRuntime, RuntimeRefusal, runtimes_for
 
 pytestmark = pytest.mark.usefixtures("runtimes")
 
@@ -59,6 +59,21 @@ def test_conversations_that_a_runtime_writes_its_own_way_are_a_row_of_their_own(
     assert "template of its own" in spoken.note
     assert (tokens.name, tokens.verdict, tokens.value) == ("tokens", "pass", 0.0)
     assert "left out" in tokens.note
+
+
+@pytest.mark.parametrize(("model_type", "verdict"), [("moondream3", "info"), ("qwen3", "fail")])
+def test_a_runtime_that_cannot_write_conversations_is_told_where_that_is_known(model_type, verdict):
+    def tokenize(case):
+        if case.messages:
+            raise RuntimeRefusal("messages should be dicts")
+        return [1]
+
+    found = Found("mlx_vlm", description={})
+    model = SimpleNamespace(name="mlx_vlm", config={"model_type": model_type}, tokenize=tokenize)
+    compare_tokens(found, model, _questions())
+    first, *rest = found.checks
+    assert first.verdict == verdict
+    assert [check.verdict for check in rest] == (["pass"] if verdict == "info" else [])
 
 
 def test_conversations_of_other_types_count():

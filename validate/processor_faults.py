@@ -43,3 +43,8 @@ OWN_TEMPLATES: Final = {
     "of its own, whatever the release brings: its prompts are not the release's",
 }
 """(runtime, model_type) whose processor does not read the release's chat template, and what so."""
+UNSPOKEN: Final = {
+    ("mlx_vlm", "moondream3"): "mlx-vlm 0.7.10 hands a conversation of this type to transformers "
+    "as bare text, which transformers refuses from 5.24 on: mlx_vlm.generate needs an earlier one",
+}
+"""(runtime, model_type) that may raise where a conversation is written, and what is so."""

@@ -73,6 +73,6 @@ MAP = ArchMap(
         "mlx-vlm 0.7.10 makes the mask by which a picture's tokens see each other, and its "
         "generation does not hand it on: pictures are read backwards only.",
         "mlx-vlm 0.7.10 hands conversations of this type to transformers as bare text, which 5.24 "
-        "refuses: its generate needs transformers 5.23, and so does the parity report.",
+        "refuses: mlx_vlm.generate needs transformers 5.23.",
     ),
 )
