@@ -35,10 +35,7 @@ def _config(config: dict[str, Any], facts: Facts) -> dict[str, Any]:
     out.update(
         tie_word_embeddings=tied,
         vocab_size=int(text.size("vocab_size")),
-        image_token_id=facts.data.get("image_token_id", 248056),
-        video_token_id=facts.data.get("video_token_id", 248057),
-        vision_start_token_id=facts.data.get("vision_start_token_id", 248053),
-        vision_end_token_id=facts.data.get("vision_end_token_id", 248054),
+        **qwen3_5.media_tokens(facts),
     )
     return out
 

@@ -138,6 +138,16 @@ def spell_config(
     spell_rope(config, facts)
     config.update(
         full_attention_interval=interval,
+        **attention_sizes(s),
+        tie_word_embeddings=tied,
+        rms_norm_eps=facts.number("rms_norm_eps", 1e-6),
+        max_position_embeddings=int(facts.size("max_position_embeddings", 32768)),
+    )
+
+
+def attention_sizes(s: Sizes) -> dict[str, Any]:
+    """What both kinds of attention are built by, under the config's names."""
+    return dict(
         num_key_value_heads=int(s.kv_heads),
         head_dim=int(s.head_dim),
         attention_bias=s.attention_bias,
@@ -146,10 +156,14 @@ def spell_config(
         linear_key_head_dim=int(s.key_dim),
         linear_value_head_dim=int(s.value_dim),
         linear_conv_kernel_dim=int(s.kernel),
-        tie_word_embeddings=tied,
-        rms_norm_eps=facts.number("rms_norm_eps", 1e-6),
-        max_position_embeddings=int(facts.size("max_position_embeddings", 32768)),
     )
+
+
+def media_tokens(facts: Facts) -> dict[str, Any]:
+    """Ids of the tokens in the place of pictures and videos, and of those around them."""
+    default = {"image": 248056, "video": 248057, "vision_start": 248053, "vision_end": 248054}
+    names = {f"{kind}_token_id": token for kind, token in default.items()}
+    return {name: facts.data.get(name, token) for name, token in names.items()}
 
 
 def spell_rope(config: dict[str, Any], facts: Facts, *, rotary: float = 0.25) -> None:
