@@ -122,10 +122,9 @@ class _Bench:
     def auto(self) -> tuple[Any, Any]:
         """What the study chooses at 3.5 bits, and what was seen of the model."""
         from quant.kv.allocate import allocate, allocated_spec, sensitivity
-        from quant.kv.observe import observed
 
         facts, texts = self.facts, self.texts
-        seen = observed(self.model, facts, texts.trial, bits=3.5, lesson=texts.lesson)
+        seen = texts.observed(self.model, facts, bits=3.5)
         measured = sensitivity(self.model, facts, texts.trial, seen=seen)
         return allocated_spec(facts, allocate(facts, measured, bits=3.5), seen), seen
 

@@ -277,8 +277,8 @@ def test_saved_and_loaded_it_goes_on_as_before(model, prompt, tmp_path, name):
     assert [cache.exact_trim for cache in again] == [cache.exact_trim for cache in made]
     np.testing.assert_array_equal(run(model, again, prompt[300:]), run(model, made, prompt[300:]))
     about, *rest = made[0].state
-    old = [about.replace('"version": 3', '"version": 1'), *rest]
-    with pytest.raises(KvError, match="a saved cache of version 1, not 3: run the prompt again"):
+    old = [about.replace('"version": 4', '"version": 3'), *rest]
+    with pytest.raises(KvError, match="a saved cache of version 3, not 4: run the prompt again"):
         QuantizedStateCache.from_state(old)
 
 
@@ -387,5 +387,5 @@ def test_settings_survive_json(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(KvError, match="has no kv_cache_quantization; `convert kv` writes it"):
         KvSpec.load(tmp_path)
-    with pytest.raises(KvError, match="schema 1, not 3; `convert kv` writes it anew"):
-        KvSpec.from_json({**spec.to_json(), "schema": 1})
+    with pytest.raises(KvError, match="schema 3, not 4; `convert kv` writes it anew"):
+        KvSpec.from_json({**spec.to_json(), "schema": 3})

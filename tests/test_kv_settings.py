@@ -154,7 +154,7 @@ def test_settings_are_written_measured_and_vouched_for(output, tmp_path):
     schema = json.loads((DOCS / "kv_cache_quantization.schema.json").read_text())
     jsonschema.validate(config, schema)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**config, "schema": 2}, schema)
+        jsonschema.validate({**config, "schema": 3}, schema)
     spec = KvSpec.from_json(config)
     # Norms of 8 bits leave 8 for the codes: as many bytes as four bits and a norm of 16.
     assert {layer.key.bits for layer in spec.layers} == {4.125}

@@ -1,5 +1,7 @@
 """The KV study: what it sees of a model, what it learns, and what that is worth."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -251,6 +253,45 @@ def test_costs_are_the_slopes_of_the_log_probability(spiked):
     wanted = slope.swapaxes(-1, -2) @ slope * 8
     np.testing.assert_allclose(spread.cost, wanted, atol=1e-3 * np.abs(wanted).max())
     assert not spiked.training
+
+
+def test_coherence_is_what_sums_over_tokens_have_more_than_their_squares(spiked):
+    """Against one query, one token and one coordinate at a time, of the layer's own arrays."""
+    from quant.kv.coherence import coherences
+    from quant.kv.further import run
+
+    facts = static_scan(spiked)
+    ids = [int(i) for i in np.random.default_rng(1).integers(5, 500, 512)]
+    seen = observed(spiked, facts, ids, bits=3.5, lesson=ids)
+    found = {place: one.coherence for place, one in seen.learned.items()}
+    assert found == coherences(spiked, ids, seen.learned, seen.means)
+    assert max(found.values()) > 2
+    for layer in (0, 2):
+        cache = run(spiked, ids, 0, watched=(layer,))[1][layer]
+        keys, values = (np.array(x[0], np.float64) for x in cache.taken)
+        queries = np.array(cache.queries[0][0], np.float64)
+        centres = (layer in seen.means) * keys[:, 4:68].mean(axis=1, keepdims=True)
+        sums, squares = {"key": 0.0, "value": 0.0}, {"key": 0.0, "value": 0.0}
+        for head, number in product(range(len(queries)), range(512 - 64, 512)):
+            group = head * len(keys) // len(queries)
+            query, k, v = queries[head, number], keys[group, : number + 1], values[group]
+            weights = np.exp(cache.scale * k @ query)
+            weights /= weights.sum()
+            stored = slice(4, number - 96 + 1)  # behind four sinks, before a window of 64 to 127
+            weight, gap = weights[stored], v[stored] - weights @ v[: number + 1]
+            for role, x in (("key", (keys - centres)[group]), ("value", v)):
+                rows = seen.learned[layer, role].basis.rows[group].astype(np.float64)
+                y = (x[stored] - rows[-1]) @ np.linalg.inv(rows[:-1])
+                if role == "key":
+                    terms = weight[:, None] * y * (rows[:-1] @ query)
+                    terms = terms[:, :, None] * gap[:, None]
+                else:
+                    terms = (weight[:, None] * y)[:, :, None]
+                sums[role] += (terms.sum(axis=0) ** 2).sum()
+                squares[role] += (terms**2).sum()
+        assert found[layer, "value"] == pytest.approx(sums["value"] / squares["value"], rel=0.01)
+        if (layer, "key") in found:  # by random signs
+            assert found[layer, "key"] == pytest.approx(sums["key"] / squares["key"], rel=0.1)
 
 
 def test_without_derivatives_directions_are_of_what_is_stored(spiked, monkeypatch):

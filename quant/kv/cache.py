@@ -22,7 +22,7 @@ AVERAGED: Final = 64
 """How many of the first encoded tokens the keys' mean is of."""
 BLOCK: Final = 64
 """Tokens that leave the full-precision window together; without a window, each on its own."""
-STATE: Final = 3
+STATE: Final = 4
 """Version of what :attr:`QuantizedStateCache.state` holds."""
 
 

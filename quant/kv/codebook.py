@@ -43,6 +43,27 @@ def distortion(dim: int, bits: float) -> float:
     return mixed + share * _distortion(dim, low + 1) if share else mixed
 
 
+def gain(dim: int, bits: int, coherence: float) -> float:
+    """By how much centroids of ``bits`` had best be longer where sums of vectors are what counts.
+
+    A coordinate's centroid is (1 - D) x on average, and an error of its own, of variance D (1 - D)
+    where x has 1. In sums over vectors the first adds up as the vectors do, the second as what is
+    independent: with L, the ``coherence``, for what the square of such a sum has over the sum of
+    the squares, L (1 - g (1 - D))^2 + g^2 D (1 - D) is least at g = L / (L (1 - D) + D). That is 1
+    for a vector by itself, L = 1, and 1 / (1 - D), which leaves no bias, for many that are alike.
+    """
+    error = distortion(dim, bits)
+    return coherence / (coherence * (1.0 - error) + error)
+
+
+def remains(dim: int, bits: int, coherence: float) -> float:
+    """Expected squared error of sums of centroids with their :func:`gain`.
+
+    Over the sum of the squares of what is summed: g D.
+    """
+    return distortion(dim, bits) * gain(dim, bits, coherence)
+
+
 @cache
 def _distortion(dim: int, bits: int) -> float:
     if bits == 0:

@@ -22,7 +22,7 @@ class Further:
 
     def __init__(self, cache: Any, place: int, *, watched: bool, shifts: Sequence[Any]) -> None:
         vars(self).update(cache=cache, place=place, watched=watched, shifts=shifts)
-        vars(self).update(taken=None, queries=[], results=[])
+        vars(self).update(taken=None, scale=1.0, queries=[], results=[])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["cache"], name)
@@ -51,6 +51,7 @@ class Further:
         found = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
         if self.shifts:
             found = found + self.shifts[len(self.results)]
+        vars(self)["scale"] = scale
         self.queries.append(queries)
         self.results.append(found)
         return found

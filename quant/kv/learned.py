@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.kv.basis import Basis
-from quant.kv.codebook import MAX_BITS, distortion
+from quant.kv.codebook import MAX_BITS, remains
 from quant.kv.codes import UNIT
 
 _RIDGE: Final = 0.01
@@ -123,12 +124,15 @@ def _ridged(products: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @cache
-def shared_out(squares: tuple[float, ...], dim: int, total: int) -> tuple[int, ...]:
+def shared_out(
+    squares: tuple[float, ...], dim: int, total: int, coherence: float
+) -> tuple[int, ...]:
     """Whole bits by unit, ``total`` in sum, with the least expected error; never ascending.
 
     The error of a code is convex in its bits, so that taking the best bit each time is optimal.
     """
-    falls = [distortion(dim, bits) - distortion(dim, bits + 1) for bits in range(MAX_BITS)]
+    errors = [remains(dim, bits, coherence) for bits in range(MAX_BITS + 1)]
+    falls = [before - after for before, after in pairwise(errors)]
     steps = sorted(
         ((square * fall, -unit) for unit, square in enumerate(squares) for fall in falls),
         reverse=True,

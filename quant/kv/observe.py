@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quant.kv.cache import AVERAGED
+from quant.kv.coherence import coherences
 from quant.kv.measure import forward_of
 from quant.kv.rotation import Rotation
 from quant.kv.runtime import own_caches
@@ -59,11 +60,13 @@ def observed(
     *,
     bits: float,
     lesson: Sequence[int] = (),
+    before: Sequence[int] = (),
 ) -> Seen:
     """Run ``ids`` through the model's own caches and look at keys and values.
 
     ``bits`` is about what a channel will cost, which decides how many channels are worth keeping
-    aside. From the tokens ``lesson``, if any, bases are learned.
+    aside. From the tokens ``lesson``, if any, bases are learned, and from the longer text
+    ``before``, which they are by default, how alike is what attention adds up.
     """
     import mlx.core as mx
 
@@ -103,6 +106,8 @@ def observed(
             learned[place] = learned_layout(
                 vectors[place], spread.about(mean), mean, spread.price()
             )
+        for place, ratio in coherences(model, before or lesson, learned, means).items():
+            learned[place] = replace(learned[place], coherence=ratio)
     return Seen(layouts=layouts, learned=learned, means=frozenset(means), weighed=weighed)
 
 

@@ -15,7 +15,7 @@ from quant.kv.learned import Learned, read
 from quant.kv.rotation import ROUNDS, Rotation
 from quant.kv.turbo import KvError, TurboCodec
 
-SCHEMA: Final = 3
+SCHEMA: Final = 4
 Scheme = Literal["float", "uniform", "turboquant", "rotated"]
 SCHEMES: Final = get_args(Scheme)
 SINKS: Final = 4
@@ -35,7 +35,8 @@ class TensorSpec:
     same after a rotation; ``turboquant`` rotates and takes centroids, with ``tries`` scales, keeps
     the channels ``aside``, and stores norms in 16 bits or, up to the norm ``top``, in 8. It uses
     the first ``rounds`` of the rotation's transform or, in its place, a learned ``basis`` whose
-    units of eight coordinates have ``widths`` bits.
+    units of eight coordinates have ``widths`` bits, and are lengthened for sums of vectors of that
+    ``coherence``.
     """
 
     scheme: Scheme
@@ -47,6 +48,7 @@ class TensorSpec:
     rounds: int = ROUNDS
     basis: Learned | None = None
     widths: tuple[int, ...] = ()
+    coherence: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; the basis by its name."""
@@ -82,6 +84,7 @@ class TensorSpec:
                 top=self.top,
                 learned=self.basis,
                 widths=self.widths,
+                coherence=self.coherence,
             )
         if self.scheme not in SCHEMES:
             raise KvError(f"no KV scheme {self.scheme!r}; there are {', '.join(SCHEMES)}")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.kv.basis import Aside
-from quant.kv.codebook import distortion
+from quant.kv.codebook import distortion, remains
 from quant.kv.codec import restored
 from quant.kv.codes import STEPS, UNIT
 from quant.kv.learned import Learned, learn, shared_out
@@ -37,7 +37,8 @@ class Layout:
     """How a tensor's vectors of ``dim`` channels are stored but for the bits of their codes.
 
     ``aside``, ``rounds`` and ``basis`` as in TensorSpec; ``top`` the norm up to which 8 bits serve,
-    0 where none was seen; ``squares`` the share of each unit of a learned basis.
+    0 where none was seen; ``squares`` the share of each unit of a learned basis, and ``coherence``
+    again as in TensorSpec.
     """
 
     dim: int
@@ -46,6 +47,7 @@ class Layout:
     rounds: int = ROUNDS
     basis: Learned | None = None
     squares: tuple[float, ...] = ()
+    coherence: float = 1.0
 
     def tensor(self, bits: float) -> TensorSpec:
         """TurboQuant with codes of ``bits`` on average, and the norms that are best beside them."""
@@ -58,17 +60,19 @@ class Layout:
             rounds=self.rounds,
             basis=self.basis,
             widths=self._widths(bits) if self.basis else (),
+            coherence=self.coherence,
         )
 
     def _widths(self, bits: float) -> tuple[int, ...]:
-        return shared_out(self.squares, self.dim, round(bits * self.dim / UNIT))
+        units = round(bits * self.dim / UNIT)
+        return shared_out(self.squares, self.dim, units, self.coherence)
 
     def _codes(self, bits: float) -> float:
         """Expected squared error of codes, relative to what is encoded."""
         if not self.basis:
             return distortion(self.dim, bits)
         left = (
-            square * distortion(self.dim, width)
+            square * remains(self.dim, width, self.coherence)
             for square, width in zip(self.squares, self._widths(bits), strict=True)
         )
         return sum(left) / sum(self.squares)

@@ -54,6 +54,11 @@ class Texts:
             long=long,
         )
 
+    def observed(self, model: Any, facts: Sequence[LayerFacts], *, bits: float) -> Seen:
+        """What the text shows up to where measuring starts; arguments as of :func:`observed`."""
+        before = self.long[: len(self.long) - len(self.short)]
+        return observed(model, facts, self.trial, bits=bits, lesson=self.lesson, before=before)
+
     @property
     def starts(self) -> dict[str, int]:
         """Where measuring starts in ``short``, and in ``long``: what is measured, ``short`` has."""
@@ -100,9 +105,8 @@ def study(
         reasons = sorted({fact.reason for fact in facts})
         raise KvError(f"no layer's cache can be quantized: {'; '.join(reasons)}")
     report: dict[str, Any] = {"layers": [asdict(fact) for fact in facts]}
-    lesson = texts.lesson if choice == "auto" else ()
-    seen = observed(model, facts, texts.trial, bits=bits, lesson=lesson)
     if choice == "auto":
+        seen = texts.observed(model, facts, bits=bits)
         measured = sensitivity(model, facts, texts.trial, seen=seen, progress=progress)
         spec = allocated_spec(facts, allocate(facts, measured, bits=bits), seen)
         report["weighed"] = seen.weighed
@@ -119,6 +123,7 @@ def study(
             if one.measured
         ]
     else:
+        seen = observed(model, facts, texts.trial, bits=bits)
         spec = spec_for(facts, chooser(choice, bits, group, seen), means=seen.means)
     forward = forward_of(model)
     exact: dict[str, Baseline] = {}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from quant.kv.basis import Aside, Basis, channels, orthonormal, rest
-from quant.kv.codebook import distortion
+from quant.kv.codebook import distortion, gain
 from quant.kv.codec import Packed
 from quant.kv.codes import (
     UNIT,
@@ -58,9 +58,10 @@ class TurboCodec:
     ``tries``: scales tried per vector when encoding; 1 takes the vector as it is.
     ``aside``: by head the channels that are stored in half precision, without which the rest is
     encoded. ``learned``: a basis in place of the rotation, and ``widths`` the whole bits of each of
-    its units of eight coordinates, whose mean ``bits`` are. ``top``: 0 for norms of 16 bits, else
-    the largest norm of 8 bits, which are steps of a 32nd of an octave. KvError where the width does
-    not divide or the bits are out of range.
+    its units of eight coordinates, whose mean ``bits`` are. Those are as short as is best in sums
+    of vectors of that ``coherence`` (:func:`quant.kv.codebook.gain`), which is unbiased where it is
+    large. ``top``: 0 for norms of 16 bits, else the largest norm of 8 bits, which are steps of a
+    32nd of an octave. KvError where the width does not divide or the bits are out of range.
     """
 
     dim: int
@@ -72,6 +73,7 @@ class TurboCodec:
     top: float = 0.0
     learned: Learned | None = None
     widths: tuple[int, ...] = ()
+    coherence: float = 1.0
     segments: tuple[tuple[int, int, int], ...] = field(init=False)
     """(first channel, one past the last, bits)"""
 
@@ -88,12 +90,25 @@ class TurboCodec:
     def bases(self) -> tuple[Basis | None, ...]:
         """The rotated basis, and that of the channels aside or of the mean where there are any."""
         if self.learned is not None:
-            mean = self.learned.mean
-            return (self.learned.basis, mean) if mean else (self.learned.basis,)
+            mean, basis = self.learned.mean, self._lengthened(self.learned.basis)
+            return (basis, mean) if mean else (basis,)
         turn = self.rotation.turn
         if not self.aside:
             return (orthonormal(turn),)
         return rest(turn, self.aside, self.dim), channels(self.aside, self.dim)
+
+    def _lengthened(self, basis: Basis) -> Basis:
+        """``basis`` whose coordinates are as much longer as their width makes them short.
+
+        In ``out``, so that unpacking does not know of it.
+        """
+        import mlx.core as mx
+
+        gains = [self._gain(bits) for start, end, bits in self.segments for _ in range(start, end)]
+        return Basis(basis.into, basis.out * mx.array(gains)[:, None])
+
+    def _gain(self, bits: int) -> float:
+        return gain(self.dim, bits, self.coherence) if self.widths else 1.0
 
     @property
     def effective_bits(self) -> float:
@@ -116,7 +131,7 @@ class TurboCodec:
         size = mx.linalg.norm(y, axis=-1, keepdims=True)
         unit = y * (1.0 / mx.maximum(size, 1e-30))
         parts = [
-            _Part(grid(self.dim, bits), unit[..., start:end], self._weight(bits))
+            _Part(grid(self.dim, bits), unit[..., start:end], self._weight(bits), self._gain(bits))
             for start, end, bits in self.segments
             if bits
         ]
@@ -127,8 +142,8 @@ class TurboCodec:
             packed.append(pack(codes, part.grid.bits))
             along, energy = along + inner, energy + square
         if self.norm == "unbiased":
-            whole = sum((part.whole for part in parts), _ZERO) if self.widths else 1.0
-            size = size * whole / mx.maximum(along, 1e-6)
+            due = sum((part.due for part in parts), _ZERO) if self.widths else 1.0
+            size = size * due / mx.maximum(along, 1e-6)
         elif self.norm == "least":
             size = size * along / mx.maximum(energy, 1e-12)
         aside = (mx.clip(part, -_HALF_MAX, _HALF_MAX).astype(mx.float16) for part in beside)
@@ -204,14 +219,15 @@ class TurboCodec:
 class _Part:
     """Coordinates [..., count] of one width, of vectors of norm about one."""
 
-    def __init__(self, grid: Grid, unit: mx.array, weight: float) -> None:
+    def __init__(self, grid: Grid, unit: mx.array, weight: float, gain: float) -> None:
         import mlx.core as mx
 
         self.grid = grid
         self.unit = unit
         self.size = mx.abs(unit)
         self._weights = mx.full((unit.shape[-1], 1), weight)
-        self._square = weight * unit.shape[-1] * (grid.only or 0.0) ** 2
+        self._gain = gain
+        self._square = weight * unit.shape[-1] * (gain * (grid.only or 0.0)) ** 2
 
     def judged(self, scale: float) -> tuple[Any, Any]:
         """Inner product [..., 1] with the centroids nearest to the ``scale``-fold, and theirs with
@@ -220,7 +236,7 @@ class _Part:
         only = self.grid.only
         if only is not None:
             return only * self._total, self._square
-        value = self.grid.nearest_sizes(self.size * scale)
+        value = self._gain * self.grid.nearest_sizes(self.size * scale)
         return (value * self.size) @ self._weights, (value * value) @ self._weights
 
     def coded(self, scale: mx.array | None) -> tuple[mx.array, Any, Any]:
@@ -230,17 +246,20 @@ class _Part:
         only = self.grid.only
         if only is not None:
             return codes, only * self._total, self._square
-        value = self.grid.sizes(steps)
+        value = self._gain * self.grid.sizes(steps)
         return codes, (value * self.size) @ self._weights, (value * value) @ self._weights
 
     @property
-    def whole(self) -> Any:
-        """The coordinates' own squares [..., 1]."""
-        return (self.size * self.size) @ self._weights
+    def due(self) -> Any:
+        """The weighted inner product [..., 1] that such coordinates have with their codes on
+        average, which what is independent about those neither adds to nor takes from.
+        """
+        kept = self._gain * (1.0 - distortion(self.grid.dim, self.grid.bits))
+        return kept * ((self.size * self.size) @ self._weights)
 
     @cached_property
     def _total(self) -> Any:
-        return self.size @ self._weights
+        return self._gain * (self.size @ self._weights)
 
 
 def _segments(codec: TurboCodec) -> tuple[tuple[int, int, int], ...]:
