@@ -19,7 +19,7 @@ from converter.batch.report import trend
 from converter.batch.site import Place
 from converter.batch.watchlist import Digest, Mail
 from converter.cli.app import cli
-from converter.errors import UsageError
+from converter.errors import ConvertError, UsageError
 
 TOKEN = "hf_sentinelsentinelsentinel"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -135,6 +135,25 @@ def test_where_the_ledger_is(tmp_path, monkeypatch):
     monkeypatch.setenv("CONVERT_LEDGER", "postgresql://x@h/d")
     assert Place.of(watchlist, state=None, ledger=None).url == "postgresql+psycopg://x@h/d"
     assert Place.of(watchlist, state=tmp_path, ledger="sqlite:///o").url == "sqlite:///o"
+
+
+def test_a_state_folder_that_cannot_be_is_told_with_its_flag(tmp_path):
+    (tmp_path / "file").touch()
+    watchlist = tmp_path / "watch.toml"
+    watchlist.write_text('namespace = "n"\n[[watch]]\nmodels = ["a/b"]\nvariants = ["4bit"]\n')
+    for arguments in (["status"], ["run", watchlist], ["install", watchlist]):
+        with pytest.raises(UsageError, match=r"^--state ~nosuchuser/x: this machine has no such u"):
+            command(*arguments, "--state", "~nosuchuser/x")
+    with pytest.raises(
+        ConvertError, match=r"file: a part of this path is a file.* another --state"
+    ):
+        command("run", watchlist, "--state", tmp_path / "file")
+    with watchlist.open("a") as file:
+        file.write(f'[fleet]\nshared = "{tmp_path}/file"\n')
+    with pytest.raises(
+        ConvertError, match=r"a part of this path is a file.* another fleet\.shared"
+    ):
+        command("run", watchlist, "--state", tmp_path / "state")
 
 
 def test_exit_statuses_reach_the_shell():

@@ -419,12 +419,35 @@ def test_a_worker_reads_a_list_whose_inputs_lie_elsewhere(tmp_path):
     assert read.watch[0].calibration_data == Path("/no/text")
 
 
+def with_folders(folder: str) -> str:
+    """A watch list in which every key that names a folder or file names ``folder``."""
+    data = f'calibration_data = "{folder}/text"\n[recipes.own]'
+    text = OWN.replace("[recipes.own]", data) + f'q_bits = 4\nadapter_path = "{folder}/lora"\n'
+    return f'state = "{folder}/state"\n{text}[fleet]\nshared = "{folder}/shared"\n'
+
+
 def test_a_user_that_is_unknown_here_is_told(tmp_path):
-    data = 'calibration_data = "~nosuchuser/text"\n[recipes.own]'
-    text = OWN.replace("[recipes.own]", data) + 'q_bits = 4\nadapter_path = "~nosuchuser/lora"'
-    assert problems(tmp_path, text) == [
+    assert problems(tmp_path, with_folders("~nosuchuser")) == [
+        "state: ~nosuchuser/state: this machine has no such user",
         "watch[0].calibration_data: ~nosuchuser/text: this machine has no such user",
         "recipes.own.adapter_path: ~nosuchuser/lora: this machine has no such user",
+        "fleet.shared: ~nosuchuser/shared: this machine has no such user",
+    ]
+
+
+def test_folders_are_read_from_the_root(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    read = read_watchlist(write(tmp_path, with_folders("~/night")), inputs=False)
+    assert read.state == tmp_path / "night" / "state"
+    assert read.fleet.shared == tmp_path / "night" / "shared"
+
+
+def test_inputs_that_the_system_refuses_are_told(tmp_path):
+    name = f"/{'long' * 75}"
+    told = problems(tmp_path, with_folders(name))
+    assert told == [
+        f"watch[0].calibration_data: {name}/text: File name too long",
+        f"recipes.own.adapter_path: {name}/lora: File name too long",
     ]
 
 

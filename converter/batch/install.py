@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from converter.batch.site import state_folder
 from converter.errors import UsageError
 
 NAME: Final = "mlx-dayzero-nightly"
@@ -43,7 +44,7 @@ def schedule(watchlist: Path, *, state: Path | None, at: str, kind: str) -> Sche
     hour, minute = int(time.group(1)), int(time.group(2))
     command = [*_program(), "batch", "run", str(watchlist.resolve()), "--quiet"]
     if state is not None:
-        command += ["--state", str(state.expanduser().resolve())]
+        command += ["--state", str(state_folder(state).resolve())]
     if kind == "systemd":
         return _systemd(command, hour, minute)
     if kind == "launchd":

@@ -1,9 +1,10 @@
-"""Sizes, rates, durations and secrets as a watch list spells them."""
+"""Sizes, rates, durations, folders and secrets as a watch list spells them."""
 
 from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -37,6 +38,14 @@ def parse_duration(value: Any) -> Any:
     if found is None or found.group(2) not in _SECONDS:
         raise ValueError(f"{value!r} is not a duration such as 30m, 12h or 14d")
     return float(found.group(1)) * _SECONDS[found.group(2)]
+
+
+def whole_path(path: Path) -> Path:
+    """The path from the root, its ``~`` resolved; ValueError for a user that is unknown here."""
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: this machine has no such user") from error
 
 
 def expanded(value: str) -> str:

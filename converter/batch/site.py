@@ -18,10 +18,11 @@ from converter.batch.database import Database, ledger_url
 from converter.batch.ledger import Ledger
 from converter.batch.log import logging_to
 from converter.batch.pieces import Pieces
+from converter.batch.quantities import whole_path
 from converter.batch.sweep import sweep
 from converter.batch.watchlist import WatchList
 from converter.errors import UsageError
-from converter.execute.folder import locked
+from converter.execute.folder import explain, locked
 
 _LONGEST_PATH: Final = 74
 """A socket's path has 107 characters, of which multiprocessing takes 33 for its own."""
@@ -38,9 +39,12 @@ class Place:
 
     @classmethod
     def of(cls, watchlist: WatchList | None, *, state: Path | None, ledger: str | None) -> Place:
-        """From the command line, the environment, the watch list, and the defaults, in turn."""
+        """From the command line, the environment, the watch list, and the defaults, in turn.
+
+        UsageError for a folder of a user that this machine has not.
+        """
         told = None if watchlist is None else watchlist.state
-        where = (state or told or default_state()).expanduser().absolute()
+        where = told or default_state() if state is None else state_folder(state)
         url = ledger or os.environ.get("CONVERT_LEDGER")
         url = url or (None if watchlist is None else watchlist.ledger)
         return cls(where, ledger_url(url, where))
@@ -57,7 +61,15 @@ def worker_name(state: Path) -> str:
 def default_state() -> Path:
     """The folder of ledger, work and logs when none is named."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "mlx-dayzero"
+    return (Path(base) / "mlx-dayzero").absolute()
+
+
+def state_folder(given: Path) -> Path:
+    """What ``--state`` names; UsageError where that is in the home of a user unknown here."""
+    try:
+        return whole_path(given)
+    except ValueError as error:
+        raise UsageError(f"--state {error}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +133,8 @@ def at_work(
 @contextmanager
 def alone(state: Path) -> Iterator[None]:
     """Hold a state folder against other runs and workers; UsageError when one has it."""
-    state.mkdir(parents=True, exist_ok=True)
     try:
-        lock = locked(state / "run")
+        lock = locked(state / "run", flag="--state")
         lock.__enter__()
     except UsageError as error:
         raise UsageError(
@@ -169,6 +180,8 @@ def temporary(state: Path) -> Iterator[None]:
 
 def work_folder(watchlist: WatchList, place: Place) -> Path:
     """Where releases are worked on: in the state folder, or in the one that workers share."""
-    work = (watchlist.fleet.shared or place.state).expanduser().absolute() / "work"
-    work.mkdir(parents=True, exist_ok=True)
+    shared = watchlist.fleet.shared
+    work = (shared or place.state) / "work"
+    with explain(work, "--state" if shared is None else "fleet.shared"):
+        work.mkdir(parents=True, exist_ok=True)
     return work

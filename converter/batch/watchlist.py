@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from converter.batch.mistakes import near, told
-from converter.batch.quantities import expanded, parse_duration, parse_rate, parse_size
+from converter.batch.quantities import expanded, parse_duration, parse_rate, parse_size, whole_path
 from converter.errors import ConvertError, UsageError
 from converter.naming import published_as
 from converter.variants import named_variant
@@ -66,43 +66,40 @@ def _variant(name: str) -> str:
     return name
 
 
-def _whole(path: Path) -> Path:
-    """The path from the root, its ``~`` resolved; ValueError for a user that is unknown here."""
-    try:
-        return path.expanduser().absolute()
-    except RuntimeError as error:
-        raise ValueError(f"{path}: this machine has no such user") from error
-
-
 def _adapter(path: Path, info: ValidationInfo) -> Path:
     from converter.adapter import read_adapter
 
-    path = _whole(path)
+    path = whole_path(path)
     if info.context == _ELSEWHERE:
         return path
     try:
         read_adapter(path)
     except ConvertError as error:
         raise ValueError(str(error).removeprefix("--adapter-path ")) from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
     return path
 
 
 def _text(path: Path, info: ValidationInfo) -> Path:
     from quant.calibrate.text import CalibrationError, read_text
 
-    path = _whole(path)
+    path = whole_path(path)
     if info.context == _ELSEWHERE:
         return path
     try:
         read_text(path)
     except CalibrationError as error:
         raise ValueError(str(error).removeprefix("--calibration-data ")) from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
     return path
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Rate = Annotated[float, BeforeValidator(parse_rate), Field(gt=0)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
+Folder = Annotated[Path, AfterValidator(whole_path)]
 Account = Annotated[str, _matching(_ACCOUNT, "the name of an account")]
 Repo = Annotated[str, _matching(_REPO, "a repo such as Qwen/Qwen3-0.6B, or REPO@REVISION")]
 Secret = Annotated[str, AfterValidator(expanded)]
@@ -279,7 +276,7 @@ class Retries(_Strict):
 class Fleet(_Strict):
     """Several workers on one night."""
 
-    shared: Path | None = Field(default=None, strict=False)
+    shared: Folder | None = Field(default=None, strict=False)
     """Folder that every worker sees under this path; releases are worked on there."""
     split: Size | None = None
     """Releases of at least so many bytes are converted by several workers, by output shard."""
@@ -320,7 +317,7 @@ class WatchList(_Strict):
     names: Annotated[str, AfterValidator(_template)] = "{model}-{variant}"
     """Name of a published repo, from {organisation}, {model} and {variant}."""
     private: bool = False
-    state: Path | None = Field(default=None, strict=False)
+    state: Folder | None = Field(default=None, strict=False)
     ledger: Secret | None = None
     """SQLAlchemy URL; None for SQLite in the state folder."""
     watch: tuple[Watch, ...] = Field(min_length=1, strict=False)

@@ -46,13 +46,14 @@ def check_output(out: Path, *, source: Path | None, overwrite: bool) -> None:
 
 
 @contextmanager
-def locked(work: Path) -> Iterator[None]:
+def locked(work: Path, *, flag: str = "--mlx-path") -> Iterator[None]:
     """Make the work folder and hold it against other processes; the lock dies with its process.
 
     The lock file goes at the end; one that a killed process left is empty and locks nothing.
+    ``flag`` chooses the place, for errors.
     """
     path = work.with_suffix(".lock")  # beside the folder, which is renamed while it is held
-    with _held(path, work):
+    with _held(path, work, flag=flag):
         yield
 
 
@@ -70,8 +71,10 @@ def sharing(work: Path, part: str) -> Iterator[None]:
 
 
 @contextmanager
-def _held(path: Path, work: Path, *, shared: bool = False) -> Iterator[None]:
-    with explain(work):
+def _held(
+    path: Path, work: Path, *, shared: bool = False, flag: str = "--mlx-path"
+) -> Iterator[None]:
+    with explain(work, flag):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(path, shared=shared)
         if descriptor is None:
@@ -79,7 +82,7 @@ def _held(path: Path, work: Path, *, shared: bool = False) -> Iterator[None]:
                 f"{work}: another process is working on the same conversion; wait for it"
             )
     try:
-        with explain(work):
+        with explain(work, flag):
             work.mkdir(exist_ok=True)
         yield
     finally:
