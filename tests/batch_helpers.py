@@ -65,6 +65,10 @@ def add(catalogue: Catalogue, repo="acme/model", *variants, policy=None, **setti
     return catalogue.enqueue(seen(repo, **settings), wanted(repo, *variants, policy=policy))
 
 
+def states_of(catalogue: Catalogue) -> dict[str, str]:
+    return {entry.job.target.split("/")[1]: entry.state for entry in catalogue.entries()}
+
+
 def watch(tmp_path, text="", models='organisations = ["acme"]') -> WatchList:
     path = tmp_path / "watch.toml"
     path.write_text(f'namespace = "night"\n[[watch]]\n{models}\nvariants = ["4bit"]\n{text}')

@@ -101,6 +101,12 @@ def catalogue(tmp_path, closed_ledgers):
 
 
 @pytest.fixture
+def mine(catalogue):
+    """The ledger of that catalogue, as a worker has it."""
+    return catalogue.ledger
+
+
+@pytest.fixture
 def faults():
     """What strikes requests of the staging hub."""
     from converter.staging import Faults
