@@ -89,6 +89,31 @@ def test_permanent_failures_wait_for_other_tools(mine, catalogue, monkeypatch):
     assert Catalogue(newer).renew() == 0
 
 
+def test_a_job_goes_on_when_earlier_tools_come_back(mine, catalogue, monkeypatch):
+    add(catalogue)
+    with monkeypatch.context() as other:
+        other.setattr(ledger_module, "tool_versions", lambda: {"mlx": "99"})
+        newer = Ledger(mine.database)
+    assert Catalogue(newer).renew() == 1
+    assert mine.claim() is None
+    assert catalogue.renew() == 1
+    assert [entry.state for entry in catalogue.entries()] == ["queued"]
+    assert mine.claim() is not None
+
+
+def test_what_is_parked_by_hand_stays_so_with_other_tools(mine, catalogue, monkeypatch):
+    add(catalogue)
+    catalogue.park(catalogue.entries(), "not now")
+    monkeypatch.setattr(ledger_module, "tool_versions", lambda: {"mlx": "99"})
+    newer = Catalogue(Ledger(mine.database))
+    newer.renew()
+    assert add(newer) == 0
+    assert [entry.job.error for entry in newer.entries()] == ["not now"]
+    newer.retry(newer.entries())
+    assert newer.renew() == 1
+    assert newer.ledger.claim() is not None
+
+
 def test_versions_that_store_recipes_otherwise_share_no_jobs(mine, catalogue, monkeypatch):
     add(catalogue)
     monkeypatch.setattr(ledger_module, "FORMAT", ledger_module.FORMAT + 1)

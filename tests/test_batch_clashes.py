@@ -4,10 +4,15 @@ import threading
 from dataclasses import replace
 
 import pytest
-from batch_helpers import RECIPES, add, ledger, seen, wanted
+from batch_helpers import RECIPES, add, ledger, seen, used, wanted
+from sqlalchemy import text, update
 
-from converter.batch.catalogue import Catalogue, Wanted
+from converter.batch import ledger as ledger_module
+from converter.batch.catalogue import Catalogue, Wanted, choose
+from converter.batch.failures import Failure
+from converter.batch.ledger import Ledger
 from converter.batch.recipes import Policy
+from converter.batch.schema import version_table
 
 pytestmark = pytest.mark.usefixtures("closed_ledgers")
 
@@ -70,3 +75,92 @@ def test_drafter_and_output_of_one_release_do_not_share_a_repo(catalogue):
         "night/other": "queued",
     }
     assert "rename one of the two" in found["night/d-mtp"].job.error
+
+
+def of(catalogue) -> dict[str, tuple[str, str]]:
+    """State of the last job of every release, by repo, with its commit."""
+    return {e.release.repo: (e.release.commit, e.state) for e in reversed(catalogue.entries())}
+
+
+def test_the_release_that_has_a_repo_goes_on_and_the_other_does_not(catalogue):
+    add(catalogue, "acme/model", commit="c1")
+    add(catalogue, "other/model", commit="c1")
+    add(catalogue, "acme/model", commit="c2", content="new", modified=2.0)
+    assert of(catalogue) == {"acme/model": ("c2", "queued"), "other/model": ("c1", "parked")}
+    add(catalogue, "other/model", commit="c2", content="new", modified=2.0)
+    assert of(catalogue) == {"acme/model": ("c2", "queued"), "other/model": ("c2", "parked")}
+    assert [entry.release.repo for entry in catalogue.taken()] == ["other/model"]
+
+
+def test_an_output_with_a_drafter_goes_on_beside_a_recipe_that_clashes_with_it(catalogue):
+    wants = [*with_drafter("night/d"), *with_drafter("night/d-mtp", mtp=False)]
+    for commit in ("c1", "c2"):
+        catalogue.enqueue(seen(commit=commit, content=commit, modified=float(commit[1])), wants)
+        found = {e.job.target: (e.release.commit, e.state) for e in catalogue.entries()}
+        assert found == {"night/d": (commit, "queued"), "night/d-mtp": (commit, "parked")}
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_retry_asks_whether_the_repo_is_still_anothers(catalogue, held):
+    for repo in ("acme/model", "other/model", "third/model"):
+        add(catalogue, repo)
+    if held:  # which says nothing about whose the repo is
+        catalogue.park(choose(catalogue.entries(), ["other/model"]), "not now")
+    refused = catalogue.retry(choose(catalogue.entries(), ["other/model"]))
+    assert [(number, why[:46]) for number, why in refused.items()] == [
+        (2, "night/model-bf16 is made from acme/model alrea")
+    ]
+    assert of(catalogue)["other/model"] == ("c1", "parked")
+    catalogue.forget(choose(catalogue.entries(), ["acme/model"]))
+    refused = catalogue.retry(choose(catalogue.entries(), ["*/model"]))
+    assert of(catalogue) == {"other/model": ("c1", "queued"), "third/model": ("c1", "parked")}
+    assert refused[3].startswith("night/model-bf16 is made from other/model already")
+
+
+def test_a_job_that_is_held_is_in_nobodys_way_where_another_has_its_repo(catalogue):
+    add(catalogue, "acme/model")
+    add(catalogue, "other/model")
+    catalogue.park(catalogue.taken(), "not now")
+    add(catalogue, "acme/model", commit="c2", content="new", modified=2.0)
+    assert of(catalogue) == {"acme/model": ("c2", "queued"), "other/model": ("c1", "parked")}
+
+
+def test_other_tools_do_not_let_two_jobs_into_one_repo(mine, catalogue, monkeypatch):
+    for repo in ("acme/model", "other/model"):
+        add(catalogue, repo)
+    monkeypatch.setattr(ledger_module, "tool_versions", lambda: {"mlx": "99"})
+    newer = Catalogue(Ledger(mine.database))
+    assert newer.renew() == 2
+    assert of(newer) == {"acme/model": ("c1", "queued"), "other/model": ("c1", "parked")}
+    assert [entry.job.tools for entry in newer.entries()] == [newer.ledger.tools] * 2
+    assert newer.taken()[0].job.error.startswith("night/model-bf16 is made from acme/model alr")
+
+
+def test_a_job_goes_on_by_itself_once_it_has_the_repo_for_itself(catalogue):
+    for repo in ("acme/model", "other/model", "third/model", "fourth/model"):
+        add(catalogue, repo)
+    catalogue.park(choose(catalogue.entries(), ["other/model"]), "not now")
+    assert catalogue.settle() == 0
+    catalogue.forget(choose(catalogue.entries(), ["acme/model"]))
+    assert catalogue.settle() == 1
+    assert {repo: state for repo, (_, state) in of(catalogue).items()} == {
+        "other/model": "parked",  # by hand
+        "third/model": "queued",
+        "fourth/model": "parked",
+    }
+    (_, fourth) = sorted(catalogue.taken(), key=lambda entry: entry.job.id)
+    assert fourth.job.error.startswith("night/model-bf16 is made from third/model already")
+
+
+def test_an_older_ledger_knows_its_clashes_again(catalogue):
+    add(catalogue, "acme/model")
+    add(catalogue, "other/model")
+    add(catalogue, "acme/asks-too-much")
+    claim = catalogue.ledger.claim([1])
+    no = Failure("usage", "what the watch list asks for cannot be")
+    catalogue.ledger.failed(claim, claim.tasks[0].id, "examine", used(), no)
+    database = catalogue.database
+    database.do(lambda c: c.execute(text("ALTER TABLE job DROP COLUMN owns")))
+    database.do(lambda c: c.execute(update(version_table).values(version=3)))
+    again = Catalogue(ledger(str(database.engine.url)))
+    assert [entry.release.repo for entry in again.taken()] == ["other/model"]

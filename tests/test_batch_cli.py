@@ -118,6 +118,18 @@ def test_retry_park_and_forget(state, catalogue):
         command("park", "acme/busy", "--state", state)
 
 
+def test_retry_says_what_stays_parked(tmp_path, catalogue):
+    add(catalogue, "acme/model")
+    add(catalogue, "other/model")
+    catalogue.park(catalogue.entries(), "not now")
+    result = CliRunner().invoke(cli, ["batch", "retry", "*", "--state", str(tmp_path / "state")])
+    assert result.output == "due: 1 night/model-bf16\n"
+    assert isinstance(result.exception, UsageError)
+    assert str(result.exception).startswith(
+        "job 2 stays parked: night/model-bf16 is made from acme/model already; give names with"
+    )
+
+
 def test_a_state_folder_without_a_ledger_is_said(tmp_path):
     with pytest.raises(UsageError, match=r"nothing/ledger\.db: there is no such ledger"):
         command("status", "--state", tmp_path / "nothing")

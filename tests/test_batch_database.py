@@ -37,19 +37,19 @@ def test_a_newer_ledger_is_left_alone(tmp_path):
     ledger_url = f"sqlite:///{tmp_path / 'ledger.db'}"
     database = Database(ledger_url)
     database.do(lambda c: c.execute(update(version_table).values(version=99)))
-    with pytest.raises(UsageError, match="schema version 99 and this program knows 3"):
+    with pytest.raises(UsageError, match="schema version 99 and this program knows 4"):
         Database(ledger_url)
-    database.do(lambda c: c.execute(update(version_table).values(version=3)))
-    Database(ledger_url).do(lambda c: migrate(c, (lambda _: pytest.fail("run twice"),) * 3))
+    database.do(lambda c: c.execute(update(version_table).values(version=4)))
+    Database(ledger_url).do(lambda c: migrate(c, (lambda _: pytest.fail("run twice"),) * 4))
 
 
 def test_an_older_ledger_is_brought_up_step_by_step(tmp_path):
     database = Database(f"sqlite:///{tmp_path / 'ledger.db'}")
     done = []
-    steps = tuple(lambda c, number=number: done.append(number) for number in (1, 2, 3, 4, 5))
+    steps = tuple(lambda c, number=number: done.append(number) for number in (1, 2, 3, 4, 5, 6))
     database.do(lambda c: migrate(c, steps))
-    assert done == [4, 5]
-    assert database.do(lambda c: c.scalar(select(version_table.c.version))) == 5
+    assert done == [5, 6]
+    assert database.do(lambda c: c.scalar(select(version_table.c.version))) == 6
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,7 @@ def test_an_older_ledger_is_brought_up_step_by_step(tmp_path):
     [
         (1, ("DROP TABLE piece", "ALTER TABLE job DROP COLUMN needs")),
         (2, ("ALTER TABLE piece DROP COLUMN memory",)),
+        (3, ("ALTER TABLE job DROP COLUMN owns",)),
     ],
 )
 def test_a_ledger_of_an_older_version_keeps_its_jobs(ledger_url, version, undone):

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 from batch_helpers import (
+    PRELOAD,
+    STAGES,
     add,
     catalogue_of,
     engine,
@@ -17,15 +19,18 @@ from batch_helpers import (
     states,
     story,
     wait_for,
+    watch,
 )
 
 from converter.batch import engine as engine_module
+from converter.batch import run as run_module
 from converter.batch.discover import Found
 from converter.batch.engine import Outcome
 from converter.batch.orders import Answer
 from converter.batch.progress import Step
 from converter.batch.recipes import Policy
 from converter.batch.run import status_of
+from converter.batch.site import Place
 from converter.batch.sweep import sweep
 
 pytestmark = pytest.mark.usefixtures("forkserver", "closed_ledgers")
@@ -289,7 +294,7 @@ def test_sigterm_ends_a_run_in_order(tmp_path):
 )
 def test_exit_status(classes, status):
     failed = [
-        {"target": f"n/{number}", "state": state, "class": kind}
+        {"target": f"n/{number}", "repo": "a/b", "state": state, "class": kind}
         for number, (state, kind) in enumerate(classes)
     ]
     assert status_of(Found(), Outcome(failed=failed)) == status
@@ -344,3 +349,23 @@ def test_grace_is_shorter_than_what_a_service_manager_waits():
     from converter.batch.install import STOP_S
 
     assert engine_module.GRACE_S < STOP_S
+
+
+def test_a_run_tells_once_of_a_job_whose_repo_is_anothers(tmp_path, monkeypatch):
+    def discover(watchlist, catalogue, **named):
+        add(catalogue, "acme/model")
+        add(catalogue, "other/model")
+        return Found()
+
+    monkeypatch.setattr(run_module, "discover", discover)
+    place = Place.of(None, state=tmp_path / "state", ledger=None)
+    lines = []
+    told = {"name": "watch.toml", "echo": lines.append, "stages": STAGES, "preload": PRELOAD}
+    assert run_module.run(watch(tmp_path), place, **told) == 3
+    assert run_module.run(watch(tmp_path), place, **told) == 0
+    again, first = [one.summary for one in catalogue_of((place.url, None)).runs()]
+    assert [job["address"] for job in first["published"]] == ["http://hub/1"]
+    assert [(job["repo"], job["class"]) for job in first["failed"]] == [("other/model", "usage")]
+    assert (again["published"], again["failed"]) == ([], [])
+    (line,) = [line for line in lines if "is parked" in line]
+    assert "other/model: job 2 is parked: night/model-bf16 is made from acme/model alr" in line

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, delete, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, or_, select, update
 
+from converter.batch.clashes import clash, near, standing
 from converter.batch.ledger import OPEN, Ledger, insert_new
 from converter.batch.recipes import Asked, Policy, digest
 from converter.batch.schema import attempt, job, piece, release, run, watermark
 from converter.errors import UsageError
-from converter.naming import DRAFTER, published_as
 
 UNFINISHED = (*OPEN, "parked", "quarantined")
 _UNMOVED = (None, "held", "usage", "gate")
@@ -55,6 +55,12 @@ class Entry:
         """The job's state, or ``running`` while somebody holds a live lease."""
         return "running" if self.running else str(self.job.state)
 
+    def failure(self) -> dict[str, Any]:
+        """What a run tells of a job that it could not publish."""
+        told = {"target": self.job.target, "repo": self.release.repo, "commit": self.release.commit}
+        told |= {"state": self.job.state, "class": self.job.error_class}
+        return told | {"reason": self.job.error}
+
 
 class Catalogue:
     """Adds, lists and changes jobs; needs no lease."""
@@ -68,9 +74,7 @@ class Catalogue:
         return self.database.do(lambda connection: self._enqueue(connection, seen, wanted))
 
     def _enqueue(self, connection: Connection, seen: Seen, wanted: Sequence[Wanted]) -> int:
-        # Two that look for the newest job of a target at once would both find none.
-        self.database.lock(connection, "enqueue")
-        now = self.database.now(connection)
+        now = self._alone(connection)
         key = and_(release.c.repo == seen.repo, release.c.commit == seen.commit)
         values = {
             "repo": seen.repo,
@@ -89,11 +93,12 @@ class Catalogue:
         self, connection: Connection, seen: Seen, release_id: int, one: Wanted, now: float
     ) -> bool:
         recipe = one.asked.hash
-        near = _near(connection, one)
-        rows = [row for row in near if row.target == one.target]
+        beside = near(connection, one.target)
+        rows = [row for row in beside if row.target == one.target]
         mine = [row for row in rows if row.release_id == release_id and row.recipe_hash == recipe]
         for row in mine:
-            if row.state == "published" or row.tools == self.ledger.tools:
+            kept = row.state == "published" or row.error_class == "held"
+            if kept or row.tools == self.ledger.tools:
                 self._renew_policy(connection, row, one, now)
                 return False
         older = [row for row in rows if row.repo == seen.repo]
@@ -102,7 +107,7 @@ class Catalogue:
             row.state == "published" and row.content == seen.content and row.recipe_hash == recipe
             for row in older
         )
-        clash = _clash(near, one, seen.repo)
+        taken = clash(beside, one.target, seen.repo, mtp=one.asked.mtp)
         return insert_new(
             connection,
             job,
@@ -115,17 +120,9 @@ class Catalogue:
                 "variant": one.variant,
                 "recipe": one.asked.to_json(),
                 "policy": one.policy.to_json(),
-                "state": "parked" if clash else "queued",
-                "attempts": {},
-                "crashes": 0,
-                "inside": 0,
-                "lost": 0,
-                "not_before": now,
-                "error_class": "usage" if clash else None,
-                "error": clash,
+                **_fresh(now, taken),
                 "facts": {},
                 "created": now,
-                "updated": now,
             },
         )
 
@@ -154,27 +151,46 @@ class Catalogue:
         )
 
     def renew(self) -> int:
-        """Give every unfinished job of other tool versions a new chance; how many there were."""
+        """Give every unfinished job of other tool versions a new chance; how many there were.
+
+        One whose repo is another's stays parked.
+        """
 
         def work(connection: Connection) -> int:
-            now = self.database.now(connection)
-            found = connection.execute(
-                select(job).where(
-                    job.c.tools != self.ledger.tools,
-                    job.c.state.in_(UNFINISHED),
-                    (job.c.error_class != "held") | job.c.error_class.is_(None),
-                )
-            ).all()
-            stale = [row for row in found if _is_known(row.recipe)]
+            now = self._alone(connection)
+            other = job.c.tools != self.ledger.tools
+            stale = [row for row in _unheld(connection, other) if _is_known(row.recipe)]
             kept = ("release_id", "recipe_hash", "target", "kind", "variant", "recipe", "policy")
             for row in stale:
                 values = {name: getattr(row, name) for name in kept}
-                values |= _fresh(now) | {"tools": self.ledger.tools, "facts": {}, "created": now}
-                insert_new(connection, job, values)
+                values |= _fresh(now, standing(connection, row))
+                values |= {"tools": self.ledger.tools, "facts": {}, "created": now}
+                _insert_again(connection, values)
             self._supersede(connection, stale, now)
             return len(stale)
 
         return self.database.do(work)
+
+    def settle(self) -> int:
+        """Make jobs due whose repo was another's and is no more; how many there were."""
+
+        def work(connection: Connection) -> int:
+            now = self._alone(connection)
+            freed = 0
+            for row in _unheld(connection, job.c.owns == 0):
+                taken = standing(connection, row)
+                freed += taken is None
+                if taken is None or taken != row.error:
+                    changed = update(job).where(job.c.id == row.id)
+                    connection.execute(changed.values(**_fresh(now, taken)))
+            return freed
+
+        return self.database.do(work)
+
+    def _alone(self, connection: Connection) -> float:
+        """The time, once nobody else decides about repos: two at once would both find one free."""
+        self.database.lock(connection, "enqueue")
+        return self.database.now(connection)
 
     def watermark(self, watchlist: str, organisation: str) -> float | None:
         """Up to where an organisation's releases have been looked at, seconds since 1970."""
@@ -222,6 +238,10 @@ class Catalogue:
 
         return self.database.do(work)
 
+    def taken(self) -> list[Entry]:
+        """Jobs that stay parked since another has their repo."""
+        return [entry for entry in self.entries() if not entry.job.owns]
+
     def attempts(self) -> list[Row[Any]]:
         """Every attempt of every job, oldest first."""
         return self.database.do(
@@ -256,28 +276,31 @@ class Catalogue:
             )
         )
 
-    def retry(self, chosen: Sequence[Entry]) -> None:
-        """Make jobs due at once, their failures forgotten."""
-        self._change(chosen, lambda now: _fresh(now))
+    def retry(self, chosen: Sequence[Entry]) -> dict[int, str]:
+        """Make jobs due at once, their failures forgotten.
+
+        By number those that stay parked, since their repo is another job's, and why.
+        """
+
+        def work(connection: Connection) -> dict[int, str]:
+            now = self._alone(connection)
+            refused = {}
+            for row in _with_repos(connection, job.c.id.in_([one.job.id for one in chosen])):
+                taken = standing(connection, row)
+                refused |= {row.id: taken} if taken else {}
+                changed = update(job).where(job.c.id == row.id)
+                connection.execute(changed.values(**_fresh(now, taken)))
+            return refused
+
+        return self.database.do(work)
 
     def park(self, chosen: Sequence[Entry], reason: str) -> None:
         """Leave jobs alone until somebody says ``retry``."""
-        self._change(
-            chosen,
-            lambda now: {
-                "state": "parked",
-                "error_class": "held",
-                "error": reason,
-                "updated": now,
-            },
-        )
-
-    def _change(self, chosen: Sequence[Entry], values: Any) -> None:
-        ids = [entry.job.id for entry in chosen]
+        held = {"state": "parked", "error_class": "held", "error": reason}
+        changed = update(job).where(job.c.id.in_([entry.job.id for entry in chosen]))
 
         def work(connection: Connection) -> None:
-            now = self.database.now(connection)
-            connection.execute(update(job).where(job.c.id.in_(ids)).values(values(now)))
+            connection.execute(changed.values(updated=self.database.now(connection), **held))
 
         self.database.do(work)
 
@@ -308,44 +331,6 @@ def choose(entries: Sequence[Entry], patterns: Sequence[str]) -> list[Entry]:
     return [e for e in entries if any(matches(e, pattern) for pattern in patterns)]
 
 
-def _near(connection: Connection, one: Wanted) -> Sequence[Row[Any]]:
-    """Jobs that publish in a repo of ``one``, or would with a drafter; with their releases."""
-    beside = [one.target, one.target + DRAFTER]
-    beside += [one.target.removesuffix(DRAFTER)] if one.target.endswith(DRAFTER) else []
-    return connection.execute(
-        select(job, release.c.repo, release.c.content)
-        .join(release, release.c.id == job.c.release_id)
-        .where(job.c.target.in_(beside), job.c.state != "superseded")
-    ).all()
-
-
-def _clash(near: Sequence[Row[Any]], one: Wanted, repo: str) -> str | None:
-    """Why ``one`` of the release ``repo`` cannot be published; None where it can.
-
-    A repo takes one output or drafter, of one release.
-    """
-    mine = published_as(one.target, mtp=one.asked.mtp)
-    shared: dict[str, set[str]] = {}
-    for row in near:
-        if (row.repo, row.target) == (repo, one.target):
-            continue
-        theirs = published_as(row.target, mtp=bool(row.recipe.get("mtp")))
-        for target in set(mine) & set(theirs):
-            shared.setdefault(target, set()).add(row.repo)
-    if not shared:
-        return None
-    target, repos = min(shared.items())
-    if repos == {repo}:
-        return (
-            f"{target} is made from {repo} by another recipe already, as one's drafter and the "
-            "other's output; rename one of the two"
-        )
-    return (
-        f"{target} is made from {', '.join(sorted(repos))} already; give names with "
-        "{organisation}, or take one of the two releases out of the watch list"
-    )
-
-
 def _is_known(recipe: Mapping[str, Any]) -> bool:
     """Whether this version of the program can make what a recipe asks for."""
     try:
@@ -355,10 +340,35 @@ def _is_known(recipe: Mapping[str, Any]) -> bool:
     return True
 
 
-def _fresh(now: float) -> dict[str, Any]:
-    """A job as if it had never been tried."""
+def _insert_again(connection: Connection, values: Mapping[str, Any]) -> None:
+    """Insert a job, or begin the one anew that these tools had before others replaced it."""
+    if not insert_new(connection, job, values):
+        keys = ("release_id", "recipe_hash", "tools", "target")
+        same = and_(*(job.c[name] == values[name] for name in keys), job.c.state == "superseded")
+        connection.execute(update(job).where(same).values(dict(values)))
+
+
+def _with_repos(connection: Connection, which: ColumnElement[bool]) -> Sequence[Row[Any]]:
+    """Jobs with the repo of their release, the first to ask first."""
+    return connection.execute(
+        select(job, release.c.repo)
+        .join(release, release.c.id == job.c.release_id)
+        .where(which)
+        .order_by(job.c.id)
+    ).all()
+
+
+def _unheld(connection: Connection, which: ColumnElement[bool]) -> Sequence[Row[Any]]:
+    """Unfinished jobs that nobody has parked by hand, with the repo of their release."""
+    free = or_(job.c.error_class != "held", job.c.error_class.is_(None))
+    return _with_repos(connection, and_(which, job.c.state.in_(UNFINISHED), free))
+
+
+def _fresh(now: float, taken: str | None = None) -> dict[str, Any]:
+    """A job as if it had never been tried; parked where its repo is ``taken``."""
     return {
-        "state": "queued",
+        "state": "parked" if taken else "queued",
+        "owns": 0 if taken else 1,
         "stage": None,
         "attempts": {},
         "crashes": 0,
@@ -366,7 +376,7 @@ def _fresh(now: float) -> dict[str, Any]:
         "lost": 0,
         "not_before": now,
         "needs": None,
-        "error_class": None,
-        "error": None,
+        "error_class": "usage" if taken else None,
+        "error": taken,
         "updated": now,
     }

@@ -298,12 +298,11 @@ class Fleet:
             job = entry.job
             if job.id not in self._jobs:
                 continue
-            told = {"target": job.target, "repo": entry.release.repo}
             if job.state == "published":
+                told = {"target": job.target, "repo": entry.release.repo}
                 outcome.published.append(told | {"address": job.facts.get("address")})
             elif job.error is not None:
-                told |= {"commit": entry.release.commit, "state": job.state}
-                outcome.failed.append(told | {"class": job.error_class, "reason": job.error})
+                outcome.failed.append(entry.failure())
         return outcome
 
 

@@ -64,12 +64,15 @@ def run(
             site.sweep()
             if renewed := catalogue.renew():
                 say(f"{renewed} unfinished jobs start anew with other tool versions")
+            if settled := catalogue.settle():
+                say(f"{settled} jobs have their repo for themselves now")
             engine: Engine | Fleet
             if scheduler is None:
                 settings = engine_settings(watchlist, stages)
                 engine = Engine(site.ledger, site.work, say=say, preload=preload, **settings)
             else:
                 engine = _fleet(site.ledger, scheduler, shared=site.shared, say=say)
+            known = {entry.job.id for entry in catalogue.taken()}
             with stopping(engine):
                 found = discover(
                     watchlist,
@@ -79,7 +82,11 @@ def run(
                     stopped=partial(_is_stopping, engine),
                 )
                 say(f"{found.seen} releases seen, {found.matched} wanted, {found.added} new")
+                refused = [e for e in catalogue.taken() if e.job.id not in known]
+                for one in refused:
+                    say(f"{one.release.repo}: job {one.job.id} is parked: {one.job.error}")
                 outcome = engine.run()
+                outcome.failed += [one.failure() for one in refused]
             site.sweep()
             status = status_of(found, outcome)
             summary = summarise(found, outcome, catalogue)
@@ -148,10 +155,9 @@ def status_of(found: Found, outcome: Outcome) -> int:
 
 def settled(outcome: Outcome) -> list[dict[str, Any]]:
     """The last word on each job that failed in a run and was not published after all."""
-    done = {job["target"] for job in outcome.published}
-    return list(
-        {job["target"]: job for job in outcome.failed if job["target"] not in done}.values()
-    )
+    done = {(job["repo"], job["target"]) for job in outcome.published}
+    last = {(job["repo"], job["target"]): job for job in outcome.failed}
+    return [job for of, job in last.items() if of not in done]
 
 
 def summarise(found: Found, outcome: Outcome, catalogue: Catalogue) -> dict[str, Any]:

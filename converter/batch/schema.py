@@ -80,6 +80,7 @@ job = Table(
     Column("error_class", String(12)),
     Column("error", Text),
     Column("needs", String(40)),  # tag that the worker of the next stage must have
+    Column("owns", Integer, nullable=False, server_default="1"),  # 0: its repo is another job's
     Column("facts", JSON, nullable=False),  # plan, checkpoint, bytes, parity, address
     Column("peak_memory", BigInteger),
     Column("host", String(200)),
@@ -167,13 +168,20 @@ def _third(connection: Connection) -> None:
     _add(connection, "piece", "memory", "BIGINT NOT NULL DEFAULT 0")
 
 
+def _fourth(connection: Connection) -> None:
+    _add(connection, "job", "owns", "INTEGER NOT NULL DEFAULT 1")
+    # Until then a job that clashed was one which no stage had found fault with.
+    clashed = "state = 'parked' AND error_class = 'usage' AND stage IS NULL"
+    connection.execute(text(f"UPDATE job SET owns = 0 WHERE {clashed}"))
+
+
 def _add(connection: Connection, table: str, name: str, kind: str) -> None:
     """Add a column where it is not there: tables are created as they are now."""
     if name not in {column["name"] for column in inspect(connection).get_columns(table)}:
         connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {name} {kind}"))
 
 
-MIGRATIONS: Final[tuple[Callable[[Connection], None], ...]] = (_first, _second, _third)
+MIGRATIONS: Final[tuple[Callable[[Connection], None], ...]] = (_first, _second, _third, _fourth)
 """Step ``n`` makes version ``n + 1`` out of version ``n``; a released step never changes."""
 
 

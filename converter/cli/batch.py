@@ -148,8 +148,12 @@ def batch_retry(jobs: tuple[str, ...], state: Path | None, ledger: str | None) -
     """Make JOBS due at once: numbers, repos or targets, * and ? allowed."""
     catalogue = _catalogue(state, ledger)
     chosen = _chosen(catalogue, jobs, ("parked", "quarantined", "waiting", "queued"))
-    catalogue.retry(chosen)
-    _tell("due", chosen)
+    refused = catalogue.retry(chosen)
+    _tell("due", [entry for entry in chosen if entry.job.id not in refused])
+    if refused:
+        raise UsageError(
+            "\n".join(f"job {number} stays parked: {why}" for number, why in refused.items())
+        )
 
 
 @batch.command(name="park")
