@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,8 @@ class Request:
     kv: KvAsked | None = None
     """What is asked of the KV cache, so that it is refused now where it cannot be."""
     command: str = ""
+    commands: Mapping[str, str] = field(default_factory=dict)
+    """By a plan's hash, for outputs that tell one of their own."""
     cache: Path | None = None
     """Where files from the hub go; None for the client's own cache."""
     part: Part | None = None
@@ -461,7 +463,7 @@ def _finish(
     write_manifest(
         work,
         plan,
-        command=request.command,
+        command=request.commands.get(plan.hash, request.command),
         source_config=release.source.config,
         content=release.content(),
         digests=digests,

@@ -1,6 +1,7 @@
 """The stages of a batch against a hub: headers that arrive damaged, variants, targets, adapters."""
 
 import json
+import shlex
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from release_helpers import (
     make,
     peft_config,
     peft_pair,
+    status,
     write_adapter,
     write_release,
 )
@@ -161,6 +163,13 @@ def test_targets_and_adapters_are_made_as_by_hand(order_of, tmp_path, monkeypatc
     for name, out in outputs.items():
         weights = (tmp_path / "by-hand" / by_hand[name] / "model.safetensors").read_bytes()
         assert (out / "model.safetensors").read_bytes() == weights, name
+    # So does the command that each of them tells, where the adapter lies.
+    monkeypatch.chdir(tmp_path)
+    for out in outputs.values():
+        command = shlex.split(read_manifest(out).data["command"])
+        told = tmp_path / "told" / out.name
+        assert status(*command[1:], "--no-validate", "--mlx-path", told) == 0
+        assert read_manifest(told).checkpoint == read_manifest(out).checkpoint
     # What was made is known again, and what is not to be had is not measured for again.
     plans = {job: facts["plan"] for job, facts in answer.facts.items()}
     again = replace(order, parts=tuple(replace(p, plan=plans.get(p.job)) for p in order.parts[:3]))
@@ -301,6 +310,9 @@ def test_a_drafter_goes_with_its_output(order_of, api, tmp_path, monkeypatch, fa
     assert known(order, convert_release(order)) == order
     out, drafter = order.made(order.parts[0])
     assert (out.target, drafter.target) == ("n/small-4bit", "n/small-4bit-mtp")
+    told = {read_manifest(one.folder).data["command"] for one in (out, drafter)}
+    asked = f"convert --hf-path acme/small --revision {order.commit} --quantize --q-bits 4"
+    assert told == {f"{asked} --q-group-size 32 --mtp"}
     [by_hand, *_] = make(tmp_path / "source", tmp_path / "by-hand", FOUR_BIT, mtp=True)
     for one, theirs in ((out, by_hand), (drafter, by_hand.with_name("by-hand-mtp"))):
         weights = (theirs / "model.safetensors").read_bytes()

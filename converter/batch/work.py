@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from converter.acceptance import REPORT as ACCEPTANCE
 from converter.acceptance import accept_output, acceptance_report
 from converter.adapter.output import reference_of_output
 from converter.batch.believed import believed
+from converter.batch.commands import commands_of
 from converter.batch.examine import examine
 from converter.batch.failures import AdapterError, Failure, classify
 from converter.batch.orders import Answer, Made, Order, Part, together
@@ -111,6 +112,7 @@ def _convert(order: Order, group: tuple[Part, ...], answer: Answer) -> None:
         return
     request = _request(order, group)
     planned = believed(order.repo, lambda: plan_request(request))
+    request = replace(request, commands=commands_of(order, group, planned))
     known = [part.plan for part in group] + [part.drafter_plan for part in group]
     for plan, output in zip(known, convert(request, _QUIET, planned=planned), strict=False):
         answer.bytes = (answer.bytes or 0) + output.plan.output_bytes
@@ -150,18 +152,10 @@ def _request(order: Order, parts: tuple[Part, ...]) -> Request:
         adapter_path=parts[0].asked.checked_adapter(),
         mtp=parts[0].asked.mtp,
         cache=order.cache,
-        command=command_of(order),
         part=order.shards,
         keep_judged=True,
         replace_others=True,
     )
-
-
-def command_of(order: Order) -> str:
-    """The command that makes the same outputs by hand, as manifests and cards tell it."""
-    variants = ",".join(part.variant for part in order.parts)
-    told = ["convert", "--hf-path", order.repo, "--revision", order.commit, "--variants", variants]
-    return shlex.join(told)
 
 
 def prove_output(order: Order) -> Answer:
