@@ -1,9 +1,12 @@
 """``convert batch`` as people meet it: tables, the page, schedules, digests, logs."""
 
 import http.server
+import io
 import json
 import plistlib
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from converter.batch.install import schedule, write_files
 from converter.batch.log import KEPT, logging_to
 from converter.batch.report import trend
 from converter.batch.site import Place
+from converter.batch.status import print_table
 from converter.batch.watchlist import Digest, Mail
 from converter.cli.app import cli
 from converter.errors import ConvertError, UsageError
@@ -65,10 +69,45 @@ def test_status(state):
     assert rows["acme/good"]["facts"]["parity"]["kl"] == 0.02
     assert rows["acme/bad"]["class"] == "unsupported"
     *table, count = command("status", "--state", state).splitlines()
-    assert count == "3 jobs"
+    assert count == "3 jobs: 1 parked, 1 published, 1 queued"
     assert len(table) == 4, "a line for each, however long"
     (bad,) = [line for line in table if "night/bad-bf16" in line]
     assert bad.rstrip().endswith("unsupported: no map for <script>alert(1)</script>")
+
+
+def test_status_on_a_terminal_tells_each_reason_once(tmp_path, catalogue, monkeypatch):
+    add(catalogue, "acme/model", "bf16", "4bit")
+    add(catalogue, "acme/next")
+    claim = catalogue.ledger.claim()
+    no = Failure("gated", f"acme/model is gated: ask for access{' again' * 12}")
+    for task in claim.tasks:
+        catalogue.ledger.failed(claim, task.id, "examine", used(), no)
+    catalogue.ledger.give_back(claim)
+    due = time.localtime(catalogue.entries()[0].job.not_before)
+    again = time.strftime("; again at %Y-%m-%d %H:%M", due)
+    lines = command("status", "--state", tmp_path / "state").splitlines()
+    assert [line.rstrip().endswith(again) for line in lines] == [False, True, True, False, False]
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    told = io.StringIO()
+    monkeypatch.setattr(told, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdout", told)
+    print_table(catalogue.entries())
+    text = " ".join(told.getvalue().split())
+    assert f"jobs 1, 2: gated: {no.text}{again} 3 jobs: 1 queued, 2 waiting" in text
+    assert text.count("ask for") == 1
+    assert max(map(len, told.getvalue().splitlines())) <= 80
+
+
+def test_the_ledger_is_where_the_watch_list_says(tmp_path, catalogue):
+    add(catalogue, "acme/model")
+    top = f'state = "{tmp_path}/state"\nnamespace = "n"\n'
+    watchlist = tmp_path / "watch.toml"
+    watchlist.write_text(f'{top}[[watch]]\nmodels = ["a/b"]\nvariants = ["4bit"]\n')
+    assert command("status", "--watchlist", watchlist).splitlines()[-1] == "1 job: 1 queued"
+    assert command("park", "1", "--watchlist", watchlist) == "parked: 1 night/model-bf16\n"
+    assert command("retry", "1", "--watchlist", watchlist) == "due: 1 night/model-bf16\n"
+    assert command("forget", "1", "--watchlist", watchlist) == "forgotten: 1 night/model-bf16\n"
 
 
 def test_report_is_one_page_that_runs_nothing(state, tmp_path):

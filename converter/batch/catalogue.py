@@ -284,7 +284,7 @@ class Catalogue:
 
         def work(connection: Connection) -> dict[int, str]:
             now = self._alone(connection)
-            refused = {}
+            refused: dict[int, str] = {}
             for row in _with_repos(connection, job.c.id.in_([one.job.id for one in chosen])):
                 taken = standing(connection, row)
                 refused |= {row.id: taken} if taken else {}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
 
 from converter.batch.catalogue import Entry
+from converter.batch.ledger import OPEN
 from converter.ui import size_text
 
 _UNFOLDED: Final = 10_000
@@ -58,18 +60,24 @@ def iso(seconds: float | None) -> str | None:
 
 
 def print_table(entries: Sequence[Entry]) -> None:
-    """The jobs for a terminal, one line each, and why those that failed did."""
+    """The jobs, one line each, and why those that failed did.
+
+    Whoever reads it line by line finds the reason at its job and has no width; on a terminal the
+    reasons follow below, each once with the numbers of its jobs.
+    """
     from rich.console import Console
     from rich.table import Table
 
+    terminal = sys.stdout.isatty()
+    reasons = [_reason(entry) for entry in entries]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("job", "target", "state", "stage", "size", "parity", "KL", "reason"):
-        table.add_column(title, overflow="fold" if title in ("target", "reason") else "ellipsis")
+    titles = ("job", "target", "state", "stage", "size", "parity", "KL")
+    for title in (*titles, *(() if terminal else ("reason",))):
+        table.add_column(title, overflow="fold" if title == "target" else "ellipsis")
     colours = {"published": "green", "running": "cyan", "parked": "red", "quarantined": "red"}
-    for entry in entries:
+    for entry, reason in zip(entries, reasons, strict=True):
         job = entry.job
         parity = job.facts.get("parity") or {}
-        reason = f"{job.error_class}: {job.error.splitlines()[0]}" if job.error else ""
         colour = colours.get(entry.state, "yellow")
         table.add_row(
             str(job.id),
@@ -79,12 +87,31 @@ def print_table(entries: Sequence[Entry]) -> None:
             size_text(job.facts["output_bytes"]) if "output_bytes" in job.facts else "",
             _number(parity.get("error")),
             _number(parity.get("kl")),
-            _plain(reason),
+            *(() if terminal else (_plain(reason),)),
         )
-    # Whoever reads it line by line has no width; a terminal has its own.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _UNFOLDED)
+    console = Console(highlight=False, width=None if terminal else _UNFOLDED)
     console.print(table)
-    console.print(f"{len(entries)} jobs")
+    if terminal:
+        for reason in dict.fromkeys(filter(None, reasons)):
+            mine = [str(e.job.id) for e, own in zip(entries, reasons, strict=True) if own == reason]
+            named = f"{'job' if len(mine) == 1 else 'jobs'} {', '.join(mine)}"
+            console.print(f"\n[bold]{named}[/]: {_plain(reason)}")
+        console.print()
+    counted = Counter(entry.state for entry in entries)
+    each = ", ".join(f"{count} {state}" for state, count in sorted(counted.items()))
+    jobs = "1 job" if len(entries) == 1 else f"{len(entries)} jobs"
+    console.print(f"{jobs}{': ' if each else ''}{each}")
+
+
+def _reason(entry: Entry) -> str:
+    """Why a job is not published, and when it is looked at again, by this machine's clock."""
+    job = entry.job
+    if not job.error:
+        return ""
+    text = f"{job.error_class}: {job.error.splitlines()[0]}"
+    if entry.state not in OPEN or job.not_before <= time.time():
+        return text
+    return text + time.strftime("; again at %Y-%m-%d %H:%M", time.localtime(job.not_before))
 
 
 def _plain(text: str) -> str:

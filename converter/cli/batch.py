@@ -15,11 +15,23 @@ from converter.errors import UsageError
 if TYPE_CHECKING:
     from converter.batch.catalogue import Catalogue, Entry
 
+_STATE = (
+    "Folder of ledger, work and logs; default: the watch list's, or ~/.local/state/mlx-dayzero."
+)
+_LEDGER = (
+    "SQLAlchemy URL; default: CONVERT_LEDGER, the watch list's, or SQLite in the state folder."
+)
 _place = (
+    click.option("--state", type=click.Path(path_type=Path), help=_STATE),
+    click.option("--ledger", help=_LEDGER),
+)
+_looked_at = (
     click.option(
-        "--state", type=click.Path(path_type=Path), help="Folder of ledger, work and logs."
+        "--watchlist",
+        type=click.Path(path_type=Path),
+        help="Look where this watch list says that state and ledger are.",
     ),
-    click.option("--ledger", help="SQLAlchemy URL; default: SQLite in the state folder."),
+    *_place,
 )
 _tls = (
     click.option("--tls-ca-file", "ca_file", help="Certificates that the fleet trusts (PEM)."),
@@ -29,21 +41,25 @@ _tls = (
 _patterns = click.argument("jobs", nargs=-1, required=True)
 
 
-def _placed(command: Any) -> Any:
-    for option in reversed(_place):
-        command = option(command)
-    return command
+def _all(options: tuple[Any, ...]) -> Callable[[Any], Any]:
+    def apply(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
 
 
-def _secured(command: Any) -> Any:
-    for option in reversed(_tls):
-        command = option(command)
-    return command
+_placed, _found, _secured = _all(_place), _all(_looked_at), _all(_tls)
 
 
 @click.group()
 def batch() -> None:
-    """Watch releases, and convert, prove and publish them unattended."""
+    """Watch releases, and convert, prove and publish them unattended.
+
+    The watch list says which and into what. JOBS are numbers, sources (REPO or REPO@COMMIT) or
+    targets as `status` shows them, with * and ?.
+    """
 
 
 @batch.command(name="run")
@@ -51,7 +67,7 @@ def batch() -> None:
 @_placed
 @click.option("--scheduler", help="Let a Dask fleet do the work: tcp://HOST:PORT or tls://...")
 @_secured
-@click.option("--quiet", is_flag=True, help="Only the log file is written.")
+@click.option("--quiet", is_flag=True, help="Print nothing; the log file tells all.")
 def batch_run(
     watchlist: Path,
     state: Path | None,
@@ -60,7 +76,11 @@ def batch_run(
     quiet: bool,
     **tls: str | None,
 ) -> None:
-    """Find what is new, and work until nothing is due. Safe to repeat and to interrupt."""
+    """Find what is new, and work until nothing is due.
+
+    Safe to repeat, to interrupt and to kill. The exit status is the gravest of what happened: 0
+    all well, 3 something is unsupported, 5 the hub failed, 4 a gate was not met, 1 a crash.
+    """
     from converter.batch.dask import Scheduler
     from converter.batch.run import run
     from converter.batch.site import Place
@@ -87,7 +107,7 @@ def batch_run(
 @_placed
 @click.option("--tag", "tags", multiple=True, help="What else this machine has; may be repeated.")
 @_secured
-@click.option("--quiet", is_flag=True, help="Only the log file is written.")
+@click.option("--quiet", is_flag=True, help="Print nothing; the log file tells all.")
 def batch_worker(
     scheduler: str,
     watchlist: Path,
@@ -97,7 +117,11 @@ def batch_worker(
     quiet: bool,
     **tls: str | None,
 ) -> None:
-    """Work for the Dask fleet at SCHEDULER until SIGTERM, by WATCHLIST's budgets and ledger."""
+    """Work for a Dask fleet until SIGTERM.
+
+    SCHEDULER is tcp://HOST:PORT or tls://HOST:PORT; of WATCHLIST its ledger, state, retries and
+    budgets count.
+    """
     from converter.batch.dask import Scheduler
     from converter.batch.fleet_worker import serve
     from converter.batch.site import Place
@@ -116,14 +140,14 @@ def _echo(quiet: bool) -> Callable[[str], None] | None:
 
 
 @batch.command(name="status")
-@_placed
+@_found
 @click.option("--all", "everything", is_flag=True, help="Also jobs that newer ones replaced.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything that is known.")
-def batch_status(state: Path | None, ledger: str | None, everything: bool, as_json: bool) -> None:
-    """Every job: state, stage, size, parity, and the reason if it failed."""
+def batch_status(everything: bool, as_json: bool, **where: Any) -> None:
+    """List all jobs, and why those that failed did."""
     from converter.batch.status import print_table, rows_of
 
-    entries = _catalogue(state, ledger).entries(superseded=everything)
+    entries = _catalogue(**where).entries(superseded=everything)
     if as_json:
         click.echo(json.dumps(rows_of(entries), indent=1))
     else:
@@ -132,21 +156,27 @@ def batch_status(state: Path | None, ledger: str | None, everything: bool, as_js
 
 @batch.command(name="report")
 @click.argument("out", type=click.Path(path_type=Path), default=Path("batch.html"))
-@_placed
-def batch_report(out: Path, state: Path | None, ledger: str | None) -> None:
-    """Write all runs and jobs as one self-contained HTML page."""
+@_found
+def batch_report(out: Path, **where: Any) -> None:
+    """Write all runs and jobs as one HTML page.
+
+    OUT is batch.html unless given; the page needs no other file and runs no script.
+    """
     from converter.batch.report import write_report
 
-    write_report(_catalogue(state, ledger), out)
+    write_report(_catalogue(**where), out)
     click.echo(str(out))
 
 
 @batch.command(name="retry")
 @_patterns
-@_placed
-def batch_retry(jobs: tuple[str, ...], state: Path | None, ledger: str | None) -> None:
-    """Make JOBS due at once: numbers, repos or targets, * and ? allowed."""
-    catalogue = _catalogue(state, ledger)
+@_found
+def batch_retry(jobs: tuple[str, ...], **where: Any) -> None:
+    """Make JOBS due at once, as if never tried.
+
+    The next run does them. Numbers, sources or targets, with * and ?.
+    """
+    catalogue = _catalogue(**where)
     chosen = _chosen(catalogue, jobs, ("parked", "quarantined", "waiting", "queued"))
     refused = catalogue.retry(chosen)
     _tell("due", [entry for entry in chosen if entry.job.id not in refused])
@@ -158,11 +188,14 @@ def batch_retry(jobs: tuple[str, ...], state: Path | None, ledger: str | None) -
 
 @batch.command(name="park")
 @_patterns
-@_placed
+@_found
 @click.option("--reason", default="parked by hand", show_default=True, help="Shown in status.")
-def batch_park(jobs: tuple[str, ...], state: Path | None, ledger: str | None, reason: str) -> None:
-    """Leave JOBS alone until they are retried by hand."""
-    catalogue = _catalogue(state, ledger)
+def batch_park(jobs: tuple[str, ...], reason: str, **where: Any) -> None:
+    """Leave JOBS alone until `retry` names them.
+
+    Numbers, sources or targets, with * and ?. A new commit of a release makes new jobs.
+    """
+    catalogue = _catalogue(**where)
     chosen = _chosen(catalogue, jobs, ("queued", "waiting", "parked", "quarantined"))
     catalogue.park(chosen, reason)
     _tell("parked", chosen)
@@ -170,10 +203,14 @@ def batch_park(jobs: tuple[str, ...], state: Path | None, ledger: str | None, re
 
 @batch.command(name="forget")
 @_patterns
-@_placed
-def batch_forget(jobs: tuple[str, ...], state: Path | None, ledger: str | None) -> None:
-    """Remove JOBS and their history from the ledger; what is published stays published."""
-    catalogue = _catalogue(state, ledger)
+@_found
+def batch_forget(jobs: tuple[str, ...], **where: Any) -> None:
+    """Remove JOBS and their history from the ledger.
+
+    Numbers, sources or targets, with * and ?. What is published stays published, and what a watch
+    list still names is found anew by its next run.
+    """
+    catalogue = _catalogue(**where)
     chosen = _chosen(catalogue, jobs, None)
     catalogue.forget(chosen)
     _tell("forgotten", chosen)
@@ -188,7 +225,10 @@ def batch_forget(jobs: tuple[str, ...], state: Path | None, ledger: str | None) 
 def batch_install(
     watchlist: Path, state: Path | None, ledger: str | None, at: str, kind: str | None, write: bool
 ) -> None:
-    """Print (or write) what makes this machine run WATCHLIST every night."""
+    """Make this machine run WATCHLIST every night.
+
+    Prints a systemd timer, a launchd plist or a cron line, and what turns it on.
+    """
     from converter.batch.install import default_kind, schedule, write_files
     from converter.batch.watchlist import read_watchlist
 
@@ -208,18 +248,20 @@ def batch_install(
     click.echo(f"then: {plan.then}", err=True)
 
 
-def _catalogue(state: Path | None, ledger: str | None) -> Catalogue:
+def _catalogue(watchlist: Path | None, state: Path | None, ledger: str | None) -> Catalogue:
     from converter.batch.catalogue import Catalogue
     from converter.batch.database import Database
     from converter.batch.ledger import Ledger
     from converter.batch.site import Place
+    from converter.batch.watchlist import read_watchlist
 
-    place = Place.of(None, state=state, ledger=ledger)
+    read = None if watchlist is None else read_watchlist(watchlist, inputs=False)
+    place = Place.of(read, state=state, ledger=ledger)
     file = Path(place.url.removeprefix("sqlite:///"))
     if place.url.startswith("sqlite:///") and not file.exists():
         raise UsageError(
             f"{file}: there is no such ledger; run `convert batch run WATCHLIST` first, or give "
-            "--state or --ledger"
+            "--watchlist, --state or --ledger"
         )
     database = Database(place.url)
     click.get_current_context().call_on_close(database.close)
