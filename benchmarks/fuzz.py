@@ -273,8 +273,22 @@ def _cards() -> Iterator[bytes]:
 def _lists() -> Iterator[bytes]:
     text = (ROOT / "docs" / "nightly.md").read_text(encoding="utf-8")
     for kind, block in re.findall(r"```(toml|yaml)\n(.*?)```", text, re.DOTALL):
+        block = re.sub(r"\$\{\w+\}", "${HOME}", block)  # which every environment has
         yield (b"\1" if kind == "toml" else b"\0") + block.encode()
     yield b"\0namespace: a\nwatch:\n- models: [a/b]\n  variants: [4bit]\n"
+    yield (
+        b'\1namespace="a"\nstate="~/s"\nnames="{organisation}.{model}-{variant}"\n[fleet]\n'
+        b'shared="~nobody/x"\nsplit="1GB"\n[[watch]]\norganisations=["b"]\nrecipes=["r","s"]\n'
+        b'calibration_data="~/t"\n[recipes.r]\nadapter_path="~root/l"\nq_bits=4\nmtp=true\n'
+        b'[recipes.s]\nq_mode="mxfp4"\nq_method="search"\nkv_rotate_values=true\n'
+    )
+    yield (
+        b"\0namespace: a\nwatch:\n- models: [a/b]\n  recipes: [r, s, t, u]\nrecipes:\n"
+        b"  r: {q_bits: 4, q_method: autoround, tuning_iterations: 9, calibration_length: 8}\n"
+        b"  s: {q_target_size: 4.2GB, q_group_size: 32, calibration_sequences: 2}\n"
+        b"  t: {q_target_bpw: 4.5, q_method: imatrix, dtype: float16}\n"
+        b"  u: {dequantize: true, dtype: bfloat16}\n"
+    )
 
 
 def _ggufs() -> Iterator[bytes]:

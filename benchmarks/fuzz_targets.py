@@ -309,19 +309,39 @@ def card(data: bytes) -> None:
 
 
 def watchlist(data: bytes) -> None:
-    """A watch list in TOML or YAML: read, or refused with lines that name the file."""
+    """A watch list in TOML or YAML: read, or refused with lines that name the file.
+
+    What it asks for is made of what the ledger keeps of it. Texts and adapters are not looked for,
+    as by a worker: a fuzzer would read the disk.
+    """
+    from converter.batch.recipes import Asked, policy_of, recipes_of
     from converter.batch.watchlist import parse_watchlist
 
     if not data:
         return
     path = Path("w.toml" if data[0] & 1 else "w.yaml")
     try:
-        parse_watchlist(path, data[1:].decode("utf-8", "replace"))
+        read = parse_watchlist(path, data[1:].decode("utf-8", "replace"), inputs=False)
     except UsageError as error:
         first, *more = str(error).split(f"\n{path}: ")
         _brief(first, start=f"{path}: ")
         for line in more:
             _brief(line)
+        return
+    for entry in read.watch:
+        json.dumps(policy_of(read, entry).to_json(), allow_nan=False)
+        adapters = [read.recipes[name].adapter_path for name in entry.recipes]
+        if entry.calibration_data is not None or any(adapters):
+            continue
+        try:
+            made = recipes_of(read, entry)
+        except UsageError as error:
+            _brief(str(error), start="recipes.")
+            continue
+        for name, asked in made.items():
+            stored = json.dumps(asked.to_json(), allow_nan=False)
+            assert Asked.from_json(json.loads(stored)).hash == asked.hash, name
+            assert read.target("a/b", name).startswith(f"{read.namespace}/"), name
 
 
 def journal(data: bytes) -> None:

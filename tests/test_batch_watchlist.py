@@ -442,6 +442,33 @@ def test_folders_are_read_from_the_root(tmp_path, monkeypatch):
     assert read.fleet.shared == tmp_path / "night" / "shared"
 
 
+@pytest.mark.parametrize("name", ["{model.real}", "{model[0]}", "{model!r}", "{model:>9}", "{0}"])
+def test_names_are_made_of_whole_words(tmp_path, name):
+    (told,) = problems(tmp_path, f'names = "{name}{{model}}"\n{LEAST}')
+    assert told.startswith(f"names: '{name}{{model}}' is not made of {{organisation}}, {{model}}, ")
+
+
+ENDLESS = """
+[budgets]
+disk = "{nines}GB"
+memory = {nines}
+bandwidth = "{nines}MB/s"
+[retries]
+lease = "{nines}d"
+patience = inf
+"""
+
+
+def test_quantities_without_end_are_refused(tmp_path):
+    assert problems(tmp_path, LEAST + ENDLESS.format(nines="9" * 400)) == [
+        "budgets.disk: is larger than any disk",
+        "budgets.memory: must be less than or equal to 1000000000000000000",
+        "budgets.bandwidth: is larger than any disk",
+        "retries.patience: must be a finite number",
+        "retries.lease: must be a finite number",
+    ]
+
+
 def test_inputs_that_the_system_refuses_are_told(tmp_path):
     name = f"/{'long' * 75}"
     told = problems(tmp_path, with_folders(name))

@@ -22,7 +22,10 @@ def parse_size(value: Any) -> Any:
     unit = found.group(2).upper() if found else None
     if found is None or unit not in _SIZES:
         raise ValueError(f"{value!r} is not a size such as 80GB or 24GiB")
-    return int(float(found.group(1)) * _SIZES[unit])
+    try:
+        return int(float(found.group(1)) * _SIZES[unit])
+    except OverflowError as error:
+        raise ValueError("is larger than any disk") from error
 
 
 def parse_rate(value: Any) -> Any:

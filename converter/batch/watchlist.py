@@ -49,10 +49,8 @@ def _matching(pattern: re.Pattern[str], what: str) -> AfterValidator:
 
 
 def _template(names: str) -> str:
-    try:
-        made = names.format(organisation="o", model="m", variant="v")
-    except (KeyError, IndexError, ValueError):
-        made = ""
+    # Nothing but whole names: a format, index or attribute of one would be Python's business.
+    made = re.sub(r"\{(organisation|model|variant)\}", "x", names)
     if not _ACCOUNT.fullmatch(made) or "{model}" not in names:
         raise ValueError(
             f"{names!r} is not made of {{organisation}}, {{model}}, {{variant}}, letters, digits, "
@@ -96,7 +94,7 @@ def _text(path: Path, info: ValidationInfo) -> Path:
     return path
 
 
-Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=10**18)]
 Rate = Annotated[float, BeforeValidator(parse_rate), Field(gt=0)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
 Folder = Annotated[Path, AfterValidator(whole_path)]
@@ -106,7 +104,7 @@ Secret = Annotated[str, AfterValidator(expanded)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Filters(_Strict):
