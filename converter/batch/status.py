@@ -83,7 +83,7 @@ def print_table(entries: Sequence[Entry]) -> None:
             str(job.id),
             job.target,
             f"[{colour}]{entry.state}[/]",
-            job.stage or "",
+            "" if entry.state == "published" else job.stage or "",
             size_text(job.facts["output_bytes"]) if "output_bytes" in job.facts else "",
             _number(parity.get("error")),
             _number(parity.get("kl")),
