@@ -489,21 +489,3 @@ def test_yaml_with_merge_keys_is_read_as_it_is_meant():
     assert load(MERGED) == yaml.safe_load(MERGED)
     with pytest.raises(yaml.YAMLError, match=r"(?s)'z' is given twice.*line 4"):
         load(MERGED.replace("z: 3", "z: 3, z: 4"))
-
-
-FOUR = {"mode": "affine", "bits": 4, "group_size": 64, "method": "rtn"}
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"allocation": {"x": 1}}, "allocation"),
-        ({"target_size": {"x": 1}}, "target_size"),
-        ({"dtype": "float16", "q_new": 1}, "q_new"),
-        ({"quantization": {**FOUR, "levels": 3}}, "quantization"),
-    ],
-)
-def test_a_stored_recipe_is_made_as_a_whole_or_not_at_all(change, said):
-    stored = Asked(options=Options(dtype="bfloat16")).to_json()
-    with pytest.raises(UsageError, match=f"ledger has {said} as this version"):
-        Asked.from_json(stored | change)
