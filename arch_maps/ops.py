@@ -36,6 +36,12 @@ def plain(shape: Shape) -> Shape:
     return tuple(map(int, shape))
 
 
+@lru_cache(maxsize=1024)
+def element_count(shape: Shape) -> int:
+    """Elements of a tensor, as a plain number."""
+    return math.prod(plain(shape))
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A tensor of the checkpoint that is read, with the shape that the map declares for it."""

@@ -259,6 +259,8 @@ class Mount:
 
     def _source_name(self, name: str) -> str:
         full = _join(self.source, name)
+        if not self.leaves:
+            return full
         for ours, theirs in self.leaves.items():
             if full == ours or full.endswith(f".{ours}"):
                 return full.removesuffix(ours) + theirs

@@ -94,11 +94,9 @@ def plan_tables(plan: Plan, *, workers: int) -> str:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("target", "tensors", "made from", "stored as", "size"):
         table.add_column(title, justify="right" if title in ("tensors", "size") else "left")
-    for name, group in _grouped(plan.outputs).items():
-        first = group[0]
-        size = sum(t.nbytes for out in group for t in out.stored.values())
+    for name, (first, count, size) in _grouped(plan.outputs).items():
         made = escape(_made_from(first))  # brackets are lists here, not styles
-        table.add_row(name, str(len(group)), made, _stored_as(first), size_text(size))
+        table.add_row(name, str(count), made, _stored_as(first), size_text(size))
     buffer = StringIO()
     console = RichConsole(file=buffer, width=150, highlight=False)
     console.print(table)
@@ -217,21 +215,42 @@ def memory_estimate(plan: Plan, workers: int) -> int:
     return max(executing, calibration_bytes(plan))
 
 
-def _grouped(outputs: Sequence[Output]) -> dict[str, list[Output]]:
-    """Outputs that differ only in their layer number, under one collapsed name."""
-    groups: dict[tuple[str, str, str], list[tuple[Output, str]]] = {}
+def _grouped(outputs: Sequence[Output]) -> dict[str, tuple[Output, int, int]]:
+    """Outputs that differ only in their layer number, under one collapsed name.
+
+    The first of them, how many they are, and the bytes of all.
+    """
+    groups: dict[tuple[str, str, str], _Group] = {}
+    search = _INDEX.search
     for out in outputs:
         before, number, after = out.rule.target, "", ""
-        if found := _INDEX.search(before):
-            before, number, after = before[: found.start()], found[0], before[found.end() :]
+        if found := search(before):
+            start, stop = found.span()
+            before, number, after = before[:start], before[start:stop], before[stop:]
         key = (before, _without_indices(after), _stored_as(out))
-        groups.setdefault(key, []).append((out, number))
-    named = {}
-    for (before, after, _), members in groups.items():
-        numbers = sorted({int(number) for _, number in members if number})
+        group = groups.get(key)
+        if group is None:
+            group = groups[key] = _Group(out)
+        group.numbers.append(number)
+        for tensor in out.stored.values():
+            group.nbytes += tensor.nbytes
+    named: dict[str, tuple[Output, int, int]] = {}
+    for (before, after, _), group in groups.items():
+        numbers = sorted({int(number) for number in group.numbers if number})
         name = _fill(f"{before}{{}}{after}" if numbers else before, numbers)
-        named[name if name not in named else f"{name} "] = [out for out, _ in members]
+        found_so_far = (group.first, len(group.numbers), group.nbytes)
+        named[name if name not in named else f"{name} "] = found_so_far
     return named
+
+
+class _Group:
+    """Outputs of one row: the first, their layer numbers, and their bytes."""
+
+    __slots__ = ("first", "nbytes", "numbers")
+
+    def __init__(self, first: Output) -> None:
+        self.first, self.nbytes = first, 0
+        self.numbers: list[str] = []
 
 
 @lru_cache(maxsize=4096)  # layers repeat each other
@@ -298,6 +317,7 @@ def _made_from(out: Output) -> str:
 
 
 def _stored_as(out: Output) -> str:
-    if out.quant is None:
-        return f"{out.dtype}{f' ({out.kept})' if out.kept else ''}"
-    return f"{out.quant.mode} {out.quant.bits}-bit g{out.quant.group_size}"
+    quant = out.quant
+    if quant is None:
+        return f"{out.dtype} ({out.kept})" if out.kept else out.dtype
+    return f"{quant.mode} {quant.bits}-bit g{quant.group_size}"

@@ -109,6 +109,15 @@ def test_not_a_header(text: bytes, message: str) -> None:
     assert problems(blob(text, 0)) == (message,)
 
 
+@pytest.mark.parametrize("one", [True, 1.0])
+def test_what_equals_a_size_that_was_fine_is_none(one: object) -> None:
+    fine = {"dtype": "U8", "shape": [1, 2], "data_offsets": [0, 2]}
+    file = blob({"v": fine, "w": {**fine, "shape": [one, 2], "data_offsets": [2, 4]}}, 4)
+    assert problems(file) == (f"w: shape [{one}, 2] is not a list of integers",)
+    file = blob({"v": fine, "w": {**fine, "data_offsets": [one, 3]}}, 3)
+    assert problems(file) == (f"w: data_offsets [{one}, 3] are not two integers",)
+
+
 def test_lengths() -> None:
     assert problems(b"\2\0\0") == ("truncated: 3 bytes cannot hold a safetensors header",)
     assert problems(b"\2\0\0", 20) == ("short read: 3 of the first 8 bytes",)

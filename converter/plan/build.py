@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any, Final
@@ -14,7 +13,7 @@ from typing import Any, Final
 from arch_maps.config import spell_dtype, stored_dtype
 from arch_maps.dtypes import FLOAT_CODES, TORCH_NAMES, itemsize
 from arch_maps.facts import Facts
-from arch_maps.ops import Affine, Expr, children, describe, plain, sources
+from arch_maps.ops import Affine, Expr, children, describe, element_count, plain, sources
 from arch_maps.ops import Source as Leaf
 from arch_maps.rules import Kind, Rule
 from converter.config_errors import config_errors
@@ -117,15 +116,19 @@ def assemble(
     tensors = [tensor for out in outputs for tensor in out.stored.values()]
     sizing = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
     shards = lay_out(tensors, metadata=metadata, **sizing)
-    placed = iter(_as_given(tensors, [tensor for shard in shards for tensor in shard.tensors]))
+    places = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+    assert len(places) == len(tensors), "two parameters are stored under one name"
     parameters = 0
-    read: dict[str, int] = {}
+    read: set[str] = set()
     for out in outputs:  # in place: a second copy of each would take a third longer
-        for role in out.stored:
-            out.stored[role] = next(placed)
-        parameters += out.elements
-        for leaf in sources(out.rule.expr):
-            read[leaf.name] = source.tensors[leaf.name].nbytes
+        stored, expr = out.stored, out.rule.expr
+        for role, tensor in stored.items():
+            stored[role] = places[tensor.name]
+        parameters += element_count(expr.shape)
+        if isinstance(expr, Leaf):
+            read.add(expr.name)
+        else:
+            read.update(leaf.name for leaf in sources(expr))
     return Plan(
         version=program_version(),
         model_type=model_type,
@@ -140,19 +143,17 @@ def assemble(
         map=map,
         decoding=decoding,
         parameters=parameters,
-        source_bytes=sum(read.values()),
+        source_bytes=_bytes_of(source, read),
     )
 
 
-def _as_given(
-    tensors: Sequence[StoredTensor], placed: Sequence[StoredTensor]
-) -> list[StoredTensor]:
-    """``placed``, which is in name order, in the order of ``tensors``."""
-    names = [tensor.name for tensor in tensors]
-    found = list(placed)
-    for index, tensor in zip(sorted(range(len(names)), key=names.__getitem__), placed, strict=True):
-        found[index] = tensor
-    return found
+def _bytes_of(source: Source, read: Set[str]) -> int:
+    """Bytes of the tensors ``read``, nearly all of a release: looking each up takes longer."""
+    every = source.tensors
+    left = every.keys() - read if len(read) < len(every) else ()
+    return sum([stop - start for *_, start, stop in every.values()]) - sum(
+        every[name].nbytes for name in left
+    )
 
 
 def identity(source: Source, origin: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -170,8 +171,8 @@ def pending_tensors(
 ) -> dict[str, StoredTensor]:
     """The tensors that store one parameter, by role; they have no places yet."""
     if quant is None:
-        size = _nbytes(dtype, shape)
-        return {"": StoredTensor(target, dtype, plain(shape), "", 0, size)}
+        dims, size = _plain_tensor(dtype, shape)
+        return {"": StoredTensor(target, dtype, dims, "", 0, size)}
     module = target.removesuffix(".weight")
     return {
         role: StoredTensor(f"{module}.{role}", code, dims, "", 0, size)
@@ -180,8 +181,8 @@ def pending_tensors(
 
 
 @lru_cache(maxsize=1024)  # layers repeat each other
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return math.prod(plain(shape)) * itemsize(dtype)
+def _plain_tensor(dtype: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    return plain(shape), element_count(shape) * itemsize(dtype)
 
 
 @lru_cache(maxsize=1024)
@@ -189,7 +190,7 @@ def _quantized_tensors(
     quant: QuantSpec, shape: tuple[int, ...], dtype: str
 ) -> tuple[tuple[str, str, tuple[int, ...], int], ...]:
     tensors = quant.output_tensors(plain(shape), dtype).items()
-    return tuple((role, code, tuple(dims), _nbytes(code, dims)) for role, (code, dims) in tensors)
+    return tuple((role, code, *_plain_tensor(code, dims)) for role, (code, dims) in tensors)
 
 
 def _outputs(
@@ -205,8 +206,10 @@ def _outputs(
     rounded = scaled = 0
     tied = tied_table(rules)
     uncalibrated: Counter[str] = Counter()
+    every = {info.dtype for info in view.source.tensors.values()}
+    only = frozenset(every) if len(every) == 1 else None  # then none needs to be looked up
     for rule in rules:
-        code, problem = _storage_dtype(view.source, rule, dtype)
+        code, problem = _storage_dtype(view.source, rule, dtype, only=only)
         if problem:
             problems.append(problem)
             continue
@@ -303,9 +306,11 @@ def _decoding(view: View) -> dict[str, Any] | None:
     return {"settings": view.settings, "tensors": dict(sorted(forms.items()))}
 
 
-def _storage_dtype(source: Source, rule: Rule, dtype: str | None) -> tuple[str, str | None]:
+def _storage_dtype(
+    source: Source, rule: Rule, dtype: str | None, *, only: frozenset[str] | None = None
+) -> tuple[str, str | None]:
     if isinstance(rule.expr, Leaf):
-        codes = frozenset((source.tensors[rule.expr.name].dtype,))
+        codes = only or _alone(source.tensors[rule.expr.name].dtype)
     else:
         codes = frozenset(source.tensors[leaf.name].dtype for leaf in sources(rule.expr))
     code = _stored_code(codes, dtype, rule.kind)
@@ -315,6 +320,11 @@ def _storage_dtype(source: Source, rule: Rule, dtype: str | None) -> tuple[str, 
         wanted = _INTEGERS.get(rule.kind, "floats")
         return "", f"{made}; {wanted} are expected"
     return code, None
+
+
+@cache
+def _alone(code: str) -> frozenset[str]:
+    return frozenset((code,))
 
 
 @cache

@@ -12,7 +12,7 @@ from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING, Any
 
-from arch_maps.ops import Shape, describe
+from arch_maps.ops import Shape, Source, describe
 from quant.recipe import QuantSpec
 
 if TYPE_CHECKING:
@@ -42,17 +42,21 @@ def listed(shape: Shape) -> str:
 
 def _output(out: Output) -> str:
     """What ``Output.to_json`` says, as text."""
-    rule = out.rule
-    stored = ",".join(
-        f'"{role}":[{quoted(at.file)},{at.start},"{at.dtype}",{listed(at.shape)}]'
-        for role, at in sorted(out.stored.items())
-    )
-    kept = f',"kept":{quoted(out.kept)}' if out.kept else ""
-    origin = f',"origin":{quoted(out.origin)}' if out.origin else ""
-    method, quantization = ("", "") if out.quant is None else _quantized(out.quant)
+    rule, dtype, quant, tensors, kept, _, origin = out
+    parts = [
+        f'"{role}":["{file}",{start},"{code}",{listed(shape)}]'  # file names are plain ASCII
+        for role, (_, code, shape, file, start, _) in (
+            sorted(tensors.items()) if len(tensors) > 1 else tensors.items()
+        )
+    ]
+    kept = f',"kept":{quoted(kept)}' if kept else ""
+    origin = f',"origin":{quoted(origin)}' if origin else ""
+    method, quantization = ("", "") if quant is None else _quantized(quant)
+    expr = rule.expr
+    made = expr.name if isinstance(expr, Source) else describe(expr)
     return (
-        f'{{"dtype":"{out.dtype}","from":{quoted(describe(out.expr))}{kept},"kind":"{rule.kind}"'
-        f'{method}{origin},"part":"{rule.part}"{quantization},"stored":{{{stored}}},'
+        f'{{"dtype":"{dtype}","from":{quoted(made)}{kept},"kind":"{rule.kind}"'
+        f'{method}{origin},"part":"{rule.part}"{quantization},"stored":{{{",".join(parts)}}},'
         f'"target":{quoted(rule.target)}}}'
     )
 

@@ -108,9 +108,13 @@ def _drops(have: Mapping[str, TensorInfo], tensors: Tensors) -> dict[str, Drop]:
 
 def disagreements(have: Mapping[str, TensorInfo], tensors: Tensors) -> list[str]:
     """One line for each tensor that is missing, surplus or of another shape than stated."""
-    wanted: dict[str, SourceLeaf] = {
-        leaf.name: leaf for rule in tensors.rules for leaf in sources(rule.expr)
-    }
+    wanted: dict[str, SourceLeaf] = {}
+    for rule in tensors.rules:
+        expr = rule.expr
+        if isinstance(expr, SourceLeaf):  # nearly every one of a large release
+            wanted[expr.name] = expr
+        else:
+            wanted.update((leaf.name, leaf) for leaf in sources(expr))
     drops = _drops(have, tensors)
     missing, misshapen = [], []
     for name, leaf in wanted.items():

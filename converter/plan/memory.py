@@ -36,12 +36,14 @@ def calibration_bytes(plan: Plan) -> int:
     what the conversion itself calibrates is left.
     """
     options = plan.options
-    served = [out for out in plan.outputs if out.rule.quantizable]
-    if options.calibration is None or options.quant is None or not served:
+    if options.calibration is None or options.quant is None:
         return 0
     method = options.quant.method
     choosing = options.targeted and options.allocation is None
     if method not in CALIBRATED and not choosing:
+        return 0
+    served = [out for out in plan.outputs if out.rule.quantizable]
+    if not served:
         return 0
     tables = [out for out in plan.outputs if out.rule.kind in _TABLES]
     loaded = max((out.elements for out in tables), default=0)

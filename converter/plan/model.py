@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from arch_maps.ops import Expr, Shape, describe, plain
+from arch_maps.ops import Expr, Shape, describe, element_count
 from arch_maps.rules import Drop, Rule
 from converter.plan.canonical import canonical
 from converter.plan.options import Options
@@ -57,7 +56,7 @@ class Output(NamedTuple):
     @property
     def elements(self) -> int:
         """Elements of the parameter, as a plain number: named sizes spell out every product."""
-        return math.prod(plain(self.rule.expr.shape))
+        return element_count(self.rule.expr.shape)
 
     def to_json(self) -> dict[str, Any]:
         """What the plan's JSON says of it; ``canonical`` writes the same as text."""

@@ -125,11 +125,12 @@ def list_folder(root: Path) -> tuple[str, ...]:
         raise PlanError([f"{root}: cannot be read: {error.strerror}"]) from error
 
 
-def resolve_inside(root: Path, name: str) -> Path:
+def resolve_inside(root: Path, name: str, *, home: Path | None = None) -> Path:
     """``root/name`` after checking that it stays in the folder, links followed.
 
     The one exception is the Hugging Face cache, whose snapshots link into the repo's own
-    ``blobs`` and from there into the cache's shared ``blobs``. Raises PlanError.
+    ``blobs`` and from there into the cache's shared ``blobs``. ``home`` is ``root``, links
+    followed, where that is known. Raises PlanError.
     """
     if problem := path_problem(name):
         raise PlanError([f"{quote(name)}: {problem}"])
@@ -141,7 +142,7 @@ def resolve_inside(root: Path, name: str) -> Path:
         raise PlanError([f"{root}: {quote(name)} {what}"]) from None
     except (OSError, RuntimeError) as error:
         raise PlanError([f"{root}: {quote(name)} cannot be followed: {error}"]) from error
-    home = root.resolve()
+    home = home or root.resolve()
     if not target.is_file():
         raise PlanError([f"{root}: {quote(name)} is not a file"])
     if target.is_relative_to(home) or _is_cache_blob(home, target):
@@ -180,14 +181,13 @@ def _weight_paths(
     """Paths of the weight files that exist, and the names of those already among ``problems``."""
     paths: dict[str, Path] = {}
     broken: set[str] = set()
+    home = root.resolve()
     for name in selection.files if index is None else index.shards:
         if not os.path.lexists(root / name):
             continue  # A shard that is missing is reported with its tensors, against the index.
         try:
-            resolve_inside(root, name)
+            paths[name] = resolve_inside(root, name, home=home)
         except PlanError as error:
             problems += error.problems
             broken.add(name)
-        else:
-            paths[name] = root / name
     return paths, broken

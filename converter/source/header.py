@@ -3,13 +3,14 @@
 import gc
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from arch_maps.dtypes import NUMPY_DTYPES, itemsize
 from converter.errors import PlanError
@@ -20,6 +21,7 @@ MAX_DIMENSIONS: Final = 32
 MAX_BYTES: Final = 2**63 - 1
 _ITEMSIZES: Final = {code: itemsize(code) for code in NUMPY_DTYPES}
 _ZEROS_FOR_DIGITS: Final = bytes.maketrans(b"123456789", b"000000000")
+_INTEGER: Final = frozenset({int})
 _FIELDS: Final = frozenset({"dtype", "shape", "data_offsets"})
 
 
@@ -91,8 +93,7 @@ def parse_header(prefix: bytes, file_size: int, name: str) -> Header:
     document = _parse_json(bytes(prefix[8:stop]), name)
     checker = _Checker(name, data_start=stop, file_size=file_size)
     metadata = checker.metadata(document.pop("__metadata__", {}))
-    for tensor, entry in document.items():
-        checker.tensor(tensor, entry)
+    checker.entries(document)
     checker.layout()
     problems = _repeats(document, name) + checker.problems
     if problems:
@@ -165,6 +166,15 @@ def fetch_header(fetch: Callable[[int, int], bytes], file_size: int, name: str) 
     return parse_header(prefix, file_size, name)
 
 
+@lru_cache(maxsize=4096)  # layers repeat each other
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of such a tensor; -1 where there is none."""
+    if len(shape) > MAX_DIMENSIONS:
+        return -1
+    size = _ITEMSIZES.get(dtype, 0) * math.prod(shape)
+    return size if shape_problem(dtype, shape, size) is None else -1
+
+
 def shape_problem(dtype: object, shape: object, nbytes: int) -> str | None:
     """Why ``dtype`` and ``shape`` cannot describe ``nbytes`` bytes, or None when they do."""
     size = _ITEMSIZES.get(dtype) if isinstance(dtype, str) else None
@@ -216,6 +226,33 @@ class _Checker:
             keys = ", ".join(map(quote, bad))
             self.problems.append(f"{self.file}: __metadata__ values that are not strings: {keys}")
         return {key: value for key, value in entry.items() if isinstance(value, str)}
+
+    def entries(self, document: dict[str, Any]) -> None:
+        """Check every entry by itself; nothing is wrong with most, which is soon found."""
+        spans, tensors, file = self._spans, self.tensors, self.file
+        data_start, data_size = self.data_start, self.data_size
+        for name, entry in document.items():
+            try:
+                dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+                start, stop = offsets
+                sound = (
+                    type(entry) is dict
+                    and len(entry) == len(_FIELDS)
+                    and type(shape) is type(offsets) is list
+                    and _INTEGER.issuperset(map(type, shape))  # and not, say, True
+                    and type(start) is type(stop) is int
+                    and 0 <= start <= stop <= data_size
+                    and _nbytes(dtype, dims := tuple(shape)) == stop - start
+                )
+            except (TypeError, ValueError, KeyError):
+                sound = False
+            if sound:
+                spans.append((start, stop, name))
+                tensors[name] = TensorInfo(
+                    name, dtype, dims, file, data_start + start, data_start + stop
+                )
+            else:
+                self.tensor(name, entry)
 
     def tensor(self, name: str, entry: object) -> None:
         """Check one entry by itself; its place among the others is checked by ``layout``."""
