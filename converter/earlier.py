@@ -34,17 +34,16 @@ def earlier_outputs(
     """
     if overwrite:
         return [None] * len(folders)
-    from converter.proof import own_report
-
     content = release.content()
     found = [
         _finished(plan, out, content, release=release, studied=studied)
         for plan, out in zip(plans, folders, strict=True)
     ]
-    judged = all(
-        before is not None and own_report(out) is not None
-        for before, out in zip(found, folders, strict=True)
-    )
+    if None in found:
+        return found
+    from converter.proof import own_report
+
+    judged = all(own_report(out) is not None for out in folders)
     return [None] * len(folders) if judged and not keep_judged else found
 
 
