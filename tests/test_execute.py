@@ -51,20 +51,25 @@ def test_workers_and_unit_sizes_do_not_show(release, tmp_path, monkeypatch, reci
     monkeypatch.chdir(tmp_path)
     expected = hashes(make(release, tmp_path / "whole", recipe)[0])
     monkeypatch.setattr(run, "FLUSH_BYTES", 4096)
-    for workers, unit_bytes in ((1, 256), (2, 1000), (5, 333)):
+    for workers, unit_bytes, piece_bytes in ((1, 256, 64), (2, 1000, 300), (5, 333, 1000)):
         monkeypatch.setattr(units, "UNIT_BYTES", unit_bytes)
+        monkeypatch.setattr(units, "PIECE_BYTES", piece_bytes)
         [out] = make(release, tmp_path / f"w{workers}", recipe, workers=workers)
         assert hashes(out) == expected
 
 
-def test_units_cover_every_row_once(release, small_units):
+def test_units_and_their_pieces_cover_every_row_once(release, small_units, monkeypatch):
+    monkeypatch.setattr(units, "PIECE_BYTES", 100)
     planned = plan_request(Request(hf_path=str(release)))
     outputs = planned.plans[0].outputs
     made = units.units_of(planned.source, outputs)
     assert [unit.number for unit in made] == list(range(len(made)))
+    assert any(len(list(unit.pieces())) > 1 for unit in made)
     for index, out in enumerate(outputs):
         rows = [r for u in made if u.output == index for r in range(u.start, u.stop)]
         assert rows == list(range(out.expr.shape[0]))
+        pieces = [piece for u in made if u.output == index for piece in u.pieces()]
+        assert [r for start, stop in pieces for r in range(start, stop)] == rows
     assert (
         sorted(units.reading_order(planned.source, outputs, made), key=lambda u: u.number) == made
     )

@@ -304,35 +304,35 @@ def _run(
         return unit.number
 
     def make(unit: units.Unit) -> list[tuple[Job, int]]:
-        made: list[tuple[Job, int]] = []
+        made = {at: 0 for at, job in enumerate(jobs) if job.wants(unit)}
         expr = outputs[unit.output].expr
-        rows: np.ndarray | None = None
-        checked = False
-        for job in jobs:
-            if not job.wants(unit):
-                continue
-            size = 0
-            try:
-                out = job.plan.outputs[unit.output]
-                if out.repacked is not None:
-                    arrays = repack(out, reader, unit.start, unit.stop)
-                else:
-                    if rows is None:
-                        rows = evaluate(expr, reader, unit.start, unit.stop)
-                    arrays = encode(
-                        out, rows, unit.start, checked=checked, calibrated=job.calibrated
-                    )
-                for tensor, offset, array in arrays:
-                    job.write(tensor.file, offset, array)
-                    size += array.nbytes
-            except (BadCodesError, BadValueError) as error:
-                with lock:  # the first place in each tensor, whichever thread comes first
-                    found = (unit.start, str(error))
-                    bad[unit.output] = min(found, bad.get(unit.output, found))
-                return made
-            checked = rows is not None
-            made.append((job, size))
-        return made
+        # Statistics are narrowed for each call, which takes longer than the cache saves.
+        whole = any(jobs[at].calibrated is not None for at in made)
+        for start, stop in [(unit.start, unit.stop)] if whole else unit.pieces():
+            rows: np.ndarray | None = None
+            checked = False
+            for at in made:
+                job = jobs[at]
+                try:
+                    out = job.plan.outputs[unit.output]
+                    if out.repacked is not None:
+                        arrays = repack(out, reader, start, stop)
+                    else:
+                        if rows is None:
+                            rows = evaluate(expr, reader, start, stop)
+                        arrays = encode(
+                            out, rows, start, checked=checked, calibrated=job.calibrated
+                        )
+                    for tensor, offset, array in arrays:
+                        job.write(tensor.file, offset, array)
+                        made[at] += array.nbytes
+                except (BadCodesError, BadValueError) as error:
+                    with lock:  # the first place in each tensor, whichever thread comes first
+                        found = (start, str(error))
+                        bad[unit.output] = min(found, bad.get(unit.output, found))
+                    return []  # nothing of a damaged source is worth resuming
+                checked = rows is not None
+        return [(jobs[at], size) for at, size in made.items()]
 
     def flush() -> None:
         for job in jobs:

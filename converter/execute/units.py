@@ -25,6 +25,11 @@ from converter.source import Source
 
 UNIT_BYTES = 8 << 20
 """Source bytes of one unit; small enough that several in flight stay far below the memory bar."""
+PIECE_BYTES = 2 << 20
+"""Source bytes that are read and encoded at a time, so that the processor's cache holds them.
+
+Units are larger, since each is kept in mind and recorded.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +40,20 @@ class Unit:
     output: int
     start: int
     stop: int
+    step: int
+    """Rows of a piece."""
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """Its rows by the piece, in order."""
+        for start in range(self.start, self.stop, self.step):
+            yield start, min(self.stop, start + self.step)
 
 
 def units_of(source: Source, outputs: Sequence[Output]) -> list[Unit]:
     """Every unit, numbered in output order."""
     return [
-        Unit(number, index, start, stop)
-        for number, (index, start, stop) in enumerate(_ranges(source, outputs))
+        Unit(number, index, start, stop, step)
+        for number, (index, start, stop, step) in enumerate(_ranges(source, outputs))
     ]
 
 
@@ -91,15 +103,15 @@ def _first(expr: Expr, row: int) -> tuple[Leaf, int] | None:
             return _first(below[0], row) if below else None
 
 
-def _ranges(source: Source, outputs: Sequence[Output]) -> Iterator[tuple[int, int, int]]:
+def _ranges(source: Source, outputs: Sequence[Output]) -> Iterator[tuple[int, int, int, int]]:
     for index, out in enumerate(outputs):
         rows = row_count(out.expr.shape)
         if not streamable(out.expr):
-            yield index, 0, rows
+            yield index, 0, rows, max(1, rows)
             continue
         widths = (itemsize(source.tensors[leaf.name].dtype) for leaf in sources(out.expr))
         width = max(widths, default=4)
         row_bytes = max(1, width * math.prod(map(int, out.expr.shape[1:])))
-        step = max(1, UNIT_BYTES // row_bytes)
+        step, piece = max(1, UNIT_BYTES // row_bytes), max(1, PIECE_BYTES // row_bytes)
         for start in range(0, rows, step):
-            yield index, start, min(rows, start + step)
+            yield index, start, min(rows, start + step), piece
