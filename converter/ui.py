@@ -200,13 +200,13 @@ def _number(value: Any) -> str:
 
 def memory_estimate(plan: Plan, workers: int) -> int:
     """Peak bytes: the interpreter, and a few buffers for each worker; or what calibrating takes."""
-    from arch_maps.ops import sources, streamable
+    from arch_maps.ops import Source, sources, streamable
     from converter.execute.units import UNIT_BYTES
     from converter.plan.memory import calibration_bytes
 
     whole = 0
     for out in plan.outputs:
-        if not streamable(out.expr):
+        if not isinstance(out.expr, Source) and not streamable(out.expr):
             elements = 1
             for size in out.expr.shape:
                 elements *= int(size)

@@ -8,7 +8,7 @@ import golden_plans
 import pytest
 from golden_plans import golden, golden_cases, path_of, plan_of, render
 
-from converter.plan import Plan
+from converter.plan import Plan, canonical
 from quant.recipe import QuantSpec
 
 CASES = golden_cases()
@@ -54,8 +54,9 @@ def test_layers_that_differ_are_told_apart():
     }
 
 
-@pytest.mark.parametrize("recipe", ["4bit", "bf16"])
-def test_the_hash_is_that_of_the_json_with_its_keys_sorted(recipe):
+@pytest.mark.parametrize(("recipe", "lot"), [("4bit", 1000), ("bf16", 1000), ("4bit", 7)])
+def test_the_hash_is_that_of_the_json_with_its_keys_sorted(recipe, lot, monkeypatch):
+    monkeypatch.setattr(canonical, "_LOT", lot)
     plan: Plan = plan_of("llama", recipe)
     strange = plan.outputs[-1]._replace(
         quant=QuantSpec.make("affine", method="search"), kept='a "quoted" é', origin="decoded:\n\\"

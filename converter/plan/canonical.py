@@ -7,10 +7,10 @@ as text at once: making plain data of each and encoding that takes twice as long
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from arch_maps.ops import Shape, Source, describe
 from quant.recipe import QuantSpec
@@ -18,15 +18,29 @@ from quant.recipe import QuantSpec
 if TYPE_CHECKING:
     from converter.plan.model import Output
 
+_LOT: Final = 1000
+"""Outputs of one piece of text."""
 quoted = encode_basestring_ascii
 """A string as JSON, quotes included, in ASCII."""
 
 
-def canonical(content: Mapping[str, Any], outputs: Sequence[Output]) -> str:
-    """``content`` with ``outputs`` as its member of that name, as json would write both."""
-    members = {key: compact(value) for key, value in content.items()}
-    members["outputs"] = f"[{','.join(map(_output, outputs))}]"
-    return f"{{{','.join(f'{quoted(key)}:{members[key]}' for key in sorted(members))}}}"
+def canonical(content: Mapping[str, Any], outputs: Sequence[Output]) -> Iterator[str]:
+    """``content`` with ``outputs`` as its member of that name, as json would write both.
+
+    In pieces, for whoever needs no more than to see it go by.
+    """
+    before = "{"
+    for key in sorted([*content, "outputs"]):
+        yield f"{before}{quoted(key)}:"
+        before = ","
+        if key != "outputs":
+            yield compact(content[key])
+            continue
+        yield "["
+        for start in range(0, len(outputs), _LOT):
+            yield f"{',' if start else ''}{','.join(map(_output, outputs[start : start + _LOT]))}"
+        yield "]"
+    yield "}"
 
 
 def compact(value: Any) -> str:

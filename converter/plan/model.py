@@ -142,7 +142,10 @@ class Plan:
     @paused_gc()
     def hash(self) -> str:
         """sha256 of the canonical JSON, 64 hex digits."""
-        return hashlib.sha256(canonical(self._content(), self.outputs).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for text in canonical(self._content(), self.outputs):
+            digest.update(text.encode())
+        return digest.hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """The whole plan as plain data, its hash included."""
