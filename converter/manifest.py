@@ -48,6 +48,18 @@ class Manifest:
         return bool((self.data.get("recipe") or {}).get("rotate_values"))
 
     @property
+    def source_card(self) -> str | None:
+        """What the release's own card stated that cards of the output repeat."""
+        found = self.data.get("source_card")
+        return found if isinstance(found, str) else None
+
+    @property
+    def card_of(self) -> str | None:
+        """The repo that the output's card names; None where it names none, or is not there."""
+        found = self.data.get("card_of")
+        return found if isinstance(found, str) else None
+
+    @property
     def checkpoint(self) -> str:
         """One hash over all files: what a report vouches for."""
         text = json.dumps({n: f["sha256"] for n, f in self.files.items()}, sort_keys=True)
@@ -60,12 +72,14 @@ def write_manifest(
     *,
     command: str,
     source_config: Mapping[str, Any],
+    source_card: str | None,
     content: str,
     digests: Mapping[str, str],
     names: Sequence[str],
 ) -> Manifest:
     """Write the manifest of ``folder``, as its last file.
 
+    ``source_card`` is what cards of the output repeat of the release's own,
     ``content`` tells one set of source weights from another under the same headers; ``digests``
     holds the sha256 of the weight files, ``names`` lists the files to hash now.
     """
@@ -87,6 +101,7 @@ def write_manifest(
         "source": plan.source,
         "content": content,
         "source_config": dict(source_config),
+        **({"source_card": source_card} if source_card else {}),
         "parameters": plan.parameters,
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "drops": [{"name": d.name, "reason": d.reason, "same_as": d.same_as} for d in plan.drops],
@@ -109,6 +124,13 @@ def note_comparison(folder: Path, text: str | None) -> None:
     elif data == read_manifest(folder).data:
         return
     _write(folder, data)
+
+
+def note_card(folder: Path, repo_id: str | None) -> None:
+    """Record under ``card_of`` which repo the output's card names, None where it names none."""
+    data = read_manifest(folder).data
+    if "card_of" not in data or data["card_of"] != repo_id:
+        _write(folder, {**data, "card_of": repo_id})
 
 
 def refresh(folder: Path, digests: Mapping[str, str]) -> None:

@@ -454,6 +454,8 @@ def _finish(
     work: Path, plan: Plan, release: Release, request: Request, digests: Mapping[str, str]
 ) -> None:
     """Everything but the weights, the manifest last; the work folder is an output afterwards."""
+    from model_cards.metadata import repeatable
+
     write_json(work / "config.json", plan.config)
     write_json(work / "model.safetensors.index.json", plan.index())
     sidecars = copy_sidecars(release.local(), release.sidecars, work)
@@ -465,6 +467,7 @@ def _finish(
         plan,
         command=request.commands.get(plan.hash, request.command),
         source_config=release.source.config,
+        source_card=repeatable(release.card()),
         content=release.content(),
         digests=digests,
         names=sorted(

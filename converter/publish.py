@@ -9,8 +9,10 @@ from typing import Any
 from arch_maps.registry import ArchMap, find
 from converter.acceptance import REPORT as ACCEPTANCE
 from converter.acceptance import acceptance_report
+from converter.atomic import write_atomic
 from converter.errors import GateError, UsageError
-from converter.manifest import Manifest, installed_versions, read_manifest, verify
+from converter.execute.folder import explain
+from converter.manifest import Manifest, installed_versions, note_card, read_manifest, verify
 from converter.measured import FILE as QUALITY
 from converter.measured import quality_report
 from converter.plan.match import find_map
@@ -18,6 +20,7 @@ from converter.proof import kv_report, require_proof
 from converter.sidecars import REPORTS, is_sidecar
 from converter.ui import Console, quantization_text, recipe_facts
 
+_CARD = "README.md"
 _VERSIONS = ("mlx-dayzero", "mlx", "mlx-vlm", "mlx-lm", "torch", "transformers")
 
 
@@ -28,7 +31,10 @@ def write_card(
     source_card: str | None = None,
     template: Path | None = None,
 ) -> Path:
-    """Write README.md for a finished output; ``source_card`` is the release's own README.md."""
+    """Write README.md for a finished output.
+
+    ``source_card`` is the release's own README.md; None for what the manifest keeps of it.
+    """
     from model_cards.card import CardFacts, render_card
     from validate.report import IMAGES
 
@@ -42,7 +48,7 @@ def write_card(
         repo_id=repo_id,
         base_model=data["source"].get("repo"),
         base_revision=data["source"].get("commit"),
-        source_card=source_card,
+        source_card=manifest.source_card if source_card is None else source_card,
         source_files=tuple(name for name in manifest.files if is_sidecar(name)),
         modalities=tuple(told["modalities"]),
         pipeline_tag=told["pipeline_tag"],
@@ -68,9 +74,27 @@ def write_card(
         text = render_card(facts, template=template)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    path = out / "README.md"
-    path.write_text(text, encoding="utf-8")
+    path = out / _CARD
+    with explain(out, "folder"):
+        write_atomic(path, text)
+        note_card(out, repo_id)
     return path
+
+
+def _address_card(out: Path, repo_id: str) -> None:
+    """Make the card of an output name the repo it goes to; all else that is in it stays."""
+    from model_cards.card import readdressed
+
+    manifest, path = read_manifest(out), out / _CARD
+    if not path.is_file():
+        write_card(out, repo_id=repo_id)
+    elif manifest.card_of != repo_id:
+        base = manifest.data["source"].get("repo")
+        text = path.read_text(encoding="utf-8")
+        text = readdressed(text, old=manifest.card_of, new=repo_id, base_model=base)
+        with explain(out, "folder"):
+            write_atomic(path, text)
+            note_card(out, repo_id)
 
 
 def upload_output(
@@ -86,13 +110,14 @@ def upload_output(
     require_proof(out, allow_unproven=allow_unproven)
     verify(out)
     manifest = read_manifest(out)
+    require_other(repo_id, manifest.data["source"].get("repo"))
     if manifest.data["source"].get("gated") and not (private or allow_gated):
         raise GateError(
             f"{manifest.data['source'].get('repo')}: is gated; publishing a conversion of it needs "
             "--allow-gated (its licence permits that) or --private"
         )
-    if not (out / "README.md").is_file():
-        write_card(out, repo_id=repo_id)
+    _address_card(out, repo_id)
+    manifest = read_manifest(out)
     from converter.hub import upload
 
     with console.progress("upload", unit="bytes") as tick:
@@ -103,6 +128,15 @@ def upload_output(
             commit_message=_message(manifest),
             private=private,
             progress=tick,
+        )
+
+
+def require_other(repo_id: str, base: str | None) -> None:
+    """UsageError where an output would be published in place of the release it was made from."""
+    if base is not None and repo_id.casefold() == base.casefold():
+        raise UsageError(
+            f"--upload-repo {repo_id}: is the release itself, whose weights an upload would "
+            "replace; name another repo"
         )
 
 

@@ -6,6 +6,7 @@ its file names or its report can add markup. A template of the user replaces the
 ``card.md.j2`` and replaces single blocks: summary, usage, parity, provenance, files, licence.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,9 +27,12 @@ from model_cards.view import CardError, human_bytes, number, recipe_text
 
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from markupsafe import Markup
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _DEFAULT = _TEMPLATES / "card.md.j2"
+_NOWHERE = "path/to/this/folder"
+"""What a card tells to load where no repo is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +93,33 @@ def render_card(facts: CardFacts, *, template: Path | None = None) -> str:
     return f"{dump_front_matter(metadata)}\n{body.strip()}\n"
 
 
+def readdressed(card: str, *, old: str | None, new: str, base_model: str | None) -> str:
+    """A card that was rendered for the repo ``old``, or for none, as one of the repo ``new``.
+
+    Only its title and the places that name the repo change, whatever else was written into it.
+    """
+    title, address = _title(old, base_model), old or _NOWHERE
+    heading = f"# {_title(new, base_model)}"
+    card = re.sub(rf"(?m)^# {re.escape(title)}$", lambda _: heading, card, count=1)
+    return re.sub(rf"(?<![\w./-]){re.escape(address)}(?![\w/-]|\.\w)", lambda _: new, card)
+
+
+def _title(repo_id: str | None, base_model: str | None) -> "Markup":
+    """The heading, escaped."""
+    name = repo_id or base_model
+    return escape(name.rsplit("/", 1)[-1] if name else "MLX checkpoint")
+
+
 def _context(
     facts: CardFacts, source: SourceMetadata, metadata: Mapping[str, Any]
 ) -> dict[str, object]:
     """What templates see: the facts, and what is derived from them."""
     base, revision = facts.base_model, facts.base_revision
-    name = facts.repo_id or base
     return {
         "facts": facts,
         "metadata": metadata,
-        "title": name.rsplit("/", 1)[-1] if name else "MLX checkpoint",
-        "model": facts.repo_id or "path/to/this/folder",
+        "title": _title(facts.repo_id, base),
+        "model": facts.repo_id or _NOWHERE,
         "base_url": hub_url(base) if base else None,
         "commit_url": hub_url(base, revision=revision) if base and revision else None,
         "size": human_bytes(facts.size_bytes),

@@ -6,7 +6,7 @@ keys cannot expand, and the language code ``no`` stays "no" instead of becoming 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -98,6 +98,17 @@ def read_source_metadata(card: str | None) -> SourceMetadata:
         tags=values.get("tags", ()),
         pipeline_tag=_first(values, "pipeline_tag"),
     )
+
+
+def repeatable(card: str | None) -> str | None:
+    """A card's front matter cut down to the facts that :func:`read_source_metadata` finds in it.
+
+    None where it states none of them; short enough to be kept for cards that are written later.
+    """
+    found = asdict(read_source_metadata(card))
+    facts = {key: value for key, value in found.items() if value and key != "problem"}
+    lists = {key: list(value) for key, value in facts.items() if isinstance(value, tuple)}
+    return dump_front_matter({**facts, **lists}) if facts else None
 
 
 def card_metadata(

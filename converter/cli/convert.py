@@ -17,7 +17,7 @@ from converter.cli.tools import write_text
 from converter.errors import UsageError
 from converter.execute.parts import Part
 from converter.kv import KvAsked
-from converter.manifest import verify
+from converter.manifest import read_manifest, verify
 from converter.maps import MapChoice
 from converter.memory import size_of
 from converter.pipeline import Request, convert, plan_request
@@ -121,7 +121,7 @@ def kv_command(out: Path, given: dict[str, Any]) -> None:
     _check_kv(given)
     report = _study_kv(out, given, Console(quiet=given["quiet"]))
     if (out / "README.md").is_file():
-        write_card(out)
+        write_card(out, repo_id=read_manifest(out).card_of)
     if given["as_json"]:
         click.echo(json.dumps(report, indent=1))
 
