@@ -33,16 +33,34 @@ def published_as(target: str, *, mtp: bool) -> tuple[str, ...]:
     return (target, target + DRAFTER) if mtp else (target,)
 
 
-def repo_name(requested: str, name: str) -> str:
+def repo_name(requested: str, name: str, *, account: str | None = None) -> str:
     """The repo to upload to; an empty request derives it from the account and the output's name.
 
-    Raises HubError when the account is needed and no token is there.
+    Raises HubError when the account is needed, not known, and no token is there.
     """
     if requested:
         return requested
     from converter.hub import whoami
 
-    return f"{whoami()}/{name}"
+    return f"{account or whoami()}/{name}"
+
+
+def require_repo_name(repo_id: str, asked: str) -> None:
+    """UsageError, telling what ``asked`` for it, where the hub takes no repo of this name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        if "/" in repo_id:
+            return
+        problem = "has no namespace"
+    except HFValidationError:
+        problem = "is no name that the hub takes"
+    raise UsageError(
+        f"{asked}: {repo_id} {problem}; give <namespace>/<name>, at most 96 letters, digits, '-', "
+        "'_' and '.'"
+    )
 
 
 def folder_names(folders: Sequence[Path]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,17 @@ def write_card(
     return path
 
 
+def check_template(path: Path) -> None:
+    """UsageError for a card template that does not parse."""
+    from model_cards.card import load_template
+    from model_cards.view import CardError
+
+    try:
+        load_template(path)
+    except CardError as error:
+        raise UsageError(str(error)) from error
+
+
 def _address_card(out: Path, repo_id: str) -> None:
     """Make the card of an output name the repo it goes to; all else that is in it stays."""
     from model_cards.card import readdressed
@@ -111,11 +123,7 @@ def upload_output(
     verify(out)
     manifest = read_manifest(out)
     require_other(repo_id, manifest.data["source"].get("repo"))
-    if manifest.data["source"].get("gated") and not (private or allow_gated):
-        raise GateError(
-            f"{manifest.data['source'].get('repo')}: is gated; publishing a conversion of it needs "
-            "--allow-gated (its licence permits that) or --private"
-        )
+    require_allowed(manifest.data["source"], private=private, allow_gated=allow_gated)
     _address_card(out, repo_id)
     manifest = read_manifest(out)
     from converter.hub import upload
@@ -128,6 +136,15 @@ def upload_output(
             commit_message=_message(manifest),
             private=private,
             progress=tick,
+        )
+
+
+def require_allowed(origin: Mapping[str, Any], *, private: bool, allow_gated: bool) -> None:
+    """GateError where ``origin``, a source's identity, is gated and its copy would not be."""
+    if origin.get("gated") and not (private or allow_gated):
+        raise GateError(
+            f"{origin.get('repo')}: is gated; publishing a conversion of it needs "
+            "--allow-gated (its licence permits that) or --private"
         )
 
 

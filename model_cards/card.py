@@ -26,6 +26,8 @@ from model_cards.parity import parity_view
 from model_cards.view import CardError, human_bytes, number, recipe_text
 
 if TYPE_CHECKING:
+    from jinja2 import TemplateSyntaxError
+    from jinja2.environment import Template
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from markupsafe import Markup
 
@@ -170,8 +172,8 @@ def _environment() -> "ImmutableSandboxedEnvironment":
     return environment
 
 
-def _render_body(context: Mapping[str, object], path: Path) -> str:
-    """Render ``path``; whatever goes wrong in it is a CardError with its file and line."""
+def load_template(path: Path) -> "Template":
+    """The template in ``path``; CardError with its line where it does not parse."""
     from jinja2 import TemplateSyntaxError
     from jinja2.environment import Template
 
@@ -183,11 +185,25 @@ def _render_body(context: Mapping[str, object], path: Path) -> str:
     environment = _environment()
     try:
         compiled = environment.compile(text, name=str(path), filename=str(path))
-        loaded = Template.from_code(environment, compiled, environment.make_globals(None))
-        return loaded.render(context)
     except TemplateSyntaxError as error:
-        where = f"{error.filename or path}, line {error.lineno}"
-        raise CardError(f"{where}: the card template does not parse: {error.message}.") from error
+        raise _unparsed(error, path) from error
+    return Template.from_code(environment, compiled, environment.make_globals(None))
+
+
+def _unparsed(error: "TemplateSyntaxError", path: Path) -> CardError:
+    where = f"{error.filename or path}, line {error.lineno}"
+    return CardError(f"{where}: the card template does not parse: {error.message}.")
+
+
+def _render_body(context: Mapping[str, object], path: Path) -> str:
+    """Render ``path``; whatever goes wrong in it is a CardError with its file and line."""
+    from jinja2 import TemplateSyntaxError
+
+    template = load_template(path)
+    try:
+        return template.render(context)
+    except TemplateSyntaxError as error:  # of a template that this one includes
+        raise _unparsed(error, path) from error
     except Exception as error:  # whatever the expressions of a template raise
         where = _position(path, error.__traceback__)
         raise CardError(f"{where}: the card template failed: {error}.") from error

@@ -19,7 +19,8 @@ def uploads(monkeypatch):
     # Before the other, so that its module has not the pretended one for good.
     monkeypatch.setattr("converter.publish.write_card", lambda out, **given: None)
     monkeypatch.setattr("converter.proof.require_proof", lambda out, **given: {})
-    monkeypatch.setattr("converter.hub.whoami", lambda: "me")
+    monkeypatch.setattr("converter.hub.writer", lambda named: "me")
+    monkeypatch.setattr("converter.hub.require_private", lambda repo: None)
     monkeypatch.setattr(proving, "verdict_text", lambda report, out: "")
     monkeypatch.setattr(proving, "_set_side_by_side", lambda outputs: None)
     monkeypatch.setattr(

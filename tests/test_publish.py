@@ -1,4 +1,4 @@
-"""The last two steps by hand: a card that keeps what the release's says, and goes where it goes."""
+"""Publishing by hand: what a card keeps and names, and what is refused before hours of work."""
 
 import json
 
@@ -21,13 +21,18 @@ widget: [{text: hello}]
 
 
 @pytest.fixture
-def out(api, tmp_path, monkeypatch):
-    """A conversion of a hub release with a card of its own, as `--no-validate` leaves it."""
-    monkeypatch.chdir(tmp_path)
+def published(api, tmp_path):
+    """A hub release with a card of its own."""
     source = write_release(tmp_path / "source")
     (source / "README.md").write_text(f"---\n{FRONT}---\n# Tiny\n")
     api.create_repo("acme/tiny")
     api.upload_folder(repo_id="acme/tiny", folder_path=source)
+
+
+@pytest.fixture
+def out(published, tmp_path, monkeypatch):
+    """A conversion of it, as `--no-validate` leaves it."""
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "tiny-4bit"
     told = ["--hf-path", "acme/tiny", "-q", "--mlx-path", out, "--quiet", "--no-validate"]
     assert status(*told) == 0
@@ -82,3 +87,80 @@ def test_an_output_does_not_replace_its_release(api, out, capsys):
     assert status("upload", out, "--upload-repo", "Acme/tiny") == 2
     assert "--upload-repo Acme/tiny: is the release itself" in capsys.readouterr().err
     assert api.model_info("acme/tiny").sha == before
+
+
+def reader(api, monkeypatch):
+    """Log in with a token that may not write."""
+    access = {"accessToken": {"displayName": "staging", "role": "read"}}
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.whoami", lambda self, **given: {"name": "local", "auth": access}
+    )
+
+
+def gated(api, monkeypatch):
+    """Close the release to those who have not asked for it."""
+    api.update_repo_settings("acme/tiny", gated="auto")
+
+
+def public(api, monkeypatch):
+    """Have a public repo of the name that would be derived."""
+    api.create_repo("local/tiny-4bit")
+
+
+def nobody(api, monkeypatch):
+    """Log out."""
+    monkeypatch.delenv("HF_TOKEN")
+
+
+@pytest.mark.parametrize(
+    ("before", "words", "code", "said"),
+    [
+        (None, ["--upload-repo", "tiny"], 2, "--upload-repo: tiny has no namespace"),
+        (None, ["--upload-repo", "me/a b"], 2, "me/a b is no name that the hub takes"),
+        (None, ["--upload-repo", "https://huggingface.co/me/x"], 2, "is no name that the hub"),
+        (None, ["--upload-repo", "acme/tiny"], 2, "acme/tiny: is the release itself"),
+        (None, ["--upload-repo", "me/x", "--variants", "8bit,4bit"], 2, "names one repo"),
+        (None, ["--upload-repo", "--card-template", "bad.j2"], 2, "bad.j2, line 2: the card templ"),
+        (nobody, ["--upload-repo"], 5, "No access token was found. Log in"),
+        (reader, ["--upload-repo", "me/x"], 5, "the token of local may only read"),
+        (gated, ["--upload-repo"], 4, "acme/tiny: is gated"),
+        (public, ["--upload-repo", "--private"], 5, "local/tiny-4bit exists and is public"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else str(value)[:30],
+)
+def test_what_cannot_be_published_is_not_converted(
+    api, published, tmp_path, monkeypatch, capsys, before, words, code, said
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.j2").write_text("# {{ title }}\n{% for %}\n")
+    if before is not None:
+        before(api, monkeypatch)
+    quantized = [] if "--variants" in words else ["-q"]
+    assert status("--hf-path", "acme/tiny", *quantized, "--quiet", *words) == code
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/model.safetensors.index.json"))
+
+
+def test_a_name_that_gives_no_repo_is_said_at_once(api, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source = write_release(tmp_path / "Modell Nr 1")
+    assert status("--hf-path", source, "-q", "--quiet", "--upload-repo") == 2
+    assert "local/Modell Nr 1-4bit is no name that the hub takes" in capsys.readouterr().err
+
+
+def test_what_has_no_proof_is_not_asked_to_be_published(api, out, tmp_path, capsys):
+    assert status("--hf-path", out, "-d", "--quiet", "--upload-repo", "me/x") == 2
+    assert "--upload-repo: what -d or --to torch makes" in capsys.readouterr().err
+
+
+def test_a_hub_that_is_away_may_be_back_in_time(api, faults, monkeypatch):
+    from converter.hub import require_private, writer
+    from converter.staging import Fault
+
+    assert writer(named=False) == "local"
+    for failing in ("whoami-v2", "models/me/x"):
+        faults.add(Fault("refuse", "GET", failing, status=503))
+    assert writer(named=False) is None
+    require_private("me/x")
+    monkeypatch.delenv("HF_TOKEN")
+    assert writer(named=True) is None  # a staging hub asks for no account

@@ -291,6 +291,7 @@ class TestGate:
             return f"https://hub/{repo_id}"
 
         monkeypatch.setattr("converter.hub.upload", upload)
+        monkeypatch.setattr("converter.hub.writer", lambda named: "me")
         return sent
 
     def test_converting_alone_is_done_and_says_so(self, twin, tmp_path, capsys):

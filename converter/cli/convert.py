@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from converter.cli.preflight import preflight
 from converter.cli.proving import memory_limit, prove_and_publish, require_pass
 from converter.cli.tools import write_text
 from converter.errors import UsageError
@@ -44,7 +45,8 @@ def convert_command(given: dict[str, Any]) -> None:
     console = Console(quiet=given["quiet"])
     _check_kv(given)
     request = request_from(given)
-    outputs = convert(request, console)
+    checked = preflight(request, given, console)
+    outputs = convert(request, console, planned=checked.planned)
     if request.part is not None:
         console.say(f"made: part {given['shard']}")
         return
@@ -54,6 +56,7 @@ def convert_command(given: dict[str, Any]) -> None:
             _study_kv(output.folder, given, console)
     quantized = all(output.plan.decoding is not None for output in outputs)
     if not given["no_validate"] and (quantized or not _back(given)):
+        given = {**given, "account": checked.account}
         prove_and_publish(outputs, given, console, request.thread_count)
     else:
         for output in outputs:

@@ -26,13 +26,10 @@ def prove_and_publish(
 ) -> None:
     """Prove every output, then publish those that passed; what failed is raised at the end.
 
+    ``given`` holds the command line, and the ``account`` that publishes where that is known.
     What an earlier run has proven is taken as it is, and not uploaded again where it is published;
     UsageError where all of it is and nothing is asked of how.
     """
-    if given["upload_repo"] and len(outputs) > 1:
-        raise UsageError(
-            "--upload-repo REPO names one repo; with --variants or --mtp leave REPO out"
-        )
     # An upload sends what the repo has not, such as another card, and looks at its visibility.
     there = {} if asks_how(given) else _published_before(outputs, given)
     proven: list[tuple[Converted, dict[str, Any]]] = []
@@ -161,7 +158,7 @@ def _repo(output: Converted, given: dict[str, Any]) -> str | None:
     dtype = str(plan.config.get("dtype"))
     derived = output_name(output.release.name, plan.options, dtype=dtype, kept=plan.kept)
     derived += DRAFTER if output.target is not None else ""
-    return repo_name(requested, derived)
+    return repo_name(requested, derived, account=given["account"])
 
 
 def _publish(

@@ -199,10 +199,11 @@ def card_command(out: Path, *, repo_id: str | None, template: Path | None) -> No
 
 def upload_command(out: Path, given: dict[str, Any]) -> None:
     """convert upload: publish a proven output."""
-    from converter.naming import repo_name
+    from converter.naming import repo_name, require_repo_name
     from converter.publish import upload_output, write_card
 
     repo = repo_name(given["upload_repo"] or "", out.resolve().name)
+    require_repo_name(repo, "--upload-repo")
     if given["card_template"] is not None:
         write_card(out, repo_id=repo, template=given["card_template"])
     address = upload_output(

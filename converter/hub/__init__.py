@@ -1,5 +1,6 @@
 """The Hugging Face hub as source and destination, through the real client and never on trust."""
 
+from converter.hub.account import require_private, writer
 from converter.hub.api import Progress, client, whoami
 from converter.hub.errors import hub_errors, redact
 from converter.hub.fetch import download, git_blob_id_of, sha256_of
@@ -20,8 +21,10 @@ __all__ = [
     "hub_errors",
     "open_stream",
     "redact",
+    "require_private",
     "resolve_revision",
     "sha256_of",
     "upload",
     "whoami",
+    "writer",
 ]

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from converter.errors import HubError, UsageError
+from converter.hub.account import is_loopback, refuse_public
 from converter.hub.api import (
     ATTEMPTS,
     TIMEOUT_S,
@@ -108,11 +107,8 @@ def _local_files(folder: Path, paths: Sequence[str] | None) -> list[_Local]:
 def _ensure_repo(api: "HfApi", repo_id: str, *, private: bool) -> None:
     patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
     # Making a repository is a no-op for one that exists, whatever its visibility.
-    if private and not patiently(lambda: api.model_info(repo_id, timeout=TIMEOUT_S)).private:
-        raise HubError(
-            f"{repo_id} exists and is public, but --private was asked for: nothing was uploaded. "
-            f"Make it private at {api.endpoint}/{repo_id}/settings, or choose another name."
-        )
+    if private:
+        refuse_public(api, repo_id)
 
 
 def _converge(
@@ -249,7 +245,7 @@ def _transfer_the_hub_offers(api: "HfApi", repo_id: str, branch: str) -> Iterato
     if constants.HF_HUB_DISABLE_XET:
         yield
         return
-    if not _is_loopback(api.endpoint) and _offers_xet(api, repo_id, branch):
+    if not is_loopback(api.endpoint) and _offers_xet(api, repo_id, branch):
         yield
         return
     constants.HF_HUB_DISABLE_XET = True
@@ -267,11 +263,3 @@ def _offers_xet(api: "HfApi", repo_id: str, branch: str) -> bool:
     headers = build_hf_headers(token=api.token)
     answer = patiently(lambda: get_session().get(url, headers=headers, timeout=TIMEOUT_S))
     return constants.HUGGINGFACE_HEADER_X_XET_ENDPOINT in answer.headers
-
-
-def _is_loopback(endpoint: str) -> bool:
-    host = urlsplit(endpoint).hostname or ""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
