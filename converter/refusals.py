@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def require_streamable(request: Request, release: Release) -> None:
     """UsageError where the weights must lie on this machine all the same."""
-    if release.snapshot is None:
+    if release.snapshot is None or release.unchecked:
         raise UsageError(f"--stream: {request.hf_path} is a folder, and nothing is fetched")
     if release.root is not None or release.source.kind != "safetensors":
         raise UsageError(

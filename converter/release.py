@@ -50,6 +50,8 @@ class Release:
     snapshot: HubSnapshot | None = None
     cache: Path | None = None
     """Where files from the hub go; None for the client's own cache."""
+    unchecked: bool = False
+    """Whether ``root`` lies in a cache, and its files are yet to be held against their hashes."""
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -107,28 +109,45 @@ def open_release(
     HubError when the hub cannot be read.
     """
     folder = Path(hf_path).expanduser()
+    if not folder.exists() and _REPO_ID.fullmatch(hf_path):
+        from converter.hub import cached_folder, is_offline
+
+        if not is_offline():
+            return _open_hub(hf_path, revision, allow_mlx=allow_mlx, cache=cache, gguf=gguf)
+        folder, revision = cached_folder(hf_path, revision=revision, cache=cache), None
     file = folder_of(folder) != folder
     if folder.is_dir() or file:
+        from converter.hub import cached_repo, cached_snapshot
+
         if revision is not None:
             raise PlanError([f"--revision {revision}: {hf_path} is a folder, not a hub id"])
         if file and gguf is not None:
             raise PlanError([f"{FLAG} {gguf}: {hf_path} is a GGUF file itself"])
-        name = folder.resolve().name
         source = open_folder(folder, allow_mlx=allow_mlx, gguf=gguf)
         root = folder
         if source.kind == "gguf":
             root = folder_of(folder) / source.weight_files[0]
         sidecars = list_sidecars(root)
+        repo, name = cached_repo(folder_of(folder)), folder.resolve().name
+        if repo is not None:
+            name = repo.rpartition("/")[2]
         if source.kind == "gguf":
-            source, name = with_tokenizer(source, sidecars), folder.stem if file else name
-        return Release(name=name, source=source, sidecars=sidecars, root=root)
+            source = with_tokenizer(source, sidecars)
+            name = folder.stem if file else _GGUF_REPO.sub("", name)
+        snapshot = cached_snapshot(folder_of(folder))
+        return Release(
+            name=name,
+            source=source,
+            sidecars=sidecars,
+            root=root,
+            snapshot=snapshot,
+            unchecked=snapshot is not None,
+        )
     if folder.exists():
         raise PlanError(
             [f"{hf_path}: is a file and no .gguf; give the folder that holds the release"]
         )
-    if not _REPO_ID.fullmatch(hf_path):
-        raise PlanError([f"{hf_path}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B"])
-    return _open_hub(hf_path, revision, allow_mlx=allow_mlx, cache=cache, gguf=gguf)
+    raise PlanError([f"{hf_path}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B"])
 
 
 def fetch(
@@ -143,12 +162,16 @@ def fetch(
     ``weights`` names the weight files that will be read, None for all. With ``stream`` the source
     reads them from the hub instead.
     """
-    if release.snapshot is None or release.root is not None:
-        return release
-    from converter.hub import download, open_stream
+    from converter.hub import check_cached, download, open_stream
 
-    snapshot = release.snapshot
+    snapshot, root = release.snapshot, release.root
     files = release.source.weight_files if weights is None else sorted(weights)
+    if snapshot is None or root is not None:
+        if snapshot is not None and root is not None and release.unchecked:
+            known = [*files, *release.sidecars, "config.json", QUANT_CONFIG]
+            known = [name for name in known if name in snapshot.by_path]
+            check_cached(snapshot, folder_of(root), known, progress=progress)
+        return replace(release, unchecked=False)
     wanted = [*([] if stream else files), *release.sidecars]
     wanted += [n for n in ("config.json", QUANT_CONFIG, _CARD) if n in snapshot.by_path]
     root = download(snapshot, wanted, progress=progress, cache_dir=release.cache)

@@ -2,6 +2,13 @@
 
 from converter.hub.account import require_private, writer
 from converter.hub.api import Progress, client, whoami
+from converter.hub.cached import (
+    cached_folder,
+    cached_repo,
+    cached_snapshot,
+    check_cached,
+    is_offline,
+)
 from converter.hub.errors import hub_errors, redact
 from converter.hub.fetch import download, git_blob_id_of, sha256_of
 from converter.hub.publish import STALE_PATTERNS, upload
@@ -14,11 +21,16 @@ __all__ = [
     "HubSnapshot",
     "Progress",
     "StreamReader",
+    "cached_folder",
+    "cached_repo",
+    "cached_snapshot",
+    "check_cached",
     "client",
     "download",
     "fetch_range",
     "git_blob_id_of",
     "hub_errors",
+    "is_offline",
     "open_stream",
     "redact",
     "require_private",
