@@ -331,7 +331,7 @@ def test_upload_refuses_files_outside_the_folder(
 
 
 def test_a_hub_without_xet_is_recognised(endpoint: str, folder: Path) -> None:
-    assert not publish._is_loopback("https://huggingface.co")
+    assert not publish.is_loopback("https://huggingface.co")
     api = hub.client(endpoint=endpoint)
     api.create_repo(REPO)
     assert not publish._offers_xet(api, REPO, "main")
