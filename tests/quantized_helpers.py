@@ -22,8 +22,12 @@ class MapOf:
 
     def expand(self, facts, layout):
         from arch_maps.ops import Source
+        from arch_maps.rules import Kind, Rule
 
-        rules = [SimpleNamespace(expr=Source(name, shape)) for name, shape in self.shapes.items()]
+        rules = [
+            Rule(name, Source(name, shape), Kind.LINEAR, "text")
+            for name, shape in self.shapes.items()
+        ]
         return SimpleNamespace(rules=rules)
 
 

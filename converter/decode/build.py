@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,8 @@ class Builder:
     dtype: str
     """The dtype that the release declares for its weights, as a safetensors code."""
     shapes: Shapes
+    tables: Callable[[], Set[str]] = frozenset
+    """The tensors that are look-up tables by the release's map, worked out when first needed."""
     gguf: Mapping[str, Stored] = field(default_factory=dict)
     """What a GGUF file says of each tensor."""
     gguf_drops: Mapping[str, str] = field(default_factory=dict)
@@ -89,8 +91,12 @@ class Builder:
         return [name.removesuffix(ending) for name in self.tensors if name.endswith(ending)]
 
     def stays_plain(self, module: str, ignored: Callable[[str], bool]) -> bool:
-        """Whether config.json leaves a module unquantized; that it is not is a problem."""
-        if not ignored(module):
+        """Whether config.json leaves a module unquantized; that it is not is a problem.
+
+        Lists of what is left plain name linear layers: of a look-up table that they cover, the
+        headers tell.
+        """
+        if not ignored(module) or f"{module}.weight" in self.tables():
             return False
         self.problem(
             f"{module}: config.json says that it is not quantized, but its tensors are there"

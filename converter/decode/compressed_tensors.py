@@ -159,9 +159,8 @@ def _add(module: str, group: Mapping[str, Any], format: str, build: Builder) -> 
         return
     kind, strategy = weights.get("type", "int"), weights.get("strategy")
     if format == "nvfp4-pack-quantized":
-        add_nvfp4(
-            build, module, f"{module}.weight_packed", f"{module}.weight_global_scale", divide=True
-        )
+        packed, scale, whole = (f"{module}.weight_{e}" for e in ("packed", "scale", "global_scale"))
+        add_nvfp4(build, f"{module}.weight", packed, scale, whole, divide=True)
     elif format == "mxfp4-pack-quantized":
         add_mxfp4(build, module)
     elif kind == "float" and f"{module}.weight" in build.tensors:

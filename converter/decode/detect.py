@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import cache, partial
+from typing import Any
 
 from arch_maps.config import stored_dtype
 from arch_maps.dtypes import TORCH_NAMES
 from arch_maps.facts import Facts
 from arch_maps.ops import Shape, sources
 from arch_maps.registry import ArchMap
+from arch_maps.rules import Kind, Rule
 from converter.config_errors import config_errors
 from converter.decode.model import View
 from converter.errors import PlanError
 from converter.source import Source
-
-if TYPE_CHECKING:
-    from converter.decode.build import Shapes
 
 
 def quantization_settings(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -48,10 +47,12 @@ def decoded(source: Source, *, arch: ArchMap | None = None, dtype: str | None = 
     from converter.decode.schemes import SCHEMES
 
     declared = TORCH_NAMES.get(stored_dtype(source.config) or "bfloat16", "BF16")
+    rules = _expander(source, arch)
     build = Builder(
         dict(source.tensors),
         dtype or declared,
-        _shapes(source, arch),
+        cache(partial(_shapes, rules)),
+        cache(partial(_tables, rules)),
         gguf=source.gguf,
         gguf_drops=source.gguf_drops,
     )
@@ -92,21 +93,34 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _shapes(source: Source, arch: ArchMap | None) -> Shapes:
-    """What the release's map makes of each tensor, in every layout."""
+def _expander(source: Source, arch: ArchMap | None) -> Callable[[], list[Rule]]:
+    """The rules of the release's map in every layout, worked out once and when first needed."""
 
-    def shapes() -> dict[str, tuple[Shape, ...]]:
+    @cache
+    def rules() -> list[Rule]:
         from converter.plan.match import find_map  # plans read decoded views themselves
 
         chosen = arch or find_map(source.config)
-        found: dict[str, tuple[Shape, ...]] = {}
+        found: list[Rule] = []
         for layout in chosen.layouts:
             with config_errors("the map of the release"):
-                tensors = chosen.expand(Facts(source.config), layout)
-            for rule in tensors.rules:
-                for leaf in sources(rule.expr):
-                    shape = tuple(map(int, leaf.shape))
-                    found[leaf.name] = (*found.get(leaf.name, ()), shape)
+                found += chosen.expand(Facts(source.config), layout).rules
         return found
 
-    return shapes
+    return rules
+
+
+def _shapes(rules: Callable[[], list[Rule]]) -> dict[str, tuple[Shape, ...]]:
+    """What the release's map makes of each tensor, in every layout."""
+    found: dict[str, tuple[Shape, ...]] = {}
+    for rule in rules():
+        for leaf in sources(rule.expr):
+            shape = tuple(map(int, leaf.shape))
+            found[leaf.name] = (*found.get(leaf.name, ()), shape)
+    return found
+
+
+def _tables(rules: Callable[[], list[Rule]]) -> Set[str]:
+    """The tensors that the release's map makes look-up tables of."""
+    tables = (rule for rule in rules() if rule.kind is Kind.EMBEDDING)
+    return {leaf.name for rule in tables for leaf in sources(rule.expr)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from converter.decode.build import Builder
+from converter.decode.fp8 import FLOATS
 from converter.decode.gpt_oss import Mxfp4
 from converter.decode.model import BlockCodec, Coded, Native, RawReader
 from quant.decode import tables, unpack
@@ -16,7 +17,10 @@ from quant.recipe import QuantSpec
 
 @dataclass(frozen=True, slots=True)
 class Nvfp4(BlockCodec):
-    """Rows of E2M1 codes with an E4M3 scale per 16, times or over one of the whole tensor."""
+    """Rows of E2M1 codes with an E4M3 scale per 16, times or over one of the whole tensor.
+
+    Of matrices stacked [matrices, out, in], each has a scale of its own.
+    """
 
     packed: str
     scale: str
@@ -25,44 +29,53 @@ class Nvfp4(BlockCodec):
     divide: bool
 
     def block(self, raw: RawReader, start: int, stop: int, *, codes: bool = True) -> Block:
-        """Rows ``[start, stop)``; the two scales are combined in float32 first."""
-        whole = raw.read_rows(self.whole, 0, 1).astype(np.float32).reshape(())
+        """Rows of axis 0, leading axes flattened; the two scales are combined in float32 first."""
         scales = raw.read_rows(self.scale, start, stop).astype(np.float32)
+        stacked = scales.ndim == 3
+        each = raw.read_rows(self.whole, *((start, stop) if stacked else (0, 1)))
+        whole = each.astype(np.float32).reshape((-1, 1, 1) if stacked else ())
         with np.errstate(divide="ignore", invalid="ignore"):
             combined = scales / whole if self.divide else scales * whole
+        found = None
+        if codes:
+            stored = raw.read_rows(self.packed, start, stop)
+            found = unpack.nibbles(stored.reshape(-1, self.columns // 2))
         return Block(
             columns=self.columns,
             table=tables.e2m1(),
-            codes=unpack.nibbles(raw.read_rows(self.packed, start, stop)) if codes else None,
-            scales=combined,
+            codes=found,
+            scales=combined.reshape(-1, self.columns // 16),
             group=16,
         )
 
 
-def add_nvfp4(build: Builder, module: str, packed: str, whole: str, *, divide: bool) -> None:
-    """One NVFP4 matrix.
+def add_nvfp4(
+    build: Builder, name: str, packed: str, scale: str, whole: str, *, divide: bool
+) -> None:
+    """One NVFP4 matrix, or a stack of them, that becomes the plain tensor ``name``.
 
     It has no counterpart: stock linear layers take nvfp4 codes and block scales only, and the
     scale of the tensor cannot be folded into E4M3 without rounding.
     """
-    weight = build.expect(packed, ("U8",), needed_by=module)
+    weight = build.expect(packed, ("U8",), needed_by=name)
     if weight is None:
         return
-    if len(weight.shape) != 2 or weight.shape[1] % 8:
+    if len(weight.shape) not in (2, 3) or weight.shape[-1] % 8:
         build.problem(f"{packed}: {list(weight.shape)} does not hold rows of whole groups of 16")
         return
-    out, half = weight.shape
-    scale = build.expect(f"{module}.weight_scale", ("F8_E4M3",), (out, half // 8), needed_by=packed)
-    global_scale = build.expect(whole, ("F32", "BF16", "F16"), (1,), (), (1, 1), needed_by=packed)
-    if scale is None or global_scale is None:
+    *lead, out, half = weight.shape
+    blocks = build.expect(scale, ("F8_E4M3",), (*lead, out, half // 8), needed_by=packed)
+    each = (*lead, 1), (*lead, 1, 1)
+    factor = build.expect(whole, FLOATS, tuple(lead), *each, needed_by=packed)
+    if blocks is None or factor is None:
         return
     build.add(
         Coded(
-            name=f"{module}.weight",
-            stored=(out, 2 * half),
-            reads=(packed, scale.name, whole),
-            codec=Nvfp4(packed, scale.name, whole, 2 * half, divide),
-            form="NVFP4 with a tensor scale",
+            name=name,
+            stored=(*lead, out, 2 * half),
+            reads=(packed, scale, whole),
+            codec=Nvfp4(packed, scale, whole, 2 * half, divide),
+            form=f"NVFP4 with {'a scale per matrix' if lead else 'a tensor scale'}",
         )
     )
 
