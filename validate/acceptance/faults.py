@@ -39,6 +39,10 @@ _QWEN4_BATCH: Final = (
 _QWEN4_CACHE: Final = (
     "mlx-vlm 0.7.10 cannot quantize the cache of chosen blocks (QSAKVCache) in its server"
 )
+_QWEN4_TRAINING: Final = (
+    "a fault of mlx-vlm 0.7.10: its qwen4_exp chooses blocks by argpartition without "
+    "stop_gradient, so that nothing can be trained through it; with that, gradients are computed"
+)
 FAULTS: Final = (
     Fault(
         runtime="mlx_lm",
@@ -66,9 +70,15 @@ FAULTS: Final = (
     ),
     Fault(
         runtime="mlx_vlm",
-        rows=("KV cache uniform 8",),
+        rows=("KV cache uniform 8", "KV cache turboquant 3.5"),
         model_types=("qwen4_exp",),
         what=_QWEN4_CACHE,
+    ),
+    Fault(
+        runtime="mlx_vlm",
+        rows=("LoRA fine-tuning", "adapter loading"),
+        model_types=("qwen4_exp",),
+        what=_QWEN4_TRAINING,
     ),
 )
 
