@@ -72,10 +72,15 @@ _BY_ARCHITECTURE: Final = {
 
 
 _SPELLINGS: Final = {
-    "lfm2-vl": "lfm2_vl",
     "NemotronH_Nano_Omni_Reasoning_V3": "nemotron_h_omni",
+    "cohere2moe": "cohere2_moe",
+    "granite-vision": "granite_vision",
+    "granite4-vision": "granite4_vision",
+    "lfm2-vl": "lfm2_vl",
+    "nemotronh_nano_omni_reasoning_v3": "nemotron_h_omni",
+    "unlimited-ocr": "unlimited_ocr",
 }
-"""Other spellings of a model_type."""
+"""Other spellings of a model_type, which the runtimes take as well."""
 
 
 def map_name(config: Mapping[str, Any]) -> Any:

@@ -31,6 +31,7 @@ from arch_maps.ops import sources
 from arch_maps.registry import find, map_name
 from converter.plan.match import ranges
 from converter.source import Header, Source, TensorInfo, build_source
+from validate.stand_ins import stand_in
 from validate.torch_faults import mend
 from validate.twin import load_example
 
@@ -164,9 +165,11 @@ def from_reference(model_type: str) -> dict[str, Any]:
     config = load_example(model_type)
     cls = getattr(transformers, config["architectures"][0])
     mend(model_type)
+    other = stand_in(config)
+    settings = other.config(config) if other else config
     with torch.device("meta"):
         known = cls.config_class
-        model = cls(known.from_dict({**config, "model_type": known.model_type}))
+        model = cls(known.from_dict({**settings, "model_type": known.model_type}))
     # As it would save them: newer classes join experts that releases store one by one.
     names = dict(revert_weight_conversion(model, model.state_dict()))
     if getattr(model.config, "tie_word_embeddings", False):

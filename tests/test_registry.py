@@ -76,10 +76,33 @@ def test_every_type_that_both_sides_know_has_a_map_or_a_reason():
     for name in RUNTIME_ONLY:
         assert known(mlx_lm.utils, name) or known(mlx_vlm.utils, name)
         assert name not in {*both, *model_types()}
+    with pytest.raises(PlanError, match=r"no map for model_type 'flux2'.*it makes pictures"):
+        find_map({"model_type": "flux2"})
     with pytest.raises(PlanError, match=r"no map for model_type 'bitnet'.*Metal kernel"):
         find_map({"model_type": "bitnet"})
     with pytest.raises(PlanError, match=r"no map for model_type 'phi3_v'.*in the runtime's code"):
         find_map({"model_type": "phi3_v"})
+
+
+@pytest.mark.usefixtures("runtimes")
+def test_every_package_and_name_of_the_runtimes_has_a_map_or_a_reason():
+    import mlx_lm.utils
+    import mlx_vlm.utils
+    from mlx_vlm.embedding_loader import EMBEDDING_MODEL_REMAPPING
+
+    named = {*model_types(), *UNMAPPED, *RUNTIME_ONLY}
+    for utils in (mlx_lm.utils, mlx_vlm.utils):
+        place = Path(utils.__file__).parent / "models"
+        files = {p.stem for p in place.glob("*.py") if "\nclass Model(" in p.read_text()}
+        packages = {p.parent.name for p in place.glob("*/__init__.py")}
+        remapped = {utils.MODEL_REMAPPING.get(name, name) for name in named}
+        remapped |= {EMBEDDING_MODEL_REMAPPING.get(name, name) for name in named}
+        assert (files | packages) - remapped <= _OTHERWISE
+        assert {map_name({"model_type": name}) for name in utils.MODEL_REMAPPING} <= named
+
+
+_OTHERWISE = {"hunyuan", "klear", "lfm2-vl", "lfm2_embedding"}
+"""Packages of maps that go by the class that a release names, by its spelling or by its text."""
 
 
 def test_no_example_without_a_map():

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from validate import (
     anyres_faults,
+    ernie_faults,
     glm4v_faults,
     idefics2_faults,
     image_faults,
@@ -179,6 +180,15 @@ PICTURES: Final = (
         "the blocks' norms an epsilon of 1e-6",
         bound=1.0,
         patches=glm4v_faults.glm4v,
+    ),
+    _picture(
+        "experts",
+        "ernie4_5_moe_vl",
+        what="mlx-vlm 0.7.10 never tells its generation which tokens are a picture's, and gives "
+        "these to the experts for text, where the release has experts for them and for the marks "
+        "at their ends",
+        bound=2.0,
+        patches=ernie_faults.pictures_experts,
     ),
     _picture(
         "padded tiles",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from validate import nemotron_omni, phi4mm
+from validate import ernie_vl, nemotron_omni, phi4mm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,16 @@ class StandIn:
 
 
 STAND_INS: Final[Mapping[str, StandIn]] = {
+    "Ernie4_5_VLMoeForConditionalGeneration": StandIn(
+        architecture="Ernie4_5_VLMoeForConditionalGeneration",
+        config=ernie_vl.torch_config,
+        names={},
+        beside=(),
+        complete=ernie_vl.complete,
+        processor=ernie_vl.processor,
+        parts=ernie_vl.PARTS,
+        tokens=ernie_vl.TOKENS,
+    ),
     "NemotronH_Nano_Omni_Reasoning_V3": StandIn(
         architecture="NemotronH_Omni_Reasoning_V3",
         config=nemotron_omni.torch_config,

@@ -41,8 +41,18 @@ class Experts:
     """The source's gate, up and down in its list of experts."""
 
 
-def experts(at: Mount, e: Experts, *, source: str = "experts", target: str = "switch_mlp") -> None:
-    """``down(act(gate(x)) * up(x))`` of every expert, stacked to [experts, out, in]."""
+def experts(
+    at: Mount,
+    e: Experts,
+    *,
+    source: str = "experts",
+    target: str = "switch_mlp",
+    first: int = 0,
+) -> None:
+    """``down(act(gate(x)) * up(x))`` of every expert, stacked to [experts, out, in].
+
+    ``first`` is the number of the first in the source's list.
+    """
     gate, up, down = (f"{target}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj"))
     if e.fused:
         twice = at.input(f"{source}.gate_up_proj", e.count, 2 * e.intermediate, e.hidden)
@@ -53,7 +63,7 @@ def experts(at: Mount, e: Experts, *, source: str = "experts", target: str = "sw
         return
     inward, outward = (e.intermediate, e.hidden), (e.hidden, e.intermediate)
     for name, leaf, shape in zip((gate, up, down), e.names, (inward, inward, outward), strict=True):
-        each = (at.input(f"{source}.{i}.{leaf}.weight", *shape) for i in range(e.count))
+        each = (at.input(f"{source}.{first + i}.{leaf}.weight", *shape) for i in range(e.count))
         at.rule(name, Stack(tuple(each)), Kind.LINEAR)
 
 

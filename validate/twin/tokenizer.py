@@ -1,7 +1,9 @@
 """Train and write a twin's tokenizer: small, deterministic, and with exactly the config's ids."""
 
+import io
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -63,9 +65,11 @@ def write_tokenizer(out: Path, plan: TokenPlan, family: Family, *, vocab_size: i
         )
     settings |= extra
     tokenizer.save(str(out / "tokenizer.json"))
+    if family.tokenizer == "sentencepiece":
+        (out / "tokenizer.model").write_bytes(_pieces(plan.first_id))
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
     (out / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-    if family.tokenizer == "byte_bpe" and family.template != "":
+    if family.tokenizer != "wordpiece" and family.template != "":
         (out / "chat_template.jinja").write_text(chat_template(family), encoding="utf-8")
 
 
@@ -146,6 +150,58 @@ def _wordpiece(plan: TokenPlan, family: Family, vocab_size: int) -> tuple["Token
     return tokenizer, {"do_lower_case": True, **dict(zip(names, tokens, strict=True))}
 
 
+@cache
+def _pieces(count: int) -> bytes:
+    """A SentencePiece model of ``count`` pieces, with one for each byte."""
+    import sentencepiece
+
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS.splitlines()),
+        model_writer=made,
+        model_type="unigram",
+        vocab_size=count,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        add_dummy_prefix=False,
+        character_coverage=0.99,
+        bos_id=-1,
+        eos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return made.getvalue()
+
+
+def _sentencepiece(plan: TokenPlan, family: Family, vocab_size: int) -> tuple["Tokenizer", Json]:
+    """The pieces as ``tokenizers`` takes them; special tokens lie behind them, as in releases."""
+    import sentencepiece
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import Unigram
+
+    del vocab_size
+    model = sentencepiece.SentencePieceProcessor(model_proto=_pieces(plan.first_id))
+    pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.vocab_size())]
+    tokenizer = Tokenizer(Unigram(pieces, unk_id=model.unk_id(), byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    _add_specials(tokenizer, plan)
+    end, first, last = family.stop_tokens[-1], *family.specials[1:3]
+    added = {
+        str(plan.id_of(token)): {"content": token, "special": True, "normalized": False}
+        for token in plan.specials
+    }
+    return tokenizer, {
+        **{"bos_token": first, "cls_token": first, "eos_token": last, "sep_token": last},
+        **{"mask_token": end, "pad_token": end, "unk_token": "<unk>"},
+        **{"additional_special_tokens": list(plan.specials), "added_tokens_decoder": added},
+    }
+
+
 def _add_specials(tokenizer: "Tokenizer", plan: TokenPlan) -> None:
     from tokenizers import AddedToken
 
@@ -155,4 +211,8 @@ def _add_specials(tokenizer: "Tokenizer", plan: TokenPlan) -> None:
 
 
 Trainer = Callable[[TokenPlan, Family, int], tuple["Tokenizer", Json]]
-TRAINERS: Final[dict[str, Trainer]] = {"byte_bpe": _byte_bpe, "wordpiece": _wordpiece}
+TRAINERS: Final[dict[str, Trainer]] = {
+    "byte_bpe": _byte_bpe,
+    "sentencepiece": _sentencepiece,
+    "wordpiece": _wordpiece,
+}
