@@ -43,6 +43,11 @@ _QWEN4_TRAINING: Final = (
     "a fault of mlx-vlm 0.7.10: its qwen4_exp chooses blocks by argpartition without "
     "stop_gradient, so that nothing can be trained through it; with that, gradients are computed"
 )
+_GLM5_TRAINING: Final = (
+    "a fault of mlx-vlm 0.7.10: the indexer of its glm5_next hands on the places of chosen tokens "
+    "without stop_gradient, so that nothing can be trained through it; with that, gradients are "
+    "computed"
+)
 FAULTS: Final = (
     Fault(
         runtime="mlx_lm",
@@ -79,6 +84,12 @@ FAULTS: Final = (
         rows=("LoRA fine-tuning", "adapter loading"),
         model_types=("qwen4_exp",),
         what=_QWEN4_TRAINING,
+    ),
+    Fault(
+        runtime="mlx_vlm",
+        rows=("LoRA fine-tuning", "adapter loading"),
+        model_types=("glm5_next",),
+        what=_GLM5_TRAINING,
     ),
 )
 
