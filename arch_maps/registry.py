@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Final
 
 from arch_maps.facts import Facts
-from arch_maps.rules import Layout, Mount, Tensors
+from arch_maps.ops import sources
+from arch_maps.rules import Kind, Layout, Mount, Rule, Tensors
 
 ConfigMap = Callable[[dict[str, Any], Facts], dict[str, Any]]
 TensorMap = Callable[[Mount, Facts, Layout], None]
@@ -52,7 +53,16 @@ class ArchMap:
         """Rules and drops for a config; its problems are collected in ``facts``."""
         tensors = Tensors()
         self.tensors(Mount(tensors, leaves=layout.leaves), facts, layout)
+        if tensors.tied and not any(rule.kind is Kind.HEAD for rule in tensors.rules):
+            tensors.rules[:] = [
+                replace(rule, tied=True) if _is_tied(rule, tensors.tied) else rule
+                for rule in tensors.rules
+            ]
         return tensors
+
+
+def _is_tied(rule: Rule, tied: set[str]) -> bool:
+    return rule.kind is Kind.EMBEDDING and any(leaf.name in tied for leaf in sources(rule.expr))
 
 
 _OTHER_NAMES: Final = {

@@ -52,6 +52,8 @@ class Rule:
     expr: Expr
     kind: Kind
     part: Part
+    tied: bool = False
+    """Whether this is an embedding that the output projection multiplies by as well."""
 
     @property
     def module(self) -> str:
@@ -127,6 +129,8 @@ class Tensors:
     rules: list[Rule] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
     values: list[ValuePath] = field(default_factory=list)
+    tied: set[str] = field(default_factory=set)
+    """Source tensors of embeddings that the runtime's output projection multiplies by."""
     named: int = 0
 
     def name_one(self) -> None:
@@ -249,6 +253,7 @@ class Mount:
         if tied_to is None:
             self.linear(name, vocab, size, kind=Kind.HEAD)
         else:
+            self.out.tied.add(tied_to)
             reason = "tied to the input embedding; the runtime reuses that table"
             self.drop(f"{name}.weight", reason, vocab, size, same_as=tied_to)
 

@@ -10,10 +10,11 @@ from typing import Any
 from arch_maps.ops import RowReader
 from converter.adapter import Fusion
 from converter.adapter.torch_folder import fused_folder
-from converter.allocate import Measured, allocate, cached, measure, tasks_of
+from converter.allocate import allocate, cached
 from converter.calibrated import CACHE, identity
 from converter.errors import PlanError, UsageError
 from converter.execute.folder import explain
+from converter.losses import Measured, covered, measure, tasks_of
 from converter.plan.model import Plan
 from converter.plan.options import Options
 from converter.release import Release
@@ -46,6 +47,7 @@ def allocated(
         statistics = _sensitivities(
             draft, release, fusion, data=data, say=say, trust_remote_code=trust_remote_code
         )
+        say(covered(draft, statistics))
 
     def make() -> Measured:
         say("measuring what each matrix loses in each format")

@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from arch_maps.rules import Kind
 from converter.errors import PlanError, UsageError
 from converter.plan.model import Output, Plan
 from converter.release import Release
@@ -165,7 +164,7 @@ def _tasks(outputs: Sequence[Output]) -> list[Any]:
             expr=out.expr,
             dtype=out.dtype,
             spec=out.quant,
-            table=out.rule.kind is Kind.EMBEDDING,
+            table=out.rule.tied,
         )
         for out in outputs
         if out.quant is not None and out.quant.method in CALIBRATED

@@ -6,6 +6,7 @@ becomes a rule; from there on the conversion is planned, streamed and checked li
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:  # tracing brings the runtimes along, and most conversions do 
 HEAD: Final = "lm_head"
 _LANGUAGE: Final = "language_model"
 _SHOWN: Final = 10
+_GENERATOR: Final = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration")
+"""Classes whose output is logits of tokens."""
 _ROUTERS: Final = frozenset({"gate", "router", "router_proj", "gate_linear", "shared_expert_gate"})
 """What runtimes call the projection that chooses experts."""
 _TOWERS: Final[tuple[tuple[str, Part], ...]] = (
@@ -61,11 +64,13 @@ def runtime_map(source: Source, *, model_file: Path | None = None) -> ArchMap:
     loader = trace_release(source, model_file=model_file)
     traced = loader.traced
     rules, drops = loader.rules, loader.drops
+    tied = _tied(source.config, rules, drops)
 
     def tensors(root: Mount, facts: Facts, layout: Layout) -> None:
         del facts, layout
         root.out.rules += rules
         root.out.drops += drops
+        root.out.tied |= tied
 
     distributions = tuple(name.replace("_", "-") for name in loader.read_by)
     text = f"made by the loader of {traced.title} (--map runtime), not by a reviewed map"
@@ -287,6 +292,24 @@ def _drops(source: Source, traced: Traced, rules: tuple[Rule, ...]) -> tuple[Dro
         else:
             drops.append(Drop(name, f"the loader of {traced.title} leaves it out", shape))
     return tuple(drops)
+
+
+def _tied(
+    config: Mapping[str, Any], rules: Sequence[Rule], drops: Sequence[Drop]
+) -> frozenset[str]:
+    """The tensor of the table that also makes the logits: of a generator without a head's rule."""
+    architectures = " ".join(map(str, config.get("architectures") or ()))
+    if any(rule.kind is Kind.HEAD for rule in rules) or not _GENERATOR.search(architectures):
+        return frozenset()
+    if stored := {drop.same_as for drop in drops if drop.same_as is not None}:
+        return frozenset(stored)
+    vocab = _vocab(config)
+    tables = (
+        {leaf.name for leaf in sources(rule.expr)}
+        for rule in rules
+        if rule.kind is Kind.EMBEDDING and vocab in (None, rule.expr.shape[0])
+    )
+    return frozenset(next(tables, set()))
 
 
 def _multimodal(loader: Loader) -> bool:

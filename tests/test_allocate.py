@@ -281,7 +281,7 @@ def test_experts_and_state_follow_the_map(twin_of, cache):
 @pytest.mark.parametrize(("model_type", "method"), [("gpt_oss", "imatrix"), ("gemma3_text", "rtn")])
 def test_biases_copied_heads_and_stacks_count(twin_of, cache, model_type, method, monkeypatch):
     """Biases of chosen modules count, and text serves stacked experts and copied heads as well."""
-    monkeypatch.setattr("converter.allocate.SAMPLE", 1 << 14)
+    monkeypatch.setattr("converter.losses.SAMPLE", 1 << 14)
     source = twin_of(model_type, "bfloat16")
     text = calibration_of(None, sequences=2, length=16)
     recipe = target(8.0, method, calibration=text)
@@ -363,3 +363,28 @@ def test_prior_puts_the_head_first():
     last = prior(head=False, table=False, layer=7, layers=8)
     first = prior(head=False, table=False, layer=0, layers=8)
     assert prior(head=True, table=True, layer=None, layers=8) > first > last > middle
+
+
+@pytest.mark.parametrize(
+    ("model_type", "head", "looked_up"),
+    [
+        ("gemma4_text", "model.embed_tokens", {"model.embed_tokens_per_layer"}),
+        ("bert", None, {"embeddings.word_embeddings"}),
+        ("qwen3_moe", "lm_head", {"model.embed_tokens"}),
+    ],
+)
+def test_only_what_makes_the_logits_counts_as_a_head(
+    twin_of, cache, model_type, head, looked_up, monkeypatch
+):
+    """Neither a table of the layers' own inputs nor one that an encoder looks up in."""
+    source = twin_of(model_type, "bfloat16")
+    asked = {}
+
+    def spying(**given):
+        asked.setdefault((given["head"], given["table"]), []).append(given)
+        return prior(**given)
+
+    monkeypatch.setattr("converter.losses.prior", spying)
+    plan_request(Request(hf_path=str(source), recipes=(target(6.0, "search"),)))
+    assert sum(len(asked.get((True, table), ())) for table in (False, True)) == bool(head)
+    assert len(asked.get((False, True), ())) == len(looked_up)

@@ -10,7 +10,7 @@ from arch_maps import registry
 from arch_maps.facts import Facts
 from arch_maps.ops import sources
 from arch_maps.registry import ArchMap, find, map_name, model_types
-from arch_maps.rules import targets
+from arch_maps.rules import Kind, targets
 from arch_maps.unmapped import RUNTIME_ONLY, UNMAPPED
 from converter.errors import PlanError
 from converter.plan.match import find_map, match_release
@@ -22,6 +22,11 @@ MODALITIES = {"text", "image", "audio", "video"}
 TAGS = {
     *("text-generation", "image-text-to-text", "sentence-similarity", "any-to-any"),
     "image-feature-extraction",
+}
+ENCODING = {"sentence-similarity", "image-feature-extraction"}
+BESIDE_A_TABLE = {
+    "gemma4_assistant": "a table that is sparse in use and never quantized",
+    "qwen3_dflash": "the model's own, which the drafter borrows",
 }
 each_type = pytest.mark.parametrize("model_type", model_types())
 
@@ -195,3 +200,20 @@ def test_a_file_whose_map_has_another_name_is_a_fault(monkeypatch):
     monkeypatch.undo()
     registry.find.cache_clear()
     assert isinstance(find("llama"), ArchMap)
+
+
+@each_type
+def test_logits_come_from_a_head_or_from_one_table(model_type):
+    """A generator has a head, or one embedding that is its head as well; an encoder neither."""
+    arch = find(model_type)
+    tensors = arch.expand(Facts(load_example(model_type)), arch.layouts[0])
+    heads = [rule.target for rule in tensors.rules if rule.kind is Kind.HEAD]
+    tied = [rule.target for rule in tensors.rules if rule.tied]
+    generates = "text" in arch.modalities and arch.pipeline_tag not in ENCODING
+    if model_type in BESIDE_A_TABLE:
+        assert not heads + tied
+    elif generates:
+        assert bool(heads) != bool(tied)
+        assert len(tied) <= 1
+    else:
+        assert not tied

@@ -14,6 +14,7 @@ import pytest
 
 from converter.atomic import write_atomic
 from converter.scratch import scratch
+from quant.calibrate.aside import temporary
 
 ROOT = Path(__file__).parents[1]
 SCRATCH = """
@@ -34,6 +35,14 @@ def stuck(descriptor):
     time.sleep(600)
 atomic.os.fsync = stuck
 atomic.write_atomic(Path(sys.argv[1]), "never")
+"""
+ASIDE = """
+import sys, time
+from quant.calibrate.aside import temporary
+with temporary("hidden") as folder:
+    (folder / "states").write_text("large")
+    print(folder, flush=True)
+    time.sleep(600)
 """
 
 
@@ -169,3 +178,31 @@ def test_many_writers_of_one_folder_lose_nothing(tmp_path):
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
         str(number): str(number) for number in range(4)
     }
+
+
+def test_a_killed_pass_s_states_go_with_the_next_one(tmp_path, start, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "mlx-dayzero" / "calibration" / "statistics.fisher").mkdir(parents=True)
+    process, said = start(ASIDE, tmp_path)
+    left = Path(said)
+    with temporary("fisher") as mine:
+        assert (left / "states").is_file(), "its process lives"
+        assert mine.parent == left.parent
+    kill(process)
+    with temporary("fisher") as mine, temporary("hidden") as other:
+        there = {path for path in left.parent.iterdir() if path.suffix != ".lock"}
+        assert there == {mine, other, left.parent / "statistics.fisher"}
+    assert [path.name for path in left.parent.iterdir()] == ["statistics.fisher"]
+
+
+def test_states_are_put_aside_where_nothing_can_be_locked(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def refuse(descriptor, how):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with temporary("fisher") as other, temporary("hidden") as mine:
+        assert other.is_dir(), "nobody knows whether its process lives"
+        assert mine.is_dir()
+    assert list(mine.parent.iterdir()) == []

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from converter.errors import ConvertError, UsageError
+from quant.locks import lock
 
 MANIFEST = "conversion.json"
 
@@ -76,7 +77,7 @@ def _held(
 ) -> Iterator[None]:
     with explain(work, flag):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(path, shared=shared)
+        descriptor = lock(path, shared=shared)
         if descriptor is None:
             raise BusyError(
                 f"{work}: another process is working on the same conversion; wait for it"
@@ -88,28 +89,6 @@ def _held(
     finally:
         if not shared:  # the run that makes the output whole has this file alone, and removes it
             path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _lock(path: Path, *, shared: bool) -> int | None:
-    """A descriptor that holds the lock file ``path``, or None while another process does."""
-    import fcntl
-
-    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
-        try:
-            fcntl.flock(descriptor, how | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        except FileNotFoundError:
-            pass  # its last holder removed it between the two looks
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except OSError:
-            os.close(descriptor)
-            raise
         os.close(descriptor)
 
 

@@ -20,7 +20,7 @@ from converter.config_errors import config_errors
 from converter.decode import View, quantization_settings
 from converter.errors import PlanError, UsageError
 from converter.plan import rotate
-from converter.plan.calibrated import calibrated_spec, tied_table, unseen_pictures
+from converter.plan.calibrated import calibrated_spec, unseen_pictures
 from converter.plan.layout import lay_out
 from converter.plan.match import Match
 from converter.plan.model import Output, Plan, StoredTensor
@@ -204,7 +204,6 @@ def _outputs(
     outputs = []
     notes: list[str] = []
     rounded = scaled = 0
-    tied = tied_table(rules)
     uncalibrated: Counter[str] = Counter()
     every = {info.dtype for info in view.source.tensors.values()}
     only = frozenset(every) if len(every) == 1 else None  # then none needs to be looked up
@@ -222,7 +221,7 @@ def _outputs(
         if isinstance(own, Repack):
             spec, kept = own.spec, ""
         if spec is not None and not isinstance(own, Repack):
-            spec, why = calibrated_spec(rule, spec, tied=rule is tied)
+            spec, why = calibrated_spec(rule, spec)
             uncalibrated.update([why] if why else [])
         if code in ("BF16", "F16") and not isinstance(rule.expr, Leaf):
             folds = list(_folds(rule.expr))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from arch_maps.ops import exact
@@ -22,25 +21,11 @@ def unseen_pictures(calibration: Calibration, arch: ArchMap) -> list[str]:
     ]
 
 
-def tied_table(rules: Iterable[Rule]) -> Rule | None:
-    """The embedding that the head multiplies by: the first, or None where a rule makes a head.
-
-    Further ones, such as Gemma 3n's table of every layer's own inputs, are only looked up.
-    """
-    held = list(rules)
-    if any(rule.kind is Kind.HEAD for rule in held):
-        return None
-    return next((rule for rule in held if rule.kind is Kind.EMBEDDING), None)
-
-
-def calibrated_spec(rule: Rule, spec: QuantSpec, *, tied: bool) -> tuple[QuantSpec, str]:
-    """The spec that calibration can serve for a rule, and why where it is "search" instead.
-
-    ``tied`` says that the head multiplies by this embedding, as ``tied_table`` finds it.
-    """
+def calibrated_spec(rule: Rule, spec: QuantSpec) -> tuple[QuantSpec, str]:
+    """The spec that calibration can serve for a rule, and why where it is "search" instead."""
     if spec.method not in CALIBRATED:
         return spec, ""
-    if rule.kind is Kind.EMBEDDING and not tied:
+    if rule.kind is Kind.EMBEDDING and not rule.tied:
         reason = "embeddings that are only looked up, where all columns count alike"
     elif not exact(rule.expr) or len(rule.expr.shape) not in (2, 3):
         reason = "matrices that are computed from the release's tensors, not only moved"

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from arch_maps.rules import Kind
-from converter.plan.calibrated import tied_table
 from converter.plan.model import Output, Plan
-from quant.calibrate.bounds import GRADIENT_BYTES, HESSIAN_BYTES, SPILL_BYTES
+from quant.calibrate.bounds import GRADIENT_BYTES, HESSIAN_BYTES, SPILL_BYTES, TABLE_BYTES
 from quant.calibrate.text import Calibration
 from quant.recipe import CALIBRATED, CODED, Method
 
@@ -47,8 +46,7 @@ def calibration_bytes(plan: Plan) -> int:
         return 0
     tables = [out for out in plan.outputs if out.rule.kind in _TABLES]
     loaded = max((out.elements for out in tables), default=0)
-    tied = tied_table(out.rule for out in plan.outputs)
-    multiplied = [out for out in tables if out.rule is tied or out.rule.kind is Kind.HEAD]
+    multiplied = [out for out in tables if out.rule.tied or out.rule.kind is Kind.HEAD]
     table = max((out.elements for out in multiplied), default=0)
     hidden = max((int(out.expr.shape[-1]) for out in multiplied), default=0)
     blocks: dict[str, list[Output]] = {}
@@ -71,16 +69,17 @@ def calibration_bytes(plan: Plan) -> int:
 
 def _gathering(method: Method, block: Sequence[Output], calibration: Calibration) -> int:
     """Bytes of a block with its moments or codes."""
-    values = _FLOAT * sum(out.elements for out in block)
-    mine = [out for out in block if out.rule.quantizable]
+    values = _values(block)
+    mine = [out for out in block if out.rule.quantizable and out.rule.kind is not Kind.EMBEDDING]
     if method not in CODED:
         return 2 * values + sum(
             (_DOUBLE + _FLOAT) * int(out.expr.shape[-1]) * _WIDTH * _count(out) for out in mine
         )
     squares = [_DOUBLE * int(out.expr.shape[-1]) ** 2 for out in mine]
     whole = sum(size * _count(out) for size, out in zip(squares, mine, strict=True))
-    lot = min(whole, max(HESSIAN_BYTES, *squares))
-    found = 3 * values + lot + 5 * max(squares)  # of one matrix its factor is made
+    widest = max(squares, default=0)
+    lot = min(whole, max(HESSIAN_BYTES, widest))
+    found = 3 * values + lot + 5 * widest  # of one matrix its factor is made
     if method == "autoround":  # values, places, and in setting up numbers of elements
         gradients = min(GRADIENT_BYTES, 2 * values)
         found = max(found, 4 * values + gradients + 2 * _answers(block, calibration))
@@ -88,7 +87,14 @@ def _gathering(method: Method, block: Sequence[Output], calibration: Calibration
 
 
 def _backward(block: Sequence[Output], calibration: Calibration) -> int:
-    return 2 * _FLOAT * sum(out.elements for out in block) + _answers(block, calibration)
+    return 2 * _values(block) + _answers(block, calibration)
+
+
+def _values(block: Sequence[Output]) -> int:
+    """Float32 bytes of a block's parameters, without those of large tables, read by rows."""
+    tables = [out.elements for out in block if out.rule.kind is Kind.EMBEDDING]
+    looked_up = sum(tables) if _FLOAT * sum(tables) > TABLE_BYTES else 0
+    return _FLOAT * (sum(out.elements for out in block) - looked_up)
 
 
 def _answers(block: Sequence[Output], calibration: Calibration) -> int:

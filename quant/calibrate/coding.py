@@ -72,7 +72,7 @@ class Coder:
         alone = all(p.ndim < 3 for p in parameters.values())
         with watching(parameters, seen.add):
             run.forward(index, keep=False, rows=1 if alone else None, after=seen.forget)
-        links = links_of(self._streamed, self._shapes, index, seen)
+        links = links_of(self._streamed, self._shapes, index, seen.axes)
         served = [(t, f) for t in tasks if (f := links.feeds(t))]
         wanted: dict[Key, None] = {}
         used: dict[str, list[Key]] = {}
@@ -140,14 +140,34 @@ class Coder:
         return made, now
 
 
-def links_of(streamed: StreamedModel, shapes: Shapes, index: int, found: Moments) -> Links:
-    """Links of a block; what holds for one expert's matrix holds for all of its stack."""
-    axes = dict(found.axes)
+def links_of(streamed: StreamedModel, shapes: Shapes, index: int, seen: Mapping[Key, int]) -> Links:
+    """Links of a block; what holds for one expert's matrix holds for all of its stack.
+
+    ``seen`` are the summed axes of the products that were seen.
+    """
+    axes = dict(seen)
     parameters = streamed.held(index)
-    for (name, expert), axis in found.axes.items():
+    for (name, expert), axis in seen.items():
         if expert is not None:
             axes |= {(name, other): axis for other in range(len(parameters[name]))}
     return Links(streamed.weights, shapes, axes)
+
+
+def by_block(streamed: StreamedModel, tasks: Sequence[Task]) -> dict[int, list[Task]]:
+    """Tasks by the block that all their tensors belong to; others are left out."""
+    block_of = {
+        name: index
+        for index in range(len(streamed.blocks))
+        for parameter in streamed.parameters(index)
+        if (group := streamed.weights.group_of.get(parameter)) is not None
+        for name in group.names
+    }
+    found: dict[int, list[Task]] = {}
+    for task in tasks:
+        blocks = {block_of.get(leaf.name) for leaf in sources(task.expr)}
+        if len(blocks) == 1 and (only := blocks.pop()) is not None:
+            found.setdefault(only, []).append(task)
+    return found
 
 
 def _batches(keys: Sequence[Key], columns: Mapping[str, int]) -> Iterator[frozenset[Key]]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from arch_maps.ops import sources
-from quant.calibrate.coding import FEW_TOKENS, TOKENS, Coder, links_of
+from quant.calibrate.coding import FEW_TOKENS, TOKENS, Coder, by_block, links_of
 from quant.calibrate.links import Task
 from quant.calibrate.loading import Shapes
 from quant.calibrate.passes import Pass
@@ -138,7 +138,7 @@ class Gathering:
         store.put(index, arrays, states if more and all(run.plain for run in runs) else None)
 
     def _block_moments(self, index: int, found: Moments) -> dict[str, Array]:
-        links = links_of(self.streamed, self.shapes, index, found)
+        links = links_of(self.streamed, self.shapes, index, found.axes)
         arrays: dict[str, Array] = {}
         for task in self._of_block.get(index, ()):
             feeds = links.feeds(task)
@@ -201,18 +201,7 @@ class Gathering:
 
     def _sorted(self, tasks: Sequence[Task]) -> dict[int, list[Task]]:
         """Tasks by the block that their tensors belong to; raises CalibrationError for none."""
-        block_of = {
-            name: index
-            for index in range(len(self.streamed.blocks))
-            for parameter in self.streamed.parameters(index)
-            if (group := self.streamed.weights.group_of.get(parameter)) is not None
-            for name in group.names
-        }
-        found: dict[int, list[Task]] = {}
-        for task in tasks:
-            blocks = {block_of.get(leaf.name) for leaf in sources(task.expr)}
-            if task is not self._head and len(blocks) == 1 and (only := blocks.pop()) is not None:
-                found.setdefault(only, []).append(task)
+        found = by_block(self.streamed, [task for task in tasks if task is not self._head])
         if tasks and not found:
             raise CalibrationError(
                 f"none of the {len(tasks)} matrices belongs to a block of "

@@ -154,6 +154,8 @@ class _Use:
 
     key: Key
     axis: int
+    results: Array | None
+    """Which of the product's results each index along the other axis makes; None for no order."""
 
 
 class Links:
@@ -162,6 +164,7 @@ class Links:
     def __init__(self, weights: Weights, shapes: Shapes, axes: Mapping[Key, int]) -> None:
         """``axes`` are the summed axes of the products seen."""
         self._shapes = shapes
+        self._axes = axes
         self._uses: dict[tuple[str, int | None], _Use] = {}
         groups = {id(g): g for name, _ in axes if (g := weights.group_of.get(name)) is not None}
         for group in groups.values():
@@ -169,7 +172,9 @@ class Links:
             if group.converter is None:
                 (name,) = group.names
                 for key, axis in mine.items():
-                    self._uses[name, key[1]] = _Use(key, axis + len(shapes[name]) - 2)
+                    own = axis + len(shapes[name]) - 2
+                    results = np.arange(shapes[name][_other(own, len(shapes[name]))])
+                    self._uses[name, key[1]] = _Use(key, own, results)
             else:
                 self._follow(weights, group, mine)
 
@@ -196,25 +201,40 @@ class Links:
         ids = converted(
             {n: torch.tensor(i, dtype=torch.int32).expand(shapes[n]) for i, n in enumerate(names)}
         )
-        firsts: dict[tuple[Key, str], int] = {}
+        results: dict[tuple[Key, str], Any] = {}
         for key, axis in mine.items():
             matrix = _slice(ids[key[0]], key)
             column = matrix.select(axis, 0)
             if not bool((matrix == column.unsqueeze(axis)).all()):
                 continue  # joined along the summed axis: no matrix of its own
             for index in column.unique().tolist():
-                firsts[key, names[index]] = int((column == index).nonzero()[0])
+                results[key, names[index]] = (column == index).nonzero()[:, 0]
         del ids
+        summed: dict[tuple[Key, str], int] = {}
+        made: dict[tuple[Key, str, int], Array] = {}
         for axis in range(max(len(shape) for shape in shapes.values())):
             places = along(axis)
-            for (key, name), row in firsts.items():
+            for (key, name), rows in results.items():
                 shape = shapes[name]
                 if axis >= len(shape):
                     continue
-                line = _slice(places[key[0]], key).select(1 - mine[key], row).numpy()
+                matrix = _slice(places[key[0]], key)
+                line = matrix.select(1 - mine[key], int(rows[0])).numpy()
                 if len(line) == shape[axis] and (line == np.arange(len(line))).all():
-                    expert = key[1] if len(shape) == 3 else None
-                    self._uses[name, expert] = _Use(key, axis)
+                    summed[key, name] = axis
+                made[key, name, axis] = matrix.select(mine[key], 0)[rows].numpy()
+        for (key, name), axis in summed.items():
+            dims = len(shapes[name])
+            order = made[key, name, _other(axis, dims)]
+            found = None
+            if (np.sort(order) == np.arange(shapes[name][_other(axis, dims)])).all():
+                found = np.empty(len(order), np.int64)
+                found[order] = results[key, name].numpy()
+            self._uses[name, key[1] if dims == 3 else None] = _Use(key, axis, found)
+
+    def members(self, parameter: str) -> list[Key]:
+        """The products of each matrix in a stack."""
+        return [key for key in self._axes if key[0] == parameter]
 
     def feeds(self, task: Task) -> list[Key] | None:
         """For each matrix of ``task`` the product it stands for; None where one has none.
@@ -239,6 +259,69 @@ class Links:
                 return None
             found.append(use.key)
         return found
+
+    def factors(
+        self, task: Task, index: int, inputs: Mapping[Key, Array], results: Mapping[Key, Array]
+    ) -> tuple[Array, Array] | None:
+        """Numbers for the rows and for the columns of matrix ``index`` of ``task``, by the product.
+
+        ``inputs`` has one for each entry that a product sums over, ``results`` one for each that it
+        makes. A matrix that is stored as the product's transpose has them the other way round. Rows
+        of several products share the mean of their columns' numbers, weighed by the rows' own. None
+        where an element stands in no single place of one of these products.
+        """
+        names = tuple(dict.fromkeys(leaf.name for leaf in sources(task.expr)))
+        numbers = Numbers(names, self._shapes)
+        rows, columns = (int(size) for size in task.expr.shape[-2:])
+        over_rows, over_columns, weight = np.zeros(rows), np.zeros(columns), 0.0
+        for first, block in _blocks(task, numbers, index):
+            start = first // columns
+            which = block[:, 0] >> _SHIFT
+            for number in np.unique(which):
+                here = np.flatnonzero(which == number)
+                place = self._place(names[int(number)], numbers, block[here, 0], block[here[0]])
+                if place is None or not (place[0].key in inputs and place[0].key in results):
+                    return None
+                use, along_rows, along_columns, turned = place
+                sides = (inputs, results) if turned else (results, inputs)
+                mine = sides[0][use.key][along_rows]
+                over_rows[start + here] = mine
+                over_columns += mine.sum() * sides[1][use.key][along_columns]
+                weight += mine.sum()
+        return over_rows, over_columns / (weight or 1.0)
+
+    def _place(
+        self, name: str, numbers: Numbers, column: Array, row: Array
+    ) -> tuple[_Use, Array, Array, bool] | None:
+        """The product of a tensor's elements: its entries down a column, along a row; if turned."""
+        which, element = numbers.split(row)
+        if (which != which[0]).any():
+            return None
+        shape = self._shapes[name]
+        down = np.unravel_index(numbers.split(column)[1], shape)
+        across = np.unravel_index(element, shape)
+        expert = int(across[0][0]) if len(shape) == 3 else None
+        use = self._uses.get((name, expert))
+        if use is None or use.results is None:
+            return None
+        other = _other(use.axis, len(shape))
+        fixed = [axis for axis in range(len(shape)) if axis not in (use.axis, other)]
+        if any((line[axis] != across[axis][0]).any() for axis in fixed for line in (down, across)):
+            return None
+        turned = bool((across[use.axis] == across[use.axis][0]).all()) and len(row) > 1
+        constant = (other, use.axis) if turned else (use.axis, other)
+        if (down[constant[0]] != down[constant[0]][0]).any():
+            return None
+        if (across[constant[1]] != across[constant[1]][0]).any():
+            return None
+        if turned:
+            return use, down[use.axis], use.results[across[other]], True
+        return use, use.results[down[other]], across[use.axis], False
+
+
+def _other(axis: int, dims: int) -> int:
+    """The other axis of the matrices in a tensor of ``dims`` axes."""
+    return 2 * dims - 3 - axis
 
 
 def _slice(parameter: Any, key: Key) -> Any:

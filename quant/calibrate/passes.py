@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
+from quant.calibrate.aside import temporary
 from quant.calibrate.bounds import SPILL_BYTES
 from quant.calibrate.calls import Call, first, usable
 from quant.calibrate.rows import Row, end_here
-from quant.calibrate.store import cache_folder
 from quant.errors import CalibrationError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
 HIDDEN: Final = ""
@@ -180,7 +180,7 @@ class Pass:
     def _kept(self, out: Any) -> Any:
         hidden = first(out)
         if self._spill is None and hidden.nbytes * len(self._rows) > SPILL_BYTES:
-            self._spill = self._ending.enter_context(_Spill())
+            self._spill = _Spill(self._ending.enter_context(temporary("hidden")))
         if self._spill is None:
             return out
         hidden = self._spill.keep(hidden)
@@ -190,32 +190,20 @@ class Pass:
 class _Spill:
     """A folder for hidden states that memory has no room for."""
 
-    def __init__(self) -> None:
-        self._folder = temporary("hidden-")
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._count = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
 
     def keep(self, value: Tensor) -> Tensor:
         """A copy of ``value`` whose bytes the system can write back to disk."""
         import torch
 
-        path = Path(self._folder.name) / str(self._count)
+        path = self._folder / str(self._count)
         self._count += 1
         _reserve(path, value.nbytes)
         held = torch.from_file(str(path), shared=True, size=value.numel(), dtype=value.dtype)
         path.unlink()  # the mapping keeps it until the tensor goes
         return held.view(value.shape).copy_(value)
-
-
-def temporary(prefix: str) -> tempfile.TemporaryDirectory[str]:
-    """A folder for what a pass puts aside: with the statistics, as /tmp is often memory itself."""
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(prefix=f".{prefix}", dir=cache_folder())
 
 
 def _reserve(path: Path, size: int) -> None:

@@ -20,15 +20,19 @@ Key = tuple[str, int | None]
 """A parameter by name, and the expert whose matrix is meant where it stacks one for each; -1 stands
 for all experts together."""
 Add = Callable[[Key, int, "Tensor"], None]
+Back = Callable[[Key, "Tensor"], None]
 
 
 @contextmanager
-def watching(parameters: Mapping[str, Tensor], add: Add) -> Iterator[None]:
+def watching(
+    parameters: Mapping[str, Tensor], add: Add, back: Back | None = None
+) -> Iterator[None]:
     """Call ``add(key, axis, x)`` for each product of an ``x`` (..., cols) with a parameter.
 
     ``axis`` is the axis of the matrix that is summed over. Products are seen where torch is called
     for them, so it does not matter which module a matrix belongs to, or whether it is one of many
-    in a stack.
+    in a stack. ``back(key, gradient)`` is called when the gradient of a product's result
+    (..., rows) is found, if it ever is.
     """
     import torch
 
@@ -37,35 +41,56 @@ def watching(parameters: Mapping[str, Tensor], add: Add) -> Iterator[None]:
     plain |= {torch.Tensor.mm, torch.Tensor.bmm}
     owners = {p.untyped_storage().data_ptr(): (name, p) for name, p in parameters.items()}
 
-    def see(x: Tensor, w: Tensor, summed: int) -> None:
+    def see(x: Tensor, w: Tensor, summed: int, out: Tensor) -> Tensor:
         name, whole = owners.get(w.untyped_storage().data_ptr(), ("", w))
         if not name or whole.ndim < 2 or w.ndim not in (2, whole.ndim):
-            return
+            return out
         strides = whole.stride()[-2:]
         if w.stride(summed) not in strides:
-            return
+            return out
         axis = strides.index(w.stride(summed))
-        if whole.ndim == 2:
-            add((name, None), axis, x)
-        elif w.ndim == 2:
+        if w.ndim == 2:
             offset = w.storage_offset() - whole.storage_offset()
-            add((name, offset // whole.stride(0)), axis, x)
-        elif x.ndim == 3 and len(x) == len(whole):
+            key = (name, None if whole.ndim == 2 else offset // whole.stride(0))
+            add(key, axis, x)
+            return out if back is None else _told(out, lambda gradient: back(key, gradient))
+        if x.ndim == 3 and len(x) == len(whole):
             for index, rows in enumerate(x):  # tokens sent elsewhere are rows of zeros
                 seen = rows[rows.abs().amax(-1) > 0]
                 if len(seen):
                     add((name, index), axis, seen)
+            return out if back is None else _told(out, lambda gradient: each(name, gradient))
+        return out
 
-    def look(function: Any, given: Any, named: Mapping[str, Any]) -> None:
+    def each(name: str, gradients: Tensor) -> None:
+        assert back is not None, "it was asked for"
+        for index, gradient in enumerate(gradients):
+            back((name, index), gradient)
+
+    def look(function: Any, given: Any, named: Mapping[str, Any], out: Any) -> Any:
         if function is functional:
-            see(given[0], given[1] if len(given) > 1 else named["weight"], -1)
-        elif function in plain and len(given) > 1:
-            see(given[0], given[1], -2)
-        elif function is torch.addmm:
-            see(given[1], given[2], -2)
+            return see(given[0], given[1] if len(given) > 1 else named["weight"], -1, out)
+        if function in plain and len(given) > 1:
+            return see(given[0], given[1], -2, out)
+        return see(given[1], given[2], -2, out) if function is torch.addmm else out
 
     with _watch()(look):
         yield
+
+
+def _told(out: Any, tell: Callable[[Tensor], None]) -> Any:
+    """The result to go on with; ``tell`` is called with the gradient there, once there is one.
+
+    What no input of the block flows into, such as embeddings of n-grams, has none by itself.
+    """
+    import torch
+
+    if not torch.is_grad_enabled():
+        return out
+    own = out.requires_grad
+    held = out if own else out.requires_grad_()
+    held.register_hook(tell)
+    return held if own else held.clone()  # which can be changed in place
 
 
 @cache
@@ -78,7 +103,7 @@ def _watch() -> Any:
     from torch.overrides import TorchFunctionMode
 
     class Watch(TorchFunctionMode):
-        def __init__(self, look: Callable[[Any, Any, Mapping[str, Any]], None]) -> None:
+        def __init__(self, look: Callable[[Any, Any, Mapping[str, Any], Any], Any]) -> None:
             super().__init__()
             self._look = look
 
@@ -86,8 +111,7 @@ def _watch() -> Any:
             self, function: Any, types: Any, given: Any = (), named: Any = None
         ) -> Any:
             named = named or {}
-            self._look(function, given, named)
-            return function(*given, **named)
+            return self._look(function, given, named, function(*given, **named))
 
     return Watch
 

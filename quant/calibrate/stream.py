@@ -11,14 +11,18 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from arch_maps.ops import RowReader
+from quant.calibrate.bounds import TABLE_BYTES
 from quant.calibrate.calls import Call
 from quant.calibrate.loading import Shapes, Weights, empty_model
+from quant.calibrate.lookups import look_up
 from quant.calibrate.passes import Pass
 from quant.calibrate.rows import BlockError as BlockError
 from quant.calibrate.rows import stand_in
+
+_FLOAT: Final = 4
 
 
 class StreamedModel:
@@ -37,7 +41,8 @@ class StreamedModel:
         """Build the model of ``folder``'s config; ``reader`` and ``shapes`` give its tensors.
 
         ``model`` is one that is built already, without weights. The modules at the paths in
-        ``apart``, outside the blocks, get theirs from whoever names them. Raises CalibrationError
+        ``apart`` get theirs from whoever names them; large embeddings inside blocks read the rows
+        that they are asked for. Raises CalibrationError
         where transformers cannot build it, BlockError where it has no list of blocks.
         """
         if model is None:
@@ -46,11 +51,18 @@ class StreamedModel:
         self._apart = apart
         self.path, self.blocks = _block_list(self.model)
         self.weights = Weights(self.model, reader, shapes)
+        self._inside = {n for n in self.weights.names if n.startswith(f"{self.path}.")}
+        looked_up = set(self._look_up())
         self._names = [
-            [n for n in self.weights.names if n.startswith(f"{self.path}.{index}.")]
+            [
+                name
+                for name in self.weights.names
+                if name.startswith(f"{self.path}.{index}.")
+                and name not in looked_up
+                and name.rpartition(".")[0] not in apart
+            ]
             for index in range(len(self.blocks))
         ]
-        self._inside = {n for names in self._names for n in names}
         self._forwards = [block.forward for block in self.blocks]
         for index, block in enumerate(self.blocks):
             block.forward = stand_in(index)
@@ -123,6 +135,18 @@ class StreamedModel:
         for path, module in self.model.named_modules():
             if module is self.head or path in self._apart:
                 yield path
+
+    def _look_up(self) -> Iterator[str]:
+        """Let the large embeddings inside blocks read their rows; the names of their weights."""
+        from torch import nn
+
+        for path, module in self.blocks.named_modules(prefix=self.path):
+            if not isinstance(module, nn.Embedding) or path in self._apart:
+                continue
+            read = self.weights.rows_of(f"{path}.weight")
+            if _FLOAT * module.weight.numel() > TABLE_BYTES and read is not None:
+                look_up(module, read)
+                yield f"{path}.weight"
 
     def _load_on_demand(self) -> None:
         outside: dict[str, list[str]] = {}

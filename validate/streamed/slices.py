@@ -8,7 +8,8 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any
 
-from validate.streamed.bounds import SLICE_BYTES, TABLE_BYTES
+from quant.calibrate.bounds import TABLE_BYTES
+from validate.streamed.bounds import SLICE_BYTES
 from validate.streamed.stages import Stages, blocks_of
 
 

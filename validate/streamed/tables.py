@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from quant.calibrate.stream import BlockError, StreamedModel
-from validate.streamed.bounds import SLICE_BYTES, TABLE_BYTES
+from quant.calibrate.bounds import TABLE_BYTES
+from quant.calibrate.lookups import Read, look_up
+from quant.calibrate.stream import StreamedModel
+from validate.streamed.bounds import SLICE_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Read = Callable[[int, int], "Tensor"]
 
 
 def tables(model: Any) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def by_rows(streamed: StreamedModel, found: Mapping[str, Any]) -> Head | None:
         if read is None:
             _whole(streamed, path, module)
         elif isinstance(module, nn.Embedding):
-            _Lookup(module, read)
+            look_up(module, read)
         else:
             whole = streamed.weights.rows_of(f"{path}.bias") if module.bias is not None else None
             bias = None if whole is None else partial(whole, 0, len(module.bias))
@@ -86,54 +86,3 @@ def _whole(streamed: StreamedModel, path: str, module: Any) -> None:
             streamed.weights.load(names)
 
     module.register_forward_pre_hook(fill)
-
-
-class _Lookup:
-    """Gives an embedding, for each call, the rows of that call's tokens alone."""
-
-    def __init__(self, module: Any, read: Read) -> None:
-        self._read = read
-        self._padding = module.padding_idx
-        self._rows = _Rows(read, tuple(module.weight.shape))
-        del module._parameters["weight"]
-        vars(module)["weight"] = self._rows
-        module.register_forward_pre_hook(self._fill)
-        module.register_forward_hook(self._clear)
-
-    def _fill(self, module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        import torch
-
-        used, places = torch.unique(given[0], return_inverse=True)
-        module.padding_idx = None  # which is for training, and of another row here
-        vars(module)["weight"] = self._rows[used]
-        return (places, *given[1:])
-
-    def _clear(self, module: Any, given: Any, output: Any) -> None:
-        vars(module)["weight"], module.padding_idx = self._rows, self._padding
-
-
-class _Rows:
-    """A table in the place of an embedding's weight: models take rows of it by index, too."""
-
-    def __init__(self, read: Read, shape: tuple[int, ...]) -> None:
-        import torch
-
-        self._read = read
-        self.shape = torch.Size(shape)
-        self.dtype = torch.float32
-        self.device = torch.device("cpu")
-
-    def __getitem__(self, index: Any) -> Tensor:
-        import torch
-
-        first, *rest = index if isinstance(index, tuple) else (index,)
-        if isinstance(first, int):
-            rows = self._read(first, first + 1)[0]
-            return rows[tuple(rest)] if rest else rows
-        if isinstance(first, slice):
-            start, stop, step = first.indices(self.shape[0])
-            return self._read(start, max(start, stop))[(slice(None, None, step), *rest)]
-        if first.ndim != 1 or first.dtype == torch.bool or not len(first):
-            raise BlockError("it takes rows of an embedding in a way that cannot be read apart")
-        rows = torch.cat([self._read(token, token + 1) for token in first.tolist()])
-        return rows[(slice(None), *rest)]
