@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from arch_maps.config import stored_dtype
 from arch_maps.ops import RowReader, sources
@@ -20,11 +20,9 @@ from converter.allocating import allocated
 from converter.calibrated import statistics_of
 from converter.decode import DecodingReader, View, decoded
 from converter.earlier import earlier_outputs
-from converter.errors import ConvertError, PlanError, UsageError
+from converter.errors import PlanError, UsageError
 from converter.execute import CheckedReader, Job, execute
 from converter.execute.folder import (
-    MANIFEST,
-    check_output,
     explain,
     locked,
     publish,
@@ -50,11 +48,14 @@ from converter.plan import Options, Plan, build_plan
 from converter.plan.back import build_back_plan
 from converter.plan.match import match_release
 from converter.plan.rotate import FLAG as ROTATE
+from converter.recorded import kept_facts, recorded_plan
 from converter.refusals import (
     require_memory,
+    require_place,
     require_plain,
     require_quantized,
     require_separable,
+    require_space,
     require_streamable,
     require_written_map,
 )
@@ -62,7 +63,7 @@ from converter.release import Release, fetch, open_release
 from converter.runtime_map import check_reload
 from converter.sidecars import copy_sidecars, made_files, write_json
 from converter.source import Reader, Source
-from converter.ui import Console, size_text
+from converter.ui import Console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,12 +158,15 @@ def plan_request(
     *,
     release: Release | None = None,
     measure: bool = True,
+    going_on: bool = False,
 ) -> Planned:
     """Decide everything from headers; raises PlanError with every problem.
 
     Only a recipe with a target size reads weights, and says so on ``console``; unless they are to
-    ``measure``, its plan is a draft with one format for all. ``release`` is what the request names,
-    where its headers have been read already.
+    ``measure``, its plan is a draft with one format for all. ``going_on`` with what earlier runs
+    made, formats that a finished output has by the same draft are taken from there, and an output
+    that is in the way is refused now. ``release`` is what the request names, where its headers have
+    been read already.
     """
     torch = any(recipe.target == "torch" for recipe in request.recipes)
     back = request.dequantize or torch
@@ -190,7 +194,7 @@ def plan_request(
         require_written_map(release, request.maps)
         if any(options.rotate_values for options in request.recipes):
             raise UsageError(f"{ROTATE}: starts from a torch release, not from an MLX checkpoint")
-        kept = _kept_facts(release)
+        kept = kept_facts(release)
         for options in request.recipes:
             asked = replace(options, dequantize=False)  # which is what this plan does anyway
             if options.target == "mlx":  # the weights stay as they are
@@ -212,15 +216,29 @@ def plan_request(
             plans.append(plan)
             if options.targeted:
                 require_reachable(plan)
+        console = console or Console(quiet=True)
         targeted = [at for at, plan in enumerate(plans) if measure and plan.options.targeted]
-        if targeted:
-            require_memory(plans)  # before hours of choosing formats
+        if targeted and going_on:
+            drafted = Planned(
+                release=release, source=source, plans=tuple(plans), view=view, arch=arch
+            )
+            folders = output_folders(request, drafted)
+            build = partial(build_plan, source, match, origin=origin, view=view)
+            for at in tuple(targeted):
+                plan, out = plans[at], folders[at]
+                found = recorded_plan(plan, out, release.content(), build)
+                if found is None or request.overwrite:
+                    require_place(request, out, release)
+                    continue
+                console.say(f"allocation: {out} has the formats for this target already")
+                drafts[plan.hash], plans[at] = plan, found
+                targeted.remove(at)
+        require_memory([plans[at] for at in targeted])  # before hours of choosing formats
         for at in targeted:
-            console = console or Console(quiet=True)
             with console.progress("download", unit="bytes") as tick:
                 release = fetch(release, progress=tick)
             source = replace(source, root=release.source.root, files=release.source.files)
-            found = allocated(
+            options = allocated(
                 plans[at],
                 release,
                 fusion,
@@ -229,7 +247,7 @@ def plan_request(
                 workers=request.thread_count,
                 trust_remote_code=request.trust_remote_code,
             )
-            chosen = build_plan(source, match, found, origin=origin, view=view)
+            chosen = build_plan(source, match, options, origin=origin, view=view)
             drafts[plans[at].hash] = plans[at]
             plans[at] = replace(chosen, draft=plans[at].hash)
         if not request.maps.written:
@@ -286,7 +304,7 @@ def convert(
     """
     if request.part is not None:
         require_separable(request)
-    planned = planned or plan_request(request, console)
+    planned = planned or plan_request(request, console, going_on=True)
     targets = output_folders(request, planned)
     drafters = [drafter_folder(out) for out in targets] if planned.drafters else []
     plans, folders = (*planned.plans, *planned.drafters), [*targets, *drafters]
@@ -298,13 +316,13 @@ def convert(
         keep_judged=request.keep_judged,
         studied=request.kv is not None,
     )
-    source_root = planned.release.root
     for out, finished in zip(folders, done, strict=True):
         if finished is None:
+            require_place(request, out, planned.release)
             with explain(out):
-                replaced = request.overwrite or request.replace_others
-                check_output(out, source=source_root, overwrite=replaced)
                 out.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            console.say(f"{out}: is finished already, by the same plan")
     require_memory([plan for plan, made in zip(plans, done, strict=True) if made is None])
     console.planned(plans, folders)
     for line in planned.kv:
@@ -323,7 +341,7 @@ def convert(
         if finished is None
     ]
     if todo:
-        _require_space(todo)
+        require_space(todo)
         made_files(release.local(), release.sidecars)  # fails now, not once the weights are written
         with release.source.open() as reader:  # which knows in the second pass what is vouched for
             for group in (targets, drafters):  # each is one pass over its own tensors
@@ -359,23 +377,6 @@ def _files_read(request: Request, planned: Planned) -> set[str] | None:
         for out in outputs_of(plan, request.part.shards(plan))
         for leaf in sources(out.expr)
     }
-
-
-def _require_space(todo: Sequence[tuple[Plan, Path]]) -> None:
-    """Refuse before writing what the disk has no room for, counting what is there already."""
-    needed: dict[Path, int] = {}
-    for plan, out in todo:
-        work = work_folder(out, plan.hash)
-        have = sum(file.stat().st_blocks * 512 for file in work.glob("*.safetensors"))
-        parent = out.parent.resolve()
-        needed[parent] = needed.get(parent, 0) + max(0, plan.output_bytes - have)
-    for parent, size in needed.items():
-        free = shutil.disk_usage(parent).free
-        if size > free:
-            raise ConvertError(
-                f"{parent}: the disk has {size_text(free)} free and the output needs "
-                f"{size_text(size)}; free some space or choose another --mlx-path"
-            )
 
 
 def _execute_all(
@@ -493,18 +494,3 @@ def _relocated(planned: Planned, release: Release) -> Source:
 def _stated_map(source: Source, maps: MapChoice) -> ArchMap | None:
     """The user's own map, for schemes that need one to know shapes; None for the registry's."""
     return load_map(maps.file, source.config) if maps.file is not None else None
-
-
-def _kept_facts(release: Release) -> dict[str, Any]:
-    """What an MLX checkpoint's manifest remembers of the release it was made from."""
-    root = release.root
-    if root is None or not (root / MANIFEST).is_file():
-        return {}
-    manifest = read_manifest(root)
-    data = manifest.data
-    return {
-        "torch_config": data.get("source_config"),
-        "layout": data.get("layout"),
-        "rotated": manifest.rotated,
-        "restore": [d["name"] for d in data.get("drops", ()) if d.get("same_as")],
-    }

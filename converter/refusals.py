@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.decode import View, quantization_settings
-from converter.errors import PlanError, UsageError
-from converter.execute.folder import MANIFEST
+from converter.errors import ConvertError, PlanError, UsageError
+from converter.execute.folder import MANIFEST, check_output, explain, work_folder
 from converter.manifest import read_manifest
 from converter.maps import MapChoice
 from converter.memory import installed_memory
@@ -69,6 +71,30 @@ def require_memory(plans: Sequence[Plan]) -> None:
                     f"{size_text(needed)} of memory, and this machine has {size_text(here)}; use "
                     f"a larger one, or {instead}"
                 ]
+            )
+
+
+def require_place(request: Request, out: Path, release: Release) -> None:
+    """UsageError where an output would destroy something that is not to be replaced."""
+    with explain(out):
+        replaced = request.overwrite or request.replace_others
+        check_output(out, source=release.root, overwrite=replaced)
+
+
+def require_space(todo: Sequence[tuple[Plan, Path]]) -> None:
+    """Refuse before writing what the disk has no room for, counting what is there already."""
+    needed: dict[Path, int] = {}
+    for plan, out in todo:
+        work = work_folder(out, plan.hash)
+        have = sum(file.stat().st_blocks * 512 for file in work.glob("*.safetensors"))
+        parent = out.parent.resolve()
+        needed[parent] = needed.get(parent, 0) + max(0, plan.output_bytes - have)
+    for parent, size in needed.items():
+        free = shutil.disk_usage(parent).free
+        if size > free:
+            raise ConvertError(
+                f"{parent}: the disk has {size_text(free)} free and the output needs "
+                f"{size_text(size)}; free some space or choose another --mlx-path"
             )
 
 

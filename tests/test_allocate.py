@@ -388,3 +388,48 @@ def test_only_what_makes_the_logits_counts_as_a_head(
     plan_request(Request(hf_path=str(source), recipes=(target(6.0, "search"),)))
     assert sum(len(asked.get((True, table), ())) for table in (False, True)) == bool(head)
     assert len(asked.get((False, True), ())) == len(looked_up)
+
+
+def test_an_unchanged_rerun_neither_measures_nor_asks_for_memory(
+    tinylm, cache, tmp_path, monkeypatch, capsys
+):
+    """What is finished needs no memory and no measuring, even where no losses are cached."""
+    out, text = tmp_path / "out", tmp_path / "text.txt"
+    text.write_text((tinylm / "calibration.txt").read_text()[:8_000])
+    flags = ["--hf-path", tinylm, "--mlx-path", out, "--q-target-bpw", "4.5", "--no-validate"]
+    flags += ["--calibration-data", text, "--calibration-sequences", 2, "--calibration-length", 32]
+    assert status(*flags) == 0
+    before = json.loads((out / "conversion.json").read_text())
+    capsys.readouterr()
+
+    def forbidden(*_, **__):
+        raise AssertionError("worked again")
+
+    for name in ("allocated", "statistics_of", "execute"):
+        monkeypatch.setattr(f"converter.pipeline.{name}", forbidden)
+    monkeypatch.setattr("converter.refusals.installed_memory", lambda: 1)
+    assert status(*flags) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "has the formats for this target already" in said
+    assert "is finished already, by the same plan" in said
+    assert json.loads((out / "conversion.json").read_text()) == before
+
+    other = ["4.6" if flag == "4.5" else flag for flag in flags]
+    assert status(*other) == 2  # in the way, which is said before anything is measured
+    assert "holds a finished conversion" in capsys.readouterr().err
+    assert status(*other, "--overwrite") == 3
+    assert "of memory, and this machine has" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_finished_calibrated_output_needs_no_memory(
+    twin_of, cache, tmp_path, monkeypatch, capsys
+):
+    out, source = tmp_path / "out", twin_of("llama", "bfloat16")
+    flags = ["--hf-path", source, "--mlx-path", out, "-q", "--q-method", "imatrix"]
+    flags += ["--calibration-sequences", 1, "--calibration-length", 16, "--no-validate"]
+    assert status(*flags) == 0
+    monkeypatch.setattr("converter.refusals.installed_memory", lambda: 1)
+    assert status(*flags) == 0
+    assert "is finished already, by the same plan" in capsys.readouterr().err
+    (out / "conversion.json").unlink()
+    assert status(*flags, "--overwrite") == 3

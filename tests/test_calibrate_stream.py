@@ -68,6 +68,33 @@ def test_numbers_are_those_of_the_whole_model(twin_of, model_type, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_large_tables_in_blocks_are_read_by_rows(twin_of, monkeypatch):
+    """The numbers are those of the whole table, of which a row is read at a time."""
+    folder, rows, most = twin_of("qwen4_exp", "bfloat16"), rows_of(), {}
+    monkeypatch.setattr("quant.calibrate.stream.TABLE_BYTES", 0)
+    with open_folder(folder).open() as reader:
+        own = reader.read_rows
+
+        def counting(name, start, stop):
+            most[name] = max(most.get(name, 0), stop - start)
+            return own(name, start, stop)
+
+        monkeypatch.setattr(reader, "read_rows", counting)
+        model = streamed(folder, reader)
+        with model.run(rows) as run:
+            for index in range(len(model.blocks)):
+                with model.loaded(index):
+                    run.forward(index, keep=True)
+            found = [out["logits"] for out in run.results()]
+    assert {rows for name, rows in most.items() if "ngram_embedding.shard" in name} == {1}
+    reference, threads = whole(folder), torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        expected = [reference(**row).logits for row in rows]
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_a_pass_is_taken_up_where_it_was(twin_of):
     folder = twin_of("qwen3_5", "bfloat16")
     with open_folder(folder).open() as reader:

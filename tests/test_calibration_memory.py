@@ -138,3 +138,15 @@ def test_rows_of_tables_in_blocks_are_no_outputs():
         plan = build_plan(source, match, options)
         longer = replace(options, calibration=replace(TEXT, length=2048))
         assert calibration_bytes(replace(plan, options=longer)) < 1.1 * calibration_bytes(plan)
+
+
+def test_tables_in_blocks_are_no_values():
+    """Read by rows: 51 billion n-grams more or less make no difference."""
+    source = release("qwen4_exp").source()
+    match = match_release(source, find("qwen4_exp"))
+    for options in (recipe("imatrix"), recipe("gptq"), recipe("rtn", target_bits=5.0)):
+        plan = build_plan(source, match, options)
+        tables = [out for out in plan.outputs if "ngram_embedding" in out.rule.module]
+        without = tuple(out for out in plan.outputs if out not in tables)
+        assert sum(out.elements for out in tables) > 1 << 35
+        assert calibration_bytes(plan) == calibration_bytes(replace(plan, outputs=without))
