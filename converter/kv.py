@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +13,7 @@ from converter.errors import ConvertError, PlanError, UsageError
 from converter.execute.folder import MANIFEST
 from converter.manifest import read_manifest, renewed
 from converter.plan.model import Plan
-from converter.renewal import complete, renew
+from converter.renewal import make_ready, renew
 from converter.ui import Console
 
 REPORT: Final = "kv_cache.json"
@@ -39,8 +38,8 @@ def check_planned(plan: Plan, asked: KvAsked, *, model_file: Path | None = None)
     The runtime's own model is built on the plan's headers and called without values. PlanError
     where no layer's cache can be quantized, or a head cannot be stored as asked.
     """
-    from quant.kv.scan import spec_for, static_scan
-    from quant.kv.study import tensor_spec
+    from quant.kv.scan import static_scan
+    from quant.kv.study import LEAST, checked, kept_in_float
     from quant.kv.turbo import KvError
     from validate.runtime import RuntimeRefusal, is_generative, runtimes_for
     from validate.trace import planned_model
@@ -57,25 +56,16 @@ def check_planned(plan: Plan, asked: KvAsked, *, model_file: Path | None = None)
             plan.config, tensors, runtime=runtimes[0], model_file=model_file
         ) as model:
             facts = static_scan(getattr(model, "language_model", model))
-        if not any(fact.quantizable for fact in facts):
-            raise KvError("; ".join(_kept(facts)))
-        tensor = tensor_spec(asked.scheme, asked.bits or DEFAULT_BITS, asked.group or 64)
-        spec_for(facts, lambda fact: (tensor, tensor))
+        checked(facts, asked.scheme, asked.bits or DEFAULT_BITS, asked.group or 64)
+        if (context := _context(plan.config)) < LEAST:
+            raise KvError(f"a context of {context} tokens is too short to study: {LEAST} or more")
     except KvError as error:
         raise PlanError([f"{FLAG} {asked.scheme}: {error}"]) from error
     except RuntimeRefusal as refusal:
         return [f"KV cache: {refusal}; its layers can be told only after the conversion"]
     count = sum(fact.quantizable for fact in facts)
-    return [f"KV cache: {count} of {len(facts)} layers can be quantized", *_kept(facts)]
-
-
-def _kept(facts: Sequence[Any]) -> list[str]:
-    """A line for each reason that keeps layers in float."""
-    counts = Counter(fact.reason for fact in facts if fact.reason)
-    return [
-        f"{count} layer{'s' * (count > 1)} stay{'s' * (count == 1)} in float: {reason}"
-        for reason, count in counts.items()
-    ]
+    kept = kept_in_float(fact.reason for fact in facts)
+    return [f"KV cache: {count} of {len(facts)} layers can be quantized", *kept]
 
 
 def check_flags(scheme: str | None, bits: float | None, group: int | None) -> None:
@@ -117,7 +107,7 @@ def study_output(
     from quant.calibrate.text import CalibrationError
     from quant.kv.learned import packed
     from quant.kv.spec import BASES
-    from quant.kv.study import flags_for, study
+    from quant.kv.study import Texts, flags_for, study
     from quant.kv.turbo import KvError
     from validate.runtime import (
         MlxRuntime,
@@ -128,19 +118,22 @@ def study_output(
     )
 
     read_manifest(out)
-    complete(out)  # what an earlier study had ready
+    check_text(text)
+    make_ready(out)
     prepare_mlx()
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     runtimes = runtimes_for(config)
     if not runtimes or not is_generative(config):
         raise ConvertError(f"{out}: no stock runtime generates text with it, so it has no KV cache")
     try:
+        tokens = _tokens(out, config, text)
+        Texts.of(tokens)  # too few are told before a large model is loaded
         model = MlxRuntime.load(out, runtime=runtimes[0], trust_remote_code=trust_remote_code)
         model.to_float32(dense=True)
         language = getattr(model.model, "language_model", model.model)
         found = study(
             language,
-            _tokens(out, text),
+            tokens,
             choice=scheme,  # type: ignore[arg-type]
             bits=DEFAULT_BITS if bits is None else bits,
             group=group or 64,
@@ -175,6 +168,8 @@ def study_output(
 
 def summary_text(report: dict[str, Any]) -> str:
     """What the terminal shows: the chosen scheme and the stock ones, by loss at long context."""
+    from quant.kv.study import kept_in_float
+
     chosen = report["chosen"]
     rows = [("chosen: " + str(chosen["scheme"]), chosen["effective_bits"], chosen)]
     rows += [(row["flags"], row["effective_bits"], row) for row in report["stock"]]
@@ -199,22 +194,36 @@ def summary_text(report: dict[str, Any]) -> str:
         "channels stay in half precision"
         for one in chosen["aside"]
     ]
-    counts = Counter(fact["reason"] for fact in report["layers"] if fact["reason"])
-    lines += [f"  {count} layers stay in float: {reason}" for reason, count in counts.items()]
+    lines += [f"  {line}" for line in kept_in_float(fact["reason"] for fact in report["layers"])]
     return "\n".join(lines)
 
 
-def _tokens(out: Path, text: Path | None) -> list[int]:
+def check_text(path: Path | None) -> None:
+    """Refuse a text to measure on that cannot be read; UsageError in one sentence."""
+    from quant.calibrate.text import CalibrationError, read_text
+
+    try:
+        read_text(path)
+    except CalibrationError as error:
+        raise UsageError(str(error)) from error
+
+
+def _tokens(out: Path, config: Mapping[str, Any], text: Path | None) -> list[int]:
     """The text in the release's own tokens, as far as a long study reads."""
     from quant.calibrate.text import CalibrationError, read_text
-    from quant.kv.study import LONG
     from validate.processor import load_tokenizer
 
     tokenizer = load_tokenizer(out)
     if tokenizer is None:
         raise CalibrationError(f"{out}: no tokenizer to read text with")
     ids = list(tokenizer.encode(read_text(text), add_special_tokens=False))
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    limit = inner.get("max_position_embeddings") or LONG
-    return ids[: min(LONG, int(limit))]
+    return ids[: _context(config)]
+
+
+def _context(config: Mapping[str, Any]) -> int:
+    """Tokens that a study of the model reads: those of a long one, or all that the model takes."""
+    from quant.kv.study import LONG
+
+    inner = config.get("text_config")
+    limit = (inner if isinstance(inner, dict) else config).get("max_position_embeddings")
+    return min(LONG, int(limit or LONG))

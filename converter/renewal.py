@@ -49,6 +49,12 @@ def complete(out: Path) -> None:
             _complete(out)
 
 
+def make_ready(out: Path) -> None:
+    """:func:`complete`, and refuse before long work what :func:`renew` would refuse after it."""
+    with held(out / _DRAFT):
+        _complete(out)
+
+
 def is_unfinished(out: Path) -> bool:
     """Whether there is something that :func:`complete` has to do."""
     return (out / _READY / _ORDER).is_file()

@@ -232,6 +232,73 @@ def test_a_text_too_short_to_tell_is_refused_and_nothing_changes(output, tmp_pat
     assert not (output / "kv_cache.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"scheme": "turboquant", "bits": 3.3}, r"layer 0, keys: 3\.3 bits do not split 64 chan"),
+        ({"scheme": "uniform", "bits": 4, "group": 128}, "groups of 128 do not divide 64 channels"),
+    ],
+)
+def test_a_study_refuses_what_a_plan_does(output, asked, message):
+    from converter.errors import ConvertError
+    from converter.kv import study_output
+    from converter.ui import Console
+
+    given = {"group": None, "text": None, "console": Console(quiet=True), **asked}
+    with pytest.raises(ConvertError, match=message):
+        study_output(output, **given)
+
+
+def test_what_stops_the_end_of_a_study_is_told_before_it(output, tmp_path, monkeypatch):
+    """A folder that nothing can be written into, and a text that cannot be read."""
+    import errno
+
+    from converter.errors import ConvertError, UsageError
+    from converter.execute import folder
+    from converter.kv import study_output
+    from converter.ui import Console
+    from validate.runtime import MlxRuntime
+
+    def load(*given, **more):
+        raise AssertionError("the model was loaded")
+
+    def refused(*given, **more):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(MlxRuntime, "load", load)
+    given = {"scheme": "auto", "bits": 4, "group": None, "console": Console(quiet=True)}
+    with pytest.raises(UsageError, match=r"--calibration-data .*none\.txt: no such file"):
+        study_output(output, text=tmp_path / "none.txt", **given)
+    monkeypatch.setattr(folder, "_lock", refused)
+    with pytest.raises(ConvertError, match="no permission to write here"):
+        study_output(output, text=None, **given)
+
+
+def test_a_context_too_short_to_study_is_told_from_the_config(twin_of, tmp_path):
+    from converter.errors import PlanError
+    from converter.kv import KvAsked
+    from converter.pipeline import Request, plan_request
+
+    short = tmp_path / "short"
+    shutil.copytree(twin_of("qwen2"), short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    with pytest.raises(PlanError, match="a context of 256 tokens is too short to study: 512"):
+        plan_request(Request(hf_path=str(short), kv=KvAsked(scheme="auto")))
+
+
+@pytest.mark.parametrize(("text", "status"), [("some.txt", 0), ("none.txt", 2)])
+def test_convert_takes_a_text_to_measure_on(twin_of, tmp_path, capfd, text, status):
+    from converter.cli.app import cli
+    from converter.cli.errors import run
+
+    (tmp_path / "some.txt").write_text("Some text.")
+    arguments = ["plan", "--hf-path", str(twin_of("qwen2")), "--kv-quant-scheme", "auto"]
+    arguments += ["--calibration-data", str(tmp_path / text)]
+    assert run(lambda: cli.main(arguments, standalone_mode=False)) == status
+    assert ("no such file" in capfd.readouterr().err) == bool(status)
+
+
 def test_the_study_has_the_fast_blas(output):
     """Whether MLX was first imported after the fast BLAS is seen in a process of its own only."""
     code = f"""
@@ -261,6 +328,9 @@ study_output(Path({str(output)!r}), scheme="auto", bits=4, group=None, text=None
         ("deepseek_v3", {"scheme": "auto"}, "4 layers stay in float: .* reads keys and values"),
         ("gpt_oss", {"scheme": "auto"}, "2 layers stay in float: its cache is a RotatingKVCache"),
         ("bert", {"scheme": "auto"}, "no stock runtime generates text with bert"),
+        ("gemma3n", {"scheme": "auto"}, "1 layer stays in float: .* reads keys and values itself"),
+        ("florence2", {"scheme": "auto"}, "layers stay in float: its cache is a CacheList"),
+        ("qwen3_dflash", {"scheme": "auto"}, "does not run its DFlashDraftModel on a text alone"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_is_converted(twin_of, model_type, asked, message):
@@ -281,7 +351,7 @@ def test_the_plan_says_which_layers_stay_in_float(twin_of, capfd):
     assert run(lambda: cli.main(arguments, standalone_mode=False)) == 0
     shown = capfd.readouterr().out
     assert "KV cache: 2 of 6 layers can be quantized" in shown
-    assert "4 layers stay in float: its cache is a ArraysCache" in shown
+    assert "4 layers stay in float: its cache is an ArraysCache" in shown
 
 
 def test_layers_that_read_the_keys_of_another_are_served(twin_of):

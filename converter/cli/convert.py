@@ -221,12 +221,14 @@ def command_text(arguments: Sequence[str]) -> str:
 
 
 def _check_kv(given: dict[str, Any]) -> None:
-    from converter.kv import check_flags
+    from converter.kv import check_flags, check_text
 
     group = given["kv_group_size"]
     check_flags(given["kv_quant_scheme"], given["kv_bits"], int(group) if group else None)
     if given["kv_quant_scheme"] and given.get("target") == "torch":
         raise UsageError("--kv-quant-scheme: a torch checkpoint has no MLX cache")
+    if given["kv_quant_scheme"]:
+        check_text(given["calibration_data"])
 
 
 def _kv_asked(given: dict[str, Any]) -> KvAsked | None:
@@ -333,7 +335,7 @@ def _calibration(
     """
     asked = target and any(given[name] is not None for name in _CALIBRATION)
     if quant is None or (quant.method not in CALIBRATED and not asked):
-        if named := [f"--{n.replace('_', '-')}" for n in _CALIBRATION if given[n] is not None]:
+        if named := [f"--{n.replace('_', '-')}" for n in _idle(given) if given[n] is not None]:
             raise UsageError(
                 f"{named[0]}: has no effect without --q-method imatrix, gptq or autoround"
             )
@@ -345,6 +347,12 @@ def _calibration(
     )
 
 
+def _idle(given: dict[str, Any]) -> list[str]:
+    """The flags about calibration, but for a text that caches are measured on."""
+    studied = given.get("kv_quant_scheme") is not None
+    return [name for name in _CALIBRATION if not studied or name != "calibration_data"]
+
+
 def _quantizing(given: dict[str, Any]) -> list[str]:
     """The flags that only say how to quantize, where they are not at their defaults."""
     defaults = {
@@ -353,7 +361,7 @@ def _quantizing(given: dict[str, Any]) -> list[str]:
         "q_mode": "affine",
         "q_method": "rtn",
         "tuning_iterations": None,
-        **dict.fromkeys(_CALIBRATION),
+        **dict.fromkeys(_idle(given)),
     }
     return [
         f"--{name.replace('_', '-')}" for name, value in defaults.items() if given[name] != value

@@ -66,7 +66,8 @@ recipe = _all(
     click.option(
         "--calibration-data",
         type=click.Path(path_type=Path),
-        help="Text file or folder for imatrix, gptq and autoround; default: a small built-in text.",
+        help="Text file or folder for imatrix, gptq, autoround and the KV cache; default: a small "
+        "built-in text.",
     ),
     click.option("--calibration-sequences", type=click.IntRange(1), help="Default: 64."),
     click.option("--calibration-length", type=click.IntRange(8), help="Tokens each; default: 512."),

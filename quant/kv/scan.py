@@ -17,6 +17,12 @@ SPIKE: Final = 5.0
 """A key bias this many times the median layer's is one of those that ruin low-bit keys."""
 _SLIGHT: Final = 10.0
 """No bias below this many times SPIKE is one, however small the others are."""
+_READS_ITSELF: Final = (
+    QuantizedStateCache.__name__,
+    "incompatible function arguments",
+    "'str' object has no attribute",  # the description in the cache's state, taken for keys
+)
+"""What an attention layer raises that computes with what the cache gives it, or with its state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +50,21 @@ def static_scan(model: Any) -> tuple[LayerFacts, ...]:
     """Look at a loaded model's layers and run four tokens through its own caches.
 
     Layers with windows, recurrences or latent states keep the runtime's cache, as do those whose
-    attention does not take quantized ones; each says so in ``reason``.
+    attention does not take quantized ones; each says so in ``reason``. KvError where the model is
+    none that a text can be given to: a drafter, say, takes another model's states as well.
     """
     import mlx.core as mx
 
     runtime = type(model).__module__.partition(".")[0]
     install(runtime)
-    forward, own = forward_of(model), own_caches(model)
-    mx.eval(forward(mx.array([[1, 2, 3, 4]]), own))
+    forward = forward_of(model)
+    try:
+        own = own_caches(model)
+        mx.eval(forward(mx.array([[1, 2, 3, 4]]), own))
+    except Exception as error:  # whatever a runtime raises is a finding about the model
+        raise KvError(
+            f"{runtime} does not run its {type(model).__name__} on a text alone: {_first(error)}"
+        ) from error
     biases = _key_biases(model)
     typical = median(biases.values()) if biases else 0.0
     facts = []
@@ -59,7 +72,7 @@ def static_scan(model: Any) -> tuple[LayerFacts, ...]:
         dims = [getattr(cache, name, None) for name in ("keys", "values")]
         reason, sizes = "", [0, 0]
         if not takes_quantized(cache):
-            reason = f"its cache is a {type(cache).__name__}, which stays as it is"
+            reason = f"its cache is {_a(type(cache).__name__)}, which stays as it is"
         elif any(dim is None or dim.ndim != 4 for dim in dims):
             reason = "it keeps no keys and values of heads"
         else:
@@ -93,12 +106,21 @@ def _tried(model: Any, forward: Forward, facts: Sequence[LayerFacts]) -> Iterato
             spec = KvSpec(layers=layers)
             mx.eval(forward(mx.array([[1, 2, 3, 4]]), caches(model, spec)))
         except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
-            said = str(error).splitlines()[0][:120]
-            if QuantizedStateCache.__name__ in said or "incompatible function arguments" in said:
+            said = _first(error)
+            if any(mark in said for mark in _READS_ITSELF):
                 said = "it reads keys and values itself"
             yield replace(fact, reason=f"the runtime's attention does not take it: {said}")
         else:
             yield fact
+
+
+def _first(error: Exception) -> str:
+    """The first line of what was raised, shortened."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def _a(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def _key_biases(model: Any) -> dict[int, float]:
@@ -107,7 +129,8 @@ def _key_biases(model: Any) -> dict[int, float]:
 
     found: dict[int, float] = {}
     for index, layer in enumerate(model.layers):
-        for name, module in layer.named_modules():
+        named = getattr(layer, "named_modules", list)  # Florence-2 gives the layers' numbers
+        for name, module in named():
             if name.endswith("k_proj") and "bias" in module:
                 found[index] = float(mx.linalg.norm(module.bias.astype(mx.float32)))
     return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any, Final, Literal
@@ -22,6 +23,8 @@ STEPS: Final = 32
 """Tokens that are decoded one by one, after the prompt."""
 SHORT: Final = 512
 LONG: Final = 4096 + 2 * SHORT
+LEAST: Final = 8 * CHUNK
+"""Of fewer tokens too little would be encoded to tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +43,8 @@ class Texts:
     @classmethod
     def of(cls, ids: Sequence[int]) -> Texts:
         """KvError where ``ids`` are too few to tell."""
-        if len(ids) < 8 * CHUNK:
-            raise KvError(f"{len(ids)} tokens of text: a KV study needs {8 * CHUNK} or more")
+        if len(ids) < LEAST:
+            raise KvError(f"{len(ids)} tokens of text: a KV study needs {LEAST} or more")
         long = ids[:LONG]
         # Of less than four chunks too little would be encoded to tell.
         part = min(SHORT, max(4 * CHUNK, len(long) // 4))
@@ -100,10 +103,7 @@ def study(
     """
     say = progress or (lambda text: None)
     texts = Texts.of(ids)
-    facts = static_scan(model)
-    if not any(fact.quantizable for fact in facts):
-        reasons = sorted({fact.reason for fact in facts})
-        raise KvError(f"no layer's cache can be quantized: {'; '.join(reasons)}")
+    facts = checked(static_scan(model), choice, bits, group)
     report: dict[str, Any] = {"layers": [asdict(fact) for fact in facts]}
     if choice == "auto":
         seen = texts.observed(model, facts, bits=bits)
@@ -146,6 +146,25 @@ def study(
         say(f"KV cache: {setting.flags}")
         report["stock"].append(_stock_row(model, forward, setting, exact))
     return Study(spec=spec, report=report)
+
+
+def checked(
+    facts: tuple[LayerFacts, ...], choice: str, bits: float, group: int = 64
+) -> tuple[LayerFacts, ...]:
+    """The facts themselves; KvError where no layer's cache can be quantized, or not as asked."""
+    if not any(fact.quantizable for fact in facts):
+        raise KvError("; ".join(kept_in_float(fact.reason for fact in facts)))
+    tensor = tensor_spec(choice, bits, group)
+    spec_for(facts, lambda fact: (tensor, tensor))
+    return facts
+
+
+def kept_in_float(reasons: Iterable[str]) -> list[str]:
+    """A line for each reason that keeps layers in float; layers that are not have an empty one."""
+    return [
+        f"{count} layer{'s' * (count > 1)} stay{'s' * (count == 1)} in float: {reason}"
+        for reason, count in Counter(filter(None, reasons)).items()
+    ]
 
 
 def tensor_spec(choice: str, bits: float, group: int = 64) -> TensorSpec:
