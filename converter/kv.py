@@ -172,7 +172,7 @@ def summary_text(report: dict[str, Any]) -> str:
 
     chosen = report["chosen"]
     rows = [("chosen: " + str(chosen["scheme"]), chosen["effective_bits"], chosen)]
-    rows += [(row["flags"], row["effective_bits"], row) for row in report["stock"]]
+    rows += [(row["flags"] + _in_float(row), row["effective_bits"], row) for row in report["stock"]]
     lines = [
         "          short text            long text",
         "  bits    prefill   decode      prefill   decode      same    setting",
@@ -196,6 +196,12 @@ def summary_text(report: dict[str, Any]) -> str:
     ]
     lines += [f"  {line}" for line in kept_in_float(fact["reason"] for fact in report["layers"])]
     return "\n".join(lines)
+
+
+def _in_float(row: Mapping[str, Any]) -> str:
+    """The layers that a stock setting leaves alone though they could be quantized."""
+    left = ", ".join(map(str, row["in_float"]))
+    return f"; layer{'s' * (len(row['in_float']) > 1)} {left} in float" if left else ""
 
 
 def check_text(path: Path | None) -> None:

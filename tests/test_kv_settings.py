@@ -167,12 +167,18 @@ def test_settings_are_written_measured_and_vouched_for(output, tmp_path):
         assert chosen[part]["keys only"]["kl_mean"] + chosen[part]["values only"]["kl_mean"] > 0
     assert chosen["decode"]["all"]["positions"] == 8
     measured = {row["flags"]: row for row in report["stock"] if "error" not in row}
-    assert any("turboquant" in flags for flags in measured)
+    # mlx-vlm's turboquant leaves the last of three or more layers as it was.
+    last, turbo = len(spec.layers) - 1, "--kv-bits 4 --kv-quant-scheme turboquant"
+    left = next(row for flags, row in measured.items() if flags.startswith(turbo))
+    assert left["in_float"] == [last]
+    assert left["effective_bits"] == round((last * 4.25 + 16) / (last + 1), 4)
+    assert not measured["--kv-bits 4 --kv-group-size 64 --quantized-kv-start 0"]["in_float"]
     assert report["flags"][0]["kl_mean"] == min(
         row["long"]["decode"]["all"]["kl_mean"] for row in measured.values()
     )
-    assert "turboquant" in summary_text(report)
+    assert f"{turbo} --quantized-kv-start 0; layer {last} in float" in summary_text(report)
     card = write_card(out).read_text()
+    assert f"--quantized-kv-start 0`; layer {last} in float |" in card
     assert "## KV cache" in card
     assert "--kv-bits 4 --kv-group-size 64" in card
     # The stock runtimes still load it: they do not read the new key.

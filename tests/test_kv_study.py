@@ -324,3 +324,21 @@ def test_nothing_is_measured_on_what_decided_it():
         assert texts.trial[-1] + 1 == texts.short[0]
     with pytest.raises(KvError, match="511 tokens of text: a KV study needs 512 or more"):
         Texts.of(list(range(511)))
+
+
+def test_a_stock_scheme_that_quantizes_nothing_is_no_loss_of_nothing(twin_of):
+    """Gemma 4: mlx-vlm leaves the last cache in float, the one that does not slide."""
+    from quant.kv.study import stock_row, stock_settings
+    from validate.runtime import MlxRuntime
+
+    loaded = MlxRuntime.load(twin_of("gemma4"), runtime="mlx_vlm")
+    loaded.to_float32(dense=True)
+    model = loaded.model.language_model
+    facts, forward = static_scan(model), forward_of(model)
+    exact = {"short": baseline(forward, own_caches(model), list(range(5, 13)), chunk=4)}
+    uniform, turbo = (stock_settings(model, facts)[at] for at in (1, 3))
+    row = stock_row(model, forward, facts, turbo, exact)
+    assert row["error"] == "it leaves every layer's cache in float"
+    assert (row["in_float"], row["effective_bits"]) == ([2], 16)
+    row = stock_row(model, forward, facts, uniform, exact)
+    assert "RotatingKVCache Quantization NYI" in row["error"]

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 from quant.kv.allocate import CHUNK, MEASURED, allocate, allocated_spec, joint, sensitivity
 from quant.kv.measure import Baseline, Forward, baseline, forward_of, loss
 from quant.kv.observe import Seen, observed
-from quant.kv.runtime import dense_on_cpu, own_caches
+from quant.kv.runtime import dense_on_cpu, own_caches, takes_quantized
 from quant.kv.scan import LayerFacts, effective_bits, spec_for, static_scan
 from quant.kv.spec import KvSpec, TensorSpec
 from quant.kv.split import TRIES
@@ -77,6 +77,7 @@ class Stock:
     bits: float
     group: int
     effective_bits: float
+    """Of a layer that it quantizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,7 @@ def study(
     report["stock"] = []
     for setting in stock_settings(model, facts):
         say(f"KV cache: {setting.flags}")
-        report["stock"].append(_stock_row(model, forward, setting, exact))
+        report["stock"].append(stock_row(model, forward, facts, setting, exact))
     return Study(spec=spec, report=report)
 
 
@@ -233,19 +234,36 @@ def stock_settings(model: Any, facts: Sequence[LayerFacts]) -> list[Stock]:
     return found
 
 
-def _stock_row(
-    model: Any, forward: Forward, setting: Stock, exact: dict[str, Baseline]
+def stock_row(
+    model: Any,
+    forward: Forward,
+    facts: Sequence[LayerFacts],
+    setting: Stock,
+    exact: dict[str, Baseline],
 ) -> dict[str, Any]:
-    """The runtime's own caches, quantized by its own function after every chunk as it generates."""
-    row: dict[str, Any] = asdict(setting)
+    """The runtime's own caches, quantized by its own function after every chunk as it generates.
+
+    "in_float" are the layers that could be quantized and that it leaves alone, as mlx-vlm's
+    turboquant does with the last of three or more; "effective_bits" counts them as such.
+    """
+    row: dict[str, Any] = {**asdict(setting), "in_float": []}
     try:
         with dense_on_cpu(type(model).__module__.partition(".")[0]):
             for name, wanted in exact.items():
-                stepped = stock_forward(model, forward, setting)
-                found = loss(stepped, own_caches(model), wanted)
+                stepped, live = stock_forward(model, forward, setting), own_caches(model)
+                found = loss(stepped, live, wanted)
                 row[name] = {part: {"all": one.to_json()} for part, one in found.items()}
     except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
         row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        return row
+    able = [fact for fact in facts if fact.quantizable]
+    plain = [fact for fact in able if takes_quantized(live[fact.index])]
+    row["in_float"] = [fact.index for fact in plain]
+    total, left = (sum(one.key_dim + one.value_dim for one in some) for some in (able, plain))
+    bits = (left * 16.0 + (total - left) * setting.effective_bits) / total
+    row["effective_bits"] = round(bits, 4)
+    if len(plain) == len(able):
+        row["error"] = "it leaves every layer's cache in float"
     return row
 
 
