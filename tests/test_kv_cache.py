@@ -1,12 +1,14 @@
 """Quantized caches inside the stock runtimes' own generation, saving and trimming."""
 
+import json
+
 import numpy as np
 import pytest
 
 from quant.kv.cache import QuantizedStateCache
 from quant.kv.learned import learn, packed
 from quant.kv.runtime import caches, takes_quantized
-from quant.kv.spec import BASES, FLOAT, KvSpec, LayerSpec, TensorSpec
+from quant.kv.spec import BASES, FLOAT, SCHEMA, KvSpec, LayerSpec, TensorSpec
 from quant.kv.turbo import KvError
 
 pytestmark = pytest.mark.usefixtures("runtimes")
@@ -366,8 +368,6 @@ def test_settings_of_another_model_are_refused(model):
 
 
 def test_settings_survive_json(tmp_path):
-    import json
-
     spec = spec_of(2, SCHEMES["aside"], SCHEMES["fraction"], subtract_mean=False)
     again = KvSpec.from_json(json.loads(json.dumps(spec.to_json())))
     assert again.layers == spec.layers
@@ -389,3 +389,21 @@ def test_settings_survive_json(tmp_path):
         KvSpec.load(tmp_path)
     with pytest.raises(KvError, match="schema 3, not 4; `convert kv` writes it anew"):
         KvSpec.from_json({**spec.to_json(), "schema": 3})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "config.json cannot be read"),
+        (None, "config.json cannot be read: .*No such file"),
+        ({"kv_cache_quantization": None}, "kv_cache_quantization in config.json is damaged"),
+        ({"kv_cache_quantization": {"schema": SCHEMA}}, r"is damaged \(KeyError\('layers'\)\)"),
+        ({}, "config.json has no kv_cache_quantization"),
+    ],
+)
+def test_settings_that_are_damaged_are_told_as_such(tmp_path, content, message):
+    if content is not None:
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(KvError, match=message):
+        KvSpec.load(tmp_path)

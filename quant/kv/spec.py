@@ -158,7 +158,10 @@ class KvSpec:
     @classmethod
     def load(cls, folder: Path) -> KvSpec:
         """The settings of a checkpoint; KvError where they are not, or not as they were written."""
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise KvError(f"{folder}: config.json cannot be read: {error}") from error
         if "kv_cache_quantization" not in config:
             raise KvError(
                 f"{folder}: config.json has no kv_cache_quantization; `convert kv` writes it"
@@ -168,7 +171,13 @@ class KvSpec:
             bases = read(file) if file.is_file() else {}
         except ValueError as error:
             raise KvError(str(error)) from error
-        return cls.from_json(config["kv_cache_quantization"], bases)
+        try:
+            return cls.from_json(config["kv_cache_quantization"], bases)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise KvError(
+                f"{folder}: kv_cache_quantization in config.json is damaged ({error!r}); "
+                "`convert kv` writes it anew"
+            ) from error
 
     @classmethod
     def from_json(
