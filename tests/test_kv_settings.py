@@ -275,7 +275,7 @@ def test_what_stops_the_end_of_a_study_is_told_before_it(output, tmp_path, monke
     given = {"scheme": "auto", "bits": 4, "group": None, "console": Console(quiet=True)}
     with pytest.raises(UsageError, match=r"--calibration-data .*none\.txt: no such file"):
         study_output(output, text=tmp_path / "none.txt", **given)
-    monkeypatch.setattr(folder, "_lock", refused)
+    monkeypatch.setattr(folder, "lock", refused)
     with pytest.raises(ConvertError, match="no permission to write here"):
         study_output(output, text=None, **given)
 
