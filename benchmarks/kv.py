@@ -112,8 +112,7 @@ _AGAINST = (
 )
 _LOSS = (
     "In nats, mean over positions: `prefill` over the last 384 tokens (248 of twins) of a prompt "
-    "that goes through in pieces of 64, `decode` over 128 decoded one by one after it; rows of "
-    "4,576 tokens are of an earlier version, over 448 and 32. Bits count "
+    "that goes through in pieces of 64, `decode` over 128 decoded one by one after it. Bits count "
     "norms, scales, channels aside, and whatever the setting keeps in float, at that length. "
     "`ours, codec alone` keeps neither first nor last tokens and no mean, and leaves in float the "
     "layer that mlx-vlm leaves; it and the runtime's rows of the same scheme and bits compare "
