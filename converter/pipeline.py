@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from arch_maps.config import stored_dtype
 from arch_maps.ops import RowReader, sources
 from arch_maps.registry import ArchMap
-from converter.adapter import Fusion, fuse, read_adapter
+from converter.adapter import fuse, read_adapter
 from converter.adapter.torch_folder import fused_folder
 from converter.allocate import require_reachable
 from converter.allocating import allocated
 from converter.calibrated import statistics_of
-from converter.decode import DecodingReader, View, decoded
+from converter.decode import DecodingReader, decoded
 from converter.earlier import earlier_outputs
 from converter.errors import PlanError, UsageError
 from converter.execute import CheckedReader, Job, execute
@@ -32,19 +31,18 @@ from converter.execute.folder import (
 )
 from converter.execute.journal import NAME as JOURNAL
 from converter.execute.parts import (
-    Part,
     forget,
     forget_parts,
     outputs_of,
     record,
     recorded,
 )
-from converter.kv import KvAsked, check_planned
-from converter.manifest import Manifest, read_manifest, write_manifest
-from converter.maps import WRITTEN, MapChoice, choose_map, load_map
+from converter.kv import check_planned
+from converter.manifest import read_manifest, write_manifest
+from converter.maps import MapChoice, choose_map, load_map
 from converter.mtp import drafter_folder, plan_drafter
 from converter.naming import output_name
-from converter.plan import Options, Plan, build_plan
+from converter.plan import Plan, build_plan
 from converter.plan.back import build_back_plan
 from converter.plan.match import match_release
 from converter.plan.rotate import FLAG as ROTATE
@@ -60,96 +58,13 @@ from converter.refusals import (
     require_written_map,
 )
 from converter.release import Release, fetch, open_release
+from converter.request import Converted, Planned, Request
 from converter.runtime_map import check_reload
 from converter.sidecars import copy_sidecars, made_files, write_json
 from converter.source import Reader, Source
 from converter.ui import Console
 
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One run of the converter, as the command line states it."""
-
-    hf_path: str
-    mlx_path: Path | None = None
-    revision: str | None = None
-    gguf: str | None = None
-    """The GGUF file to convert, where there are several or other weights beside it."""
-    recipes: tuple[Options, ...] = (Options(),)
-    """One per output; all are written from one read of the source."""
-    names: tuple[str, ...] = ()
-    """Folders of the outputs below ``mlx_path``, one for each recipe; derived where empty."""
-    dequantize: bool = False
-    overwrite: bool = False
-    keep_judged: bool = False
-    """Whether this goes on with outputs that are finished and judged, for their cards and repos."""
-    replace_others: bool = False
-    """Whether what is in the way of an output goes; for a caller whose folders they are."""
-    workers: int | None = None
-    calibration_data: Path | None = None
-    """Text of the calibrated methods; None for the built-in one."""
-    trust_remote_code: bool = False
-    maps: MapChoice = WRITTEN
-    adapter_path: Path | None = None
-    """LoRA or DoRA that is fused into the release."""
-    mtp: bool = False
-    """Whether the release's further-token layers become a drafter beside each output."""
-    kv: KvAsked | None = None
-    """What is asked of the KV cache, so that it is refused now where it cannot be."""
-    command: str = ""
-    commands: Mapping[str, str] = field(default_factory=dict)
-    """By a plan's hash, for outputs that tell one of their own."""
-    cache: Path | None = None
-    """Where files from the hub go; None for the client's own cache."""
-    part: Part | None = None
-    """The shards to make, where other processes make the others in the same folder."""
-    stream: bool = False
-    """Whether weights are read from the hub while converting, instead of downloaded before."""
-
-    @property
-    def thread_count(self) -> int:
-        """Worker threads; more than eight gain nothing from one disk."""
-        return self.workers or min(8, os.cpu_count() or 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Planned:
-    """A release with the plans of all requested outputs."""
-
-    release: Release
-    source: Source
-    """The release's tensors, its own quantization decoded and an adapter fused in."""
-    plans: tuple[Plan, ...]
-    view: View
-    """How that decoding is done."""
-    arch: ArchMap
-    fusion: Fusion | None = None
-    drafters: tuple[Plan, ...] = ()
-    """One beside each plan, or none at all."""
-    kv: tuple[str, ...] = ()
-    """Which layers' caches will be quantized and which not, where that was asked."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Converted:
-    """A finished output folder."""
-
-    plan: Plan
-    manifest: Manifest
-    folder: Path
-    release: Release
-    arch: ArchMap
-    target: Path | None = None
-    """The output that this one drafts for."""
-    fusion: Fusion | None = None
-    reused: bool = False
-    """Whether an earlier run made it."""
-
-    def reference(self, *, workers: int) -> AbstractContextManager[Path]:
-        """The torch checkpoint that the output must compute like: the release, or it fused."""
-        if self.fusion is None:
-            return nullcontext(self.release.local())
-        return fused_folder(self.release, self.fusion, beside=self.folder, workers=workers)
+__all__ = ["Converted", "Planned", "Request", "convert", "output_folders", "plan_request"]
 
 
 def plan_request(

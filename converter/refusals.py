@@ -20,7 +20,7 @@ from converter.ui import size_text
 from quant.recipe import CALIBRATED
 
 if TYPE_CHECKING:
-    from converter.pipeline import Request
+    from converter.request import Request
 
 
 def require_streamable(request: Request, release: Release) -> None:
