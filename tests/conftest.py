@@ -136,6 +136,52 @@ def api(tmp_path, faults, monkeypatch):
         yield HfApi(endpoint=endpoint, token=token)
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """A token, and little waiting between two tries of a request."""
+    from hub_helpers import TOKEN
+
+    from converter.hub import api as hub_api
+
+    monkeypatch.setattr(hub_api, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+
+@pytest.fixture
+def endpoint(tmp_path, faults):
+    """The address of a staging hub, for calls that are told it."""
+    from converter.staging import running_hub
+
+    with running_hub(tmp_path / "hub", faults=faults) as url:
+        yield url
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small model to publish."""
+    from hub_helpers import CARD, WEIGHTS
+
+    root = tmp_path / "model"
+    (root / "sub").mkdir(parents=True)
+    (root / "README.md").write_text(CARD)
+    (root / "config.json").write_text("{}")
+    (root / "model.safetensors").write_bytes(WEIGHTS)
+    (root / "sub" / "note.txt").write_text("note")
+    (root / ".journal").write_text("not to be published")
+    return root
+
+
+@pytest.fixture
+def published(endpoint, folder):
+    """The address of a staging hub that has that model."""
+    from hub_helpers import REPO
+
+    from converter import hub
+
+    hub.upload(folder, REPO, commit_message="first", endpoint=endpoint)
+    return endpoint
+
+
 @pytest.fixture(scope="session")
 def forkserver():
     """The server that the stages of pretending engines are forked from."""
