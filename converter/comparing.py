@@ -21,6 +21,7 @@ from converter.naming import folder_names
 from converter.pipeline import Request, convert, plan_request
 from converter.plain import plain_release
 from converter.plan import Options
+from converter.plan.model import bits_per_weight
 from converter.release import Release, fetch, open_release
 from converter.source import open_folder
 from converter.ui import Console
@@ -84,12 +85,12 @@ def compare(given: Comparison, console: Console) -> dict[str, Any]:
                 )
                 from validate.quality import sqnr
 
-                size, weights = _size(out), _weights(out)
+                size = _size(out)
                 return {
                     "name": name,
                     "control": control,
                     "bytes": size,
-                    "bits_per_weight": 8 * size / weights,
+                    "bits_per_weight": _bits(out),
                     **found,
                     "sqnr": sqnr(signal, noise) if noise else None,
                     "tensors": tensors,
@@ -225,10 +226,14 @@ def _size(out: Path) -> int:
     return sum(file.stat().st_size for file in out.glob("*.safetensors"))
 
 
-def _weights(out: Path) -> int:
-    """Parameters of a checkpoint, packed ones counted as what they stand for."""
-    logical = decoded(open_folder(out, allow_mlx=True)).source
-    return sum(math.prod(info.shape) for info in logical.tensors.values())
+def _bits(out: Path) -> float:
+    """Stored bits per parameter of a checkpoint, packed ones counted as what they stand for."""
+    stored = open_folder(out, allow_mlx=True)
+    logical = decoded(stored).source
+    return bits_per_weight(
+        sum(info.nbytes for info in stored.tensors.values()),
+        sum(math.prod(info.shape) for info in logical.tensors.values()),
+    )
 
 
 def _ratio(value: float, control: float) -> float | None:

@@ -91,6 +91,11 @@ class Shard:
     tensors: tuple[StoredTensor, ...]
 
 
+def bits_per_weight(nbytes: int, parameters: int) -> float:
+    """Bits of stored tensors per parameter, files' headers left out, as mlx-lm counts them."""
+    return 8 * nbytes / max(1, parameters)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A whole conversion."""
@@ -124,7 +129,7 @@ class Plan:
     def bits_per_weight(self) -> float:
         """Stored bits per parameter, scales and everything else included."""
         tensors = sum(shard.size - len(shard.header) for shard in self.shards)
-        return 8 * tensors / max(1, self.parameters)
+        return bits_per_weight(tensors, self.parameters)
 
     def origins(self) -> dict[str, str]:
         """By parameter, what became of the source's own quantization of it."""
