@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from converter.plan.match import ranges
 from converter.plan.model import Output, Plan
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 Tick = Callable[[int, int], None]
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
+_WIDE: Final = 150
+"""Columns of what is no terminal, or a wide one."""
 
 
 def size_text(count: float) -> str:
@@ -83,27 +86,39 @@ class Console:
             yield tick
 
 
-def plan_tables(plan: Plan, *, workers: int) -> str:
-    """The plan as text: tensors by group, drops with reasons, sizes and needs."""
+def plan_width() -> int:
+    """Columns for plans on standard output: what a terminal has; files and pipes get it wide."""
+    from rich.console import Console as RichConsole
+
+    return min(_WIDE, RichConsole().width) if sys.stdout.isatty() else _WIDE
+
+
+def plan_tables(plan: Plan, *, workers: int, width: int = _WIDE) -> str:
+    """The plan as text of ``width`` columns: tensors by group, drops with reasons, sizes, needs."""
     from io import StringIO
 
     from rich.console import Console as RichConsole
     from rich.markup import escape
     from rich.table import Table
 
+    rows = _grouped(plan.outputs)
+    whole = ["tensors", "size"]
+    if max(map(len, rows), default=0) <= width // 2:
+        whole.append("target")  # else names are folded, too; none is ever cut
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("target", "tensors", "made from", "stored as", "size"):
-        table.add_column(title, justify="right" if title in ("tensors", "size") else "left")
-    for name, (first, count, size) in _grouped(plan.outputs).items():
+        side: Literal["right", "left"] = "right" if title in ("tensors", "size") else "left"
+        table.add_column(title, justify=side, no_wrap=title in whole, overflow="fold")
+    for name, (first, count, size) in rows.items():
         made = escape(_made_from(first))  # brackets are lists here, not styles
         table.add_row(name, str(count), made, _stored_as(first), size_text(size))
     buffer = StringIO()
-    console = RichConsole(file=buffer, width=150, highlight=False)
+    console = RichConsole(file=buffer, width=width, highlight=False)
     console.print(table)
     if plan.drops:
         drops = Table(box=None, pad_edge=False, header_style="bold")
-        drops.add_column("dropped")
-        drops.add_column("reason")
+        drops.add_column("dropped", overflow="fold")
+        drops.add_column("reason", overflow="fold")
         for name, reason in collapsed((drop.name, drop.reason) for drop in plan.drops):
             drops.add_row(name, reason)
         console.print()

@@ -2,11 +2,18 @@
 
 import json
 import os
+import pty
 import resource
 import subprocess
+import termios
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from release_helpers import FOUR_BIT, LLAMA, llama_tensors, make, status, write_release
+
+from converter.pipeline import Request, plan_request
+from converter.ui import plan_tables
 
 
 @pytest.fixture
@@ -171,6 +178,41 @@ def test_plan_as_a_table(release, capsys):
     text = capsys.readouterr().out
     for words in ("model.layers.{0-1}.mlp.down_proj.weight", "affine 4-bit g32", "bits per weight"):
         assert words in text
+
+
+def on_terminal(command, columns):
+    """What a command prints on a terminal of so many columns, line by line."""
+    here, there = pty.openpty()
+    termios.tcsetwinsize(there, (40, columns))
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    with subprocess.Popen(command, stdin=there, stdout=there, stderr=there, env=env) as running:
+        os.close(there)
+        text = b""
+        with suppress(OSError):  # as reading ends once nobody has the other side
+            while piece := os.read(here, 1 << 16):
+                text += piece
+    os.close(here)
+    assert running.returncode == 0
+    return text.decode().splitlines()
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_a_plan_fits_the_terminal_and_is_whole(release, program, columns):
+    command = [*program, "plan", "--hf-path", str(release), "-q", "--q-group-size", "32"]
+    lines = on_terminal(command, columns)
+    assert max(map(len, lines)) <= columns
+    rows = [line.split("  ")[0] for line in lines]
+    assert "model.layers.{0-1}.post_attention_layernorm.weight" in "".join(rows)
+    assert sum("affine 4-bit" in line and "kB" in line for line in lines) == 9
+
+
+def test_names_in_a_wide_plan_are_whole(release):
+    plan = plan_request(Request(hf_path=str(release))).plans[0]
+    out = plan.outputs[0]
+    long = "language_model.model.layers.0.self_attn.a_rather_long_name.weight"
+    named = out._replace(rule=replace(out.rule, target=long))
+    lines = plan_tables(replace(plan, outputs=(named, *plan.outputs[1:])), workers=1).splitlines()
+    assert long.replace("0", "{0}") in [line.split()[0] for line in lines if line]
 
 
 class TestVerify:

@@ -24,7 +24,7 @@ from converter.memory import size_of
 from converter.pipeline import Request, convert, plan_request
 from converter.plan import Options
 from converter.source.header import paused_gc
-from converter.ui import Console, plan_tables, size_text, verdict_text
+from converter.ui import Console, plan_tables, plan_width, size_text, verdict_text
 from converter.variants import named_variant
 from quant.calibrate.text import (
     DEFAULT_LENGTH,
@@ -73,8 +73,9 @@ def plan_command(given: dict[str, Any]) -> None:
         data = [plan.to_json() for plan in (*planned.plans, *planned.drafters)]
         click.echo(json.dumps(data[0] if len(data) == 1 else data, indent=1))
         return
+    width = plan_width()
     for plan in (*planned.plans, *planned.drafters):
-        click.echo(plan_tables(plan, workers=request.thread_count), nl=False)
+        click.echo(plan_tables(plan, workers=request.thread_count, width=width), nl=False)
     for line in planned.kv:
         click.echo(line)
 
