@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from converter.errors import HubError, PlanError
 from converter.gguf_tokenizer import with_tokenizer
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     from converter.hub import HubSnapshot, Progress
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PAGE = re.compile(
+    rf"(?:https?://[^/]+/|(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)"
+    rf"(?!datasets/|spaces/)(?P<id>{_REPO_ID.pattern})"
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+))?"
+)
 _CARD = "README.md"
 _NO_CONFIG = "has no config.json; it is not a transformers release"
 _GGUF_REPO = re.compile(r"[-_.]gguf$", re.IGNORECASE)
@@ -108,7 +114,7 @@ def open_release(
     ``cache`` takes the place of the client's own cache. Raises PlanError for a faulty release and
     HubError when the hub cannot be read.
     """
-    folder = Path(hf_path).expanduser()
+    folder = _as_path(hf_path)
     if not folder.exists() and _REPO_ID.fullmatch(hf_path):
         from converter.hub import cached_folder, is_offline
 
@@ -148,6 +154,20 @@ def open_release(
             [f"{hf_path}: is a file and no .gguf; give the folder that holds the release"]
         )
     raise PlanError([f"{hf_path}: no such folder, and not a hub id such as Qwen/Qwen3-0.6B"])
+
+
+def _as_path(hf_path: str) -> Path:
+    """The path that ``hf_path`` is; PlanError for a web address and an unknown user's home."""
+    if (page := _PAGE.match(hf_path)) and not Path(hf_path).exists():
+        at = unquote(page["revision"] or "")
+        revision = f" with --revision {at}" if at else ""
+        raise PlanError([f"{hf_path}: is a web address; give the hub id {page['id']}{revision}"])
+    try:
+        return Path(hf_path).expanduser()
+    except RuntimeError:
+        raise PlanError(
+            [f"{hf_path}: this machine has no such user; give the whole path"]
+        ) from None
 
 
 def fetch(

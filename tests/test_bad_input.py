@@ -184,6 +184,33 @@ def test_not_a_release(tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("~nosuchuser/x", "this machine has no such user"),
+        ("https://huggingface.co/org/name", "give the hub id org/name"),
+        (
+            "https://huggingface.co/org/name/tree/refs%2Fpr%2F1/sub",
+            "give the hub id org/name with --revision refs/pr/1",
+        ),
+        ("huggingface.co/org/name", "give the hub id org/name"),
+        ("hf://org/name.v1", "give the hub id org/name.v1"),
+        ("https://huggingface.co/datasets/org/name", "no such folder, and not a hub id"),
+    ],
+)
+def test_addresses_and_homes_of_nobody_are_named(tmp_path, capsys, given, told):
+    out = tmp_path / "out"
+    for words in (["plan"], ["--mlx-path", out]):
+        assert status(*words, "--hf-path", given) == 3
+        first, problem = capsys.readouterr().err.splitlines()
+        assert first == "The release cannot be converted:"
+        assert problem.startswith(f"  {given}: ")
+        assert (
+            problem.removeprefix(f"  {given}: ").removeprefix("is a web address; ").startswith(told)
+        )
+    assert not out.exists()
+
+
 def test_damage_found_while_reading_leaves_nothing(tmp_path, capsys, monkeypatch):
     """A weight file that changes between planning and reading."""
     from converter import pipeline
