@@ -1,6 +1,9 @@
 """Method autoround: blocks that answer more like the release's own, resumed, refused, recorded."""
 
+import gc
 import json
+import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +26,7 @@ from quant.calibrate.leaves import Leaves
 from quant.calibrate.links import matrix_rows, places_of
 from quant.calibrate.slots import Slots
 from quant.calibrate.store import Store, cache_folder
+from quant.calibrate.stream import StreamedModel
 from quant.calibrate.text import calibration_of, model_rows, tokenized
 from quant.recipe import QuantSpec
 from quant.tune import Tuning
@@ -154,6 +158,26 @@ def test_experts_that_saw_little_keep_their_codes(twin_of, store):
     assert few.any()
     assert not few.all()
     assert same == few.tolist()
+
+
+def test_a_tuned_block_is_gone_before_the_next_comes(twin_of, store, monkeypatch):
+    loaded, held, alive = StreamedModel.loaded, [], []
+
+    @contextmanager
+    def watched(self, index):
+        alive.append(sum(ref() is not None for ref in held))
+        with loaded(self, index) as block:
+            yield block
+            held.extend(weakref.ref(value) for value in self.held(index).values())
+
+    monkeypatch.setattr(StreamedModel, "loaded", watched)
+    gc.disable()
+    try:
+        tuned_twin(twin_of("llama", "bfloat16"), store, rows_of(2, 40), iterations=2)
+    finally:
+        gc.enable()
+    assert len(alive) > 1
+    assert not any(alive)
 
 
 @pytest.mark.parametrize(("model_type", "block"), [("phi3", 0), ("gemma4_text", 2)])

@@ -218,8 +218,8 @@ def test_damage_found_while_reading_leaves_nothing(tmp_path, capsys, monkeypatch
     source = write_release(tmp_path / "in" / "release")
     plan = pipeline.plan_request
 
-    def plan_then_cut(request, console=None):
-        planned = plan(request, console)
+    def plan_then_cut(request, *given, **more):
+        planned = plan(request, *given, **more)
         file = source / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-10])
         return planned

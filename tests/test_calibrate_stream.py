@@ -164,6 +164,22 @@ def test_what_was_watched_goes_without_the_collector():
         gc.enable()
 
 
+def test_sums_become_means_where_they_lie():
+    rng = np.random.default_rng(0)
+    rows = [torch.from_numpy(rng.standard_normal((n, 8), np.float32)) for n in (3, 5, 7)]
+    apart, together = Moments(width=None), Moments(width=None)
+    for seen in (apart, together):
+        with torch.inference_mode():
+            for row in rows:
+                seen.add(("w", None), 1, row)
+                seen.forget()
+    expected = sum((row.T @ row).double() for row in rows) / 15
+    together.divide()
+    means = [seen.mean(("w", None)) for seen in (apart, together)]
+    assert [mean.tobytes() for mean in means] == [expected.numpy().tobytes()] * 2
+    assert np.shares_memory(means[1], together.mean(("w", None)))
+
+
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

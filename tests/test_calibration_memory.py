@@ -1,6 +1,10 @@
 """Memory of calibrated plans: told of, flat in layers and text, refused where it is lacking."""
 
+import ctypes
+import subprocess
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from golden_plans import release
@@ -16,6 +20,7 @@ from converter.plan.match import match_release
 from converter.plan.memory import PROCESS, calibration_bytes
 from quant.allocate import Allocation
 from quant.calibrate.bounds import SPILL_BYTES
+from quant.calibrate.memory import give_back
 from quant.calibrate.text import Calibration
 from quant.recipe import QuantSpec
 
@@ -150,3 +155,43 @@ def test_tables_in_blocks_are_no_values():
         without = tuple(out for out in plan.outputs if out not in tables)
         assert sum(out.elements for out in tables) > 1 << 35
         assert calibration_bytes(plan) == calibration_bytes(replace(plan, outputs=without))
+
+
+_BETWEEN = """
+import os
+import numpy as np
+from quant.calibrate.memory import give_back
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+pieces = [np.ones(64 << 10, np.uint8) for _ in range(1024)]
+held = pieces[::16]
+del pieces
+before = resident()
+give_back()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's own measure")
+def test_free_memory_between_pieces_in_use_goes_back():
+    done = subprocess.run([sys.executable, "-c", _BETWEEN], capture_output=True, text=True)
+    assert int(done.stdout) > 40 << 20, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("known", "given"),
+    [("malloc_trim", (0,)), ("malloc_zone_pressure_relief", (None, 0)), (None, None)],
+)
+def test_each_system_is_asked_in_its_own_way(monkeypatch, known, given):
+    asked = []
+
+    def call(*words):
+        asked.append(tuple(getattr(word, "value", word) for word in words))
+
+    library = SimpleNamespace(**({known: call} if known else {}))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
+    give_back()
+    assert asked == ([given] if known else [])

@@ -188,7 +188,7 @@ def test_a_part_and_the_whole_exclude_each_other(tmp_path):
     ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["work.partial"]
-    assert folder_module._lock(work.with_suffix(".lock"), shared=False) is not None
+    assert folder_module.lock(work.with_suffix(".lock"), shared=False) is not None
 
 
 @pytest.mark.parametrize(

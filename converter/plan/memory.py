@@ -79,7 +79,7 @@ def _gathering(method: Method, block: Sequence[Output], calibration: Calibration
     whole = sum(size * _count(out) for size, out in zip(squares, mine, strict=True))
     widest = max(squares, default=0)
     lot = min(whole, max(HESSIAN_BYTES, widest))
-    found = 3 * values + lot + 5 * widest  # of one matrix its factor is made
+    found = 3 * values + lot + 3 * widest  # ordered, as LAPACK takes it, and its factor
     if method == "autoround":  # values, places, and in setting up numbers of elements
         gradients = min(GRADIENT_BYTES, 2 * values)
         found = max(found, 4 * values + gradients + 2 * _answers(block, calibration))

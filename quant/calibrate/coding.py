@@ -13,6 +13,7 @@ from arch_maps.ops import RowReader, sources
 from quant.calibrate.bounds import HESSIAN_BYTES
 from quant.calibrate.links import Links, Task, places_of, stored_rows
 from quant.calibrate.loading import Shapes
+from quant.calibrate.memory import give_back
 from quant.calibrate.passes import Pass
 from quant.calibrate.products import Key, Moments, watching
 from quant.calibrate.stream import StreamedModel
@@ -89,6 +90,8 @@ class Coder:
             found = Moments(width=None, wanted=batch)
             with watching(parameters, found.add):
                 run.forward(index, keep=False, after=found.forget)
+            found.divide()
+            give_back()  # of the passes and of the block before: factors take the most
             for task, _ in served:
                 mine = [i for i, key in enumerate(used[task.module]) if key in batch]
                 if not mine:

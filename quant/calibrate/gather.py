@@ -109,8 +109,9 @@ class Gathering:
                     streamed.weights.load(streamed.parameters(index), changed)
                     del changed  # as wide as the block
                     if exact is not None and tuning is not None:
-                        work = BlockTuning(streamed, index, run, exact)
-                        losses = work.tune(block, self.reader, self.shapes, tuning)
+                        losses = BlockTuning(streamed, index, run, exact).tune(
+                            block, self.reader, self.shapes, tuning
+                        )  # kept by no name: it holds the block's parameters
                         if losses is not None:
                             block.losses[f"{TUNED}{streamed.path}.{index}"] = losses
                     run.forward(index, keep=True)

@@ -129,6 +129,7 @@ class Moments:
         self._sums: dict[Key, Tensor] = {}
         self._same: dict[Key, Key] = {}
         self._recent: list[tuple[Tensor, Key]] = []
+        self._divided = False
         self.axes: dict[Key, int] = {}
         """The summed axis of each matrix that was seen."""
         self.columns: dict[Key, int] = {}
@@ -153,13 +154,29 @@ class Moments:
                     self._same[key] = leader
                     return
             self._recent = [*self._recent[-7:], (x, key)]
-        found = self._products(flat).double()
+        assert not self._divided, "means are final"
+        found = self._products(flat)
         leader = self._same.get(key, key)
-        self._sums[leader] = self._sums[leader] + found if leader in self._sums else found
+        if leader in self._sums:
+            self._sums[leader] += found  # where it lies: wide matrices are of many megabytes
+        else:
+            self._sums[leader] = found.double()
 
     def forget(self) -> None:
         """Call between sequences: tensors of one are not compared with those of the next."""
         self._recent = []
+
+    def divide(self) -> None:
+        """Make means of the sums where they lie; nothing can be added or pooled any more.
+
+        What ``mean`` gives is then no copy, and must not be changed.
+        """
+        import torch
+
+        with torch.inference_mode():
+            for key, total in self._sums.items():
+                total /= max(1, self.tokens[key])
+        self._divided = True
 
     def mean(self, key: Key) -> Array | None:
         """The mean in float64: (cols, cols), or (cols / width, width, width); None if unseen.
@@ -169,13 +186,16 @@ class Moments:
         leader = self._same.get(key, key)
         if leader not in self._sums:
             return None
-        value: Array = (self._sums[leader] / max(1, self.tokens[leader])).numpy()
+        total = self._sums[leader]
+        mean = total if self._divided else total / max(1, self.tokens[leader])
+        value: Array = mean.numpy()
         if not np.isfinite(value).all():
             raise CalibrationError(f"{key[0]}: its activations on the calibration text overflow")
         return value
 
     def pooled(self, name: str) -> Array | None:
         """The mean over the tokens of all experts of a parameter."""
+        assert not self._divided, "sums are pooled"
         mine = [key for key in self._sums if key[0] == name]
         if not mine:
             return None

@@ -92,6 +92,7 @@ class BlockTuning:
                 any_at_all = any_at_all or bool(gradients)
                 for piece in part:
                     piece.matrix.step(_collected(piece, gradients), tuning, number)
+                del gradients  # as wide as the part, and more of them are found next
             if not any_at_all:
                 raise self._refusal("")
             for piece in pieces:
