@@ -265,7 +265,7 @@ class TestVerify:
 def test_unexpected_failure_is_one_line(release, tmp_path, capsys, monkeypatch):
     from converter import pipeline
 
-    def broken(request, console):
+    def broken(*given, **more):
         raise RuntimeError("surprise hf_abcdefghijklmnopqrstuvwxyzABCDEFGH")
 
     monkeypatch.setattr(pipeline, "plan_request", broken)
@@ -279,7 +279,7 @@ def test_unexpected_failure_is_one_line(release, tmp_path, capsys, monkeypatch):
 def test_interrupt_says_how_to_go_on(release, tmp_path, capsys, monkeypatch):
     from converter import pipeline
 
-    def interrupted(request, console):
+    def interrupted(*given, **more):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "plan_request", interrupted)

@@ -18,7 +18,7 @@ from quant.calibrate.products import Key, Moments, watching
 from quant.calibrate.store import Statistics, Store
 from quant.calibrate.stream import StreamedModel
 from quant.calibrate.text import CalibrationError
-from quant.calibrate.tuning import BlockTuning
+from quant.calibrate.tuning import BlockTuning, threads
 from quant.tune import Tuning
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ class Gathering:
         first, states = store.begun()
         with ExitStack() as stack:
             exact = None
+            pool = stack.enter_context(threads())
             if tuning is not None:  # before the table is replaced
                 exact = stack.enter_context(self._pass(first, states[len(self.rows) :]))
             if head is not None and head.table:
@@ -109,7 +110,7 @@ class Gathering:
                     streamed.weights.load(streamed.parameters(index), changed)
                     del changed  # as wide as the block
                     if exact is not None and tuning is not None:
-                        losses = BlockTuning(streamed, index, run, exact).tune(
+                        losses = BlockTuning(streamed, index, run, exact, pool).tune(
                             block, self.reader, self.shapes, tuning
                         )  # kept by no name: it holds the block's parameters
                         if losses is not None:

@@ -63,12 +63,15 @@ class BlockTuning:
     its parameters are changed where they lie.
     """
 
-    def __init__(self, streamed: StreamedModel, index: int, run: Pass, exact: Pass) -> None:
-        """``run`` and ``exact`` wait for the block and behind it."""
+    def __init__(
+        self, streamed: StreamedModel, index: int, run: Pass, exact: Pass, pool: ThreadPoolExecutor
+    ) -> None:
+        """``run`` and ``exact`` wait for the block and behind it; ``pool``: :func:`threads`."""
         self._streamed = streamed
         self._index = index
         self._run = run
         self._exact = exact
+        self._pool = pool
         self._leaves = Leaves(streamed.weights, streamed.parameters(index))
 
     def tune(
@@ -191,19 +194,23 @@ class BlockTuning:
         if workers == 1:
             yield from map(one, rows)
             return
-        with ThreadPoolExecutor(workers) as pool:
-            waiting: deque[Future[T]] = deque()
-            for row in rows:
-                waiting.append(pool.submit(one, row))
-                if len(waiting) == workers:
-                    yield waiting.popleft().result()
-            while waiting:
+        waiting: deque[Future[T]] = deque()
+        for row in rows:
+            waiting.append(self._pool.submit(one, row))
+            if len(waiting) == workers:
                 yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
     def _answer(self, row: int) -> Tensor:
         call = self._run.copied(self._index, row)
         found: Tensor = first(self._streamed.compute(self._index, call))
         return found
+
+
+def threads() -> ThreadPoolExecutor:
+    """Threads for rows of all blocks: each new one would leave memory that is not given back."""
+    return ThreadPoolExecutor(min(_THREADS, cores()))
 
 
 def cores() -> int:
