@@ -152,6 +152,14 @@ def test_a_job_goes_on_by_itself_once_it_has_the_repo_for_itself(catalogue):
     assert fourth.job.error.startswith("night/model-bf16 is made from third/model already")
 
 
+def brought_up(catalogue) -> Catalogue:
+    """The ledger as the version before ``owns`` would have left it, opened by this one."""
+    database = catalogue.database
+    database.do(lambda c: c.execute(text("ALTER TABLE job DROP COLUMN owns")))
+    database.do(lambda c: c.execute(update(version_table).values(version=3)))
+    return Catalogue(ledger(str(database.engine.url)))
+
+
 def test_an_older_ledger_knows_its_clashes_again(catalogue):
     add(catalogue, "acme/model")
     add(catalogue, "other/model")
@@ -159,8 +167,44 @@ def test_an_older_ledger_knows_its_clashes_again(catalogue):
     claim = catalogue.ledger.claim([1])
     no = Failure("usage", "what the watch list asks for cannot be")
     catalogue.ledger.failed(claim, claim.tasks[0].id, "examine", used(), no)
-    database = catalogue.database
-    database.do(lambda c: c.execute(text("ALTER TABLE job DROP COLUMN owns")))
-    database.do(lambda c: c.execute(update(version_table).values(version=3)))
-    again = Catalogue(ledger(str(database.engine.url)))
+    again = brought_up(catalogue)
+    assert [entry.release.repo for entry in again.taken()] == ["other/model"]
+
+
+@pytest.mark.parametrize("renewed", [True, False])
+def test_an_older_ledger_knows_clashes_that_were_parked_by_hand(catalogue, renewed):
+    add(catalogue, "acme/model")
+    add(catalogue, "other/model")
+    catalogue.park(catalogue.taken(), "not now")
+    if renewed:  # so that the one which has the repo has the higher number
+        add(catalogue, "acme/model", commit="c2", content="new", modified=2.0)
+    again = brought_up(catalogue)
+    assert [entry.release.repo for entry in again.taken()] == ["other/model"]
+    add(again, "acme/model", commit="c3", content="newer", modified=3.0)
+    assert of(again) == {"acme/model": ("c3", "queued"), "other/model": ("c1", "parked")}
+
+
+@pytest.mark.parametrize("drafter_first", [True, False])
+def test_an_older_ledger_knows_clashes_with_a_drafter_that_were_parked(catalogue, drafter_first):
+    jobs = [
+        ("acme/model", with_drafter("night/model")),
+        ("acme/model-mtp", with_drafter("night/model-mtp", mtp=False)),
+    ]
+    for repo, wants in jobs if drafter_first else reversed(jobs):
+        catalogue.enqueue(seen(repo), wants)
+    catalogue.park(catalogue.taken(), "not now")
+    again = brought_up(catalogue)
+    assert [entry.job.id for entry in again.taken()] == [2]
+
+
+def test_an_older_ledger_keeps_the_repo_of_one_that_was_parked_by_hand(catalogue):
+    add(catalogue, "acme/model")
+    catalogue.park(catalogue.entries(), "not now")
+    add(catalogue, "other/model")
+    newer = seen("acme/plain", commit="c2", content="new", modified=2.0)
+    catalogue.enqueue(seen("acme/plain"), with_drafter("night/plain"))
+    catalogue.enqueue(newer, with_drafter("night/plain", mtp=False))  # makes no drafter any more
+    catalogue.enqueue(seen("acme/plain-mtp"), with_drafter("night/plain-mtp", mtp=False))
+    catalogue.park(choose(catalogue.entries(), ["acme/plain-mtp"]), "not now")
+    again = brought_up(catalogue)
     assert [entry.release.repo for entry in again.taken()] == ["other/model"]

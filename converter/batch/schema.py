@@ -26,9 +26,11 @@ from sqlalchemy import (
     inspect,
     select,
     text,
+    update,
 )
 
 from converter.errors import UsageError
+from converter.naming import published_as
 
 metadata = MetaData()
 
@@ -168,11 +170,45 @@ def _third(connection: Connection) -> None:
     _add(connection, "piece", "memory", "BIGINT NOT NULL DEFAULT 0")
 
 
+_JUDGED: Final = ("id", "target", "recipe", "state", "stage", "error_class")
+
+
 def _fourth(connection: Connection) -> None:
     _add(connection, "job", "owns", "INTEGER NOT NULL DEFAULT 1")
     # Until then a job that clashed was one which no stage had found fault with.
     clashed = "state = 'parked' AND error_class = 'usage' AND stage IS NULL"
     connection.execute(text(f"UPDATE job SET owns = 0 WHERE {clashed}"))
+    # Parking by hand has put its own class in the place of a clash.
+    late = job.c.id.in_(_held_late(connection))
+    connection.execute(update(job).where(late).values(owns=0))
+
+
+def _held_late(connection: Connection) -> list[int]:
+    """Jobs that were parked by hand before any stage, and whose repo others asked for before.
+
+    Who asks is a release under a target, from its first job on, whatever has replaced that since.
+    """
+    columns = (*(job.c[name] for name in _JUDGED), release.c.repo)
+    jobs = connection.execute(select(*columns).join(release).order_by(job.c.id)).all()
+    first: dict[str, dict[tuple[str, str], int]] = {}
+    standing: dict[str, set[tuple[str, str]]] = {}
+    held = []
+    for row in jobs:
+        asker = (row.repo, row.target)
+        repos = published_as(row.target, mtp=bool(row.recipe.get("mtp")))
+        for repo in repos:
+            first.setdefault(repo, {}).setdefault(asker, row.id)
+            if row.state != "superseded":
+                standing.setdefault(repo, set()).add(asker)
+        if (row.state, row.error_class, row.stage) == ("parked", "held", None):
+            held.append((row.id, asker, repos))
+    return [
+        number
+        for number, asker, repos in held
+        if any(
+            first[repo][other] < first[repo][asker] for repo in repos for other in standing[repo]
+        )
+    ]
 
 
 def _add(connection: Connection, table: str, name: str, kind: str) -> None:
