@@ -112,6 +112,12 @@ def nobody(api, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
 
 
+def unknown(api, monkeypatch):
+    """Have a public repo of that name, on a hub that knows of no accounts."""
+    public(api, monkeypatch)
+    answering(monkeypatch, "", 404)
+
+
 @pytest.mark.parametrize(
     ("before", "words", "code", "said"),
     [
@@ -125,6 +131,8 @@ def nobody(api, monkeypatch):
         (reader, ["--upload-repo", "me/x"], 5, "the token of local may only read"),
         (gated, ["--upload-repo"], 4, "acme/tiny: is gated"),
         (public, ["--upload-repo", "--private"], 5, "local/tiny-4bit exists and is public"),
+        (unknown, ["--upload-repo", "local/tiny-4bit", "--private"], 5, "exists and is public"),
+        (unknown, ["--upload-repo"], 5, "does not tell which account the token belongs to"),
     ],
     ids=lambda value: value.__name__ if callable(value) else str(value)[:30],
 )
@@ -164,3 +172,60 @@ def test_a_hub_that_is_away_may_be_back_in_time(api, faults, monkeypatch):
     require_private("me/x")
     monkeypatch.delenv("HF_TOKEN")
     assert writer(named=True) is None  # a staging hub asks for no account
+
+
+def answering(monkeypatch, answer, status=200):
+    """Make the hub's answer to who is logged in one that mirrors give."""
+    import httpx2
+    from huggingface_hub.utils import hf_raise_for_status
+
+    text = answer if isinstance(answer, str) else json.dumps(answer)
+
+    def whoami(self, **given):
+        asked = httpx2.Request("GET", f"{self.endpoint}/api/whoami-v2")
+        response = httpx2.Response(status, request=asked, text=text)
+        hf_raise_for_status(response)
+        return response.json()
+
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", whoami)
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "name"),
+    [
+        ({"name": "me", "auth": None}, 200, "me"),
+        ({"name": "me", "auth": {"accessToken": "hidden"}}, 200, "me"),
+        ({"auth": {"accessToken": {"role": "write"}}}, 200, None),
+        ({"name": None}, 200, None),
+        ([], 200, None),
+        ("<html>Welcome</html>", 200, None),
+        ("", 403, None),
+        ("", 404, None),
+    ],
+)
+def test_a_mirror_need_not_know_of_accounts(api, monkeypatch, answer, code, name):
+    from converter.errors import HubError
+    from converter.hub import whoami, writer
+
+    answering(monkeypatch, answer, code)
+    assert writer(named=True) == name
+    for ask in (lambda: writer(named=False), whoami):
+        if name is not None:
+            assert ask() == name
+            continue
+        with pytest.raises(HubError) as caught:
+            ask()
+        said = f"{api.endpoint} does not tell which account the token belongs to. Name the repo"
+        assert said in str(caught.value)
+
+
+def test_what_is_certain_of_a_token_is_believed(api, monkeypatch):
+    from converter.errors import HubError
+    from converter.hub import writer
+
+    answering(monkeypatch, {"auth": {"accessToken": {"role": "read"}}})
+    with pytest.raises(HubError, match="the token may only read"):
+        writer(named=True)
+    answering(monkeypatch, "", 401)
+    with pytest.raises(HubError, match="did not accept the request's credentials"):
+        writer(named=True)

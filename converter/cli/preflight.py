@@ -45,7 +45,7 @@ def preflight(request: Request, given: dict[str, Any], console: Console) -> Pref
         )
     for repo in [named] if named else _derived(planned, account):
         require_other(repo, origin.get("repo"))
-        if given["private"] and account is not None:
+        if given["private"] and (named or account is not None):
             require_private(repo)
     targeted = any(recipe.targeted for recipe in request.recipes)
     return Preflight(planned=None if targeted else planned, account=account)

@@ -1,7 +1,7 @@
 """The Hugging Face hub as source and destination, through the real client and never on trust."""
 
-from converter.hub.account import require_private, writer
-from converter.hub.api import Progress, client, whoami
+from converter.hub.account import require_private, whoami, writer
+from converter.hub.api import Progress, client
 from converter.hub.cached import (
     cached_folder,
     cached_repo,

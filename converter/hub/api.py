@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from converter.hub.errors import asked_wait, hub_errors, may_have_been_done, status_of
+from converter.hub.errors import asked_wait, may_have_been_done, status_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -29,13 +29,6 @@ def client(*, endpoint: str | None = None, token: str | None = None) -> "HfApi":
     from huggingface_hub import HfApi
 
     return HfApi(endpoint=endpoint, token=token, library_name=LIBRARY)
-
-
-def whoami(*, endpoint: str | None = None, token: str | None = None) -> str:
-    """The name of the account that the token belongs to."""
-    api = client(endpoint=endpoint, token=token)
-    with hub_errors("Asking the hub who you are", repo_id="", endpoint=api.endpoint):
-        return str(api.whoami()["name"])
 
 
 def pause(failures: int, *, least: float = 0.0, stopped: threading.Event | None = None) -> bool:
