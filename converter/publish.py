@@ -93,20 +93,31 @@ def check_template(path: Path) -> None:
         raise UsageError(str(error)) from error
 
 
-def _address_card(out: Path, repo_id: str) -> None:
-    """Make the card of an output name the repo it goes to; all else that is in it stays."""
-    from model_cards.card import readdressed
+def _address_card(out: Path, repo_id: str, console: Console) -> None:
+    """Make the card of an output name the repo it goes to; all else that is in it stays.
+
+    Manifests of earlier versions do not record which repo a card names; one that names neither
+    this nor none is left as it is, and that is said.
+    """
+    from model_cards.card import names, readdressed
 
     manifest, path = read_manifest(out), out / _CARD
     if not path.is_file():
         write_card(out, repo_id=repo_id)
     elif manifest.card_of != repo_id:
         base = manifest.data["source"].get("repo")
-        text = path.read_text(encoding="utf-8")
-        text = readdressed(text, old=manifest.card_of, new=repo_id, base_model=base)
-        with explain(out, "folder"):
-            write_atomic(path, text)
-            note_card(out, repo_id)
+        before = path.read_text(encoding="utf-8")
+        text = readdressed(before, old=manifest.card_of, new=repo_id, base_model=base)
+        recorded = "card_of" in manifest.data
+        if names(text, repo_id) or (recorded and text != before):
+            with explain(out, "folder"):
+                write_atomic(path, text)
+                note_card(out, repo_id)
+        elif not recorded:
+            console.say(
+                f"{path}: does not name {repo_id}; to have it rendered anew, run "
+                f"convert card {out} --upload-repo {repo_id}, and upload again"
+            )
 
 
 def upload_output(
@@ -124,7 +135,7 @@ def upload_output(
     manifest = read_manifest(out)
     require_other(repo_id, manifest.data["source"].get("repo"))
     require_allowed(manifest.data["source"], private=private, allow_gated=allow_gated)
-    _address_card(out, repo_id)
+    _address_card(out, repo_id, console)
     manifest = read_manifest(out)
     from converter.hub import upload
 

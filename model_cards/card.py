@@ -103,7 +103,18 @@ def readdressed(card: str, *, old: str | None, new: str, base_model: str | None)
     title, address = _title(old, base_model), old or _NOWHERE
     heading = f"# {_title(new, base_model)}"
     card = re.sub(rf"(?m)^# {re.escape(title)}$", lambda _: heading, card, count=1)
-    return re.sub(rf"(?<![\w./-]){re.escape(address)}(?![\w/-]|\.\w)", lambda _: new, card)
+    return _places(address).sub(lambda _: new, card)
+
+
+def names(card: str, repo_id: str) -> bool:
+    """Whether a card names the repo, as something to load or in a link to the hub."""
+    return _places(repo_id).search(card) is not None
+
+
+def _places(address: str) -> re.Pattern[str]:
+    """Where a card names what to load: by itself, or in a link to the hub and to files there."""
+    found, hub = re.escape(address), re.escape(hub_url(""))
+    return re.compile(rf"(?:(?<![\w./-]){found}(?!/)|(?<={hub}){found})(?![\w-]|\.\w)")
 
 
 def _title(repo_id: str | None, base_model: str | None) -> "Markup":

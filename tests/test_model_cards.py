@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from model_cards.card import CardFacts, render_card
+from model_cards.card import CardFacts, names, readdressed, render_card
 from model_cards.markdown import code, escape, fenced, literal, one_line, shell
 from model_cards.metadata import MAX_METADATA_CHARS, read_source_metadata
 from model_cards.view import CardError
@@ -370,6 +370,28 @@ def test_snippet_filters_cannot_be_left(text: str) -> None:
     assert ast.literal_eval(str(literal(text))) == one_line(text)
     (fence,) = MarkdownIt().parse(str(fenced(text, "bash")))
     assert (fence.type, fence.info, fence.content.strip()) == ("fence", "bash", one_line(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[x](https://huggingface.co/me/a)", "[x](https://huggingface.co/you/b)"),
+        ("<https://huggingface.co/me/a/tree/main>", "<https://huggingface.co/you/b/tree/main>"),
+        ("See https://huggingface.co/me/a.", "See https://huggingface.co/you/b."),
+        ("mlx_lm.generate --model me/a", "mlx_lm.generate --model you/b"),
+        ('load("me/a")', 'load("you/b")'),
+        ("https://huggingface.co/me/a-x", None),
+        ("https://huggingface.co/me/a.x/tree/main", None),
+        ("https://huggingface.co/datasets/me/a", None),
+        ("https://example.org/me/a", None),
+        ("some/me/a", None),
+        ("me/a/config.json", None),
+    ],
+)
+def test_another_repo_is_named_wherever_the_old_one_was(text: str, expected: str | None) -> None:
+    found = readdressed(text, old="me/a", new="you/b", base_model="acme/tiny")
+    assert found == (expected or text)
+    assert names(found, "you/b") == names(text, "me/a") == (expected is not None)
 
 
 def test_parity_states_its_verdict_first() -> None:

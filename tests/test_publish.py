@@ -81,6 +81,40 @@ def test_the_card_names_the_repo_it_goes_to(api, out):
         assert "MLX checkpoint of [acme/tiny]" in card
 
 
+def test_a_card_of_an_earlier_version_is_not_taken_for_one_of_the_new_repo(api, out, capsys):
+    """Its manifest does not tell which repo the card names."""
+    passed(out)
+    assert status("card", out, "--upload-repo", "local/tiny") == 0
+    file, manifest = out / "README.md", out / "conversion.json"
+    data = json.loads(manifest.read_text())
+    assert data.pop("card_of") == "local/tiny"
+    manifest.write_text(json.dumps(data))
+    before = file.read_text()
+    for _ in range(2):
+        capsys.readouterr()
+        assert status("upload", out, "--upload-repo", "local/b") == 0
+        said = f"run convert card {out} --upload-repo local/b, and upload again"
+        assert said in capsys.readouterr().err
+        assert (file.read_text(), "card_of" in read_manifest(out).data) == (before, False)
+    assert status("upload", out, "--upload-repo", "local/tiny") == 0
+    assert "convert card" not in capsys.readouterr().err
+    assert (file.read_text(), read_manifest(out).card_of) == (before, "local/tiny")
+    assert status("upload", out, "--upload-repo", "local/b") == 0
+    assert 'load("local/b")' in held(api, "local/b")
+    assert (file.read_text(), read_manifest(out).card_of) == (held(api, "local/b"), "local/b")
+
+
+def test_a_card_of_ones_own_that_names_no_repo_stays(api, out, capsys):
+    passed(out)
+    assert status("card", out, "--upload-repo", "local/a") == 0
+    card = "---\nlicense: mit\n---\n# Mine\n"
+    (out / "README.md").write_text(card)
+    assert status("upload", out, "--upload-repo", "local/b") == 0
+    assert held(api, "local/b") == card
+    assert read_manifest(out).card_of == "local/a"  # what a card that comes back may name
+    assert "convert card" not in capsys.readouterr().err
+
+
 def test_an_output_does_not_replace_its_release(api, out, capsys):
     passed(out)
     before = api.model_info("acme/tiny").sha
