@@ -69,12 +69,14 @@ def _finished(
 
 
 def _same_sidecars(release: Release, manifest: Manifest) -> bool:
-    """Whether the files that go along byte for byte are still those of the release."""
+    """Whether the files that go along byte for byte are all there, and still the release's."""
+    if not manifest.files.keys() >= set(release.sidecars):
+        return False
     if release.root is None:
         return True  # files of the hub belong to its commit
     root = folder_of(release.root)
     return all(
-        name in manifest.files and manifest.files[name]["sha256"] == file_sha256(root / name)
+        manifest.files[name]["sha256"] == file_sha256(root / name)
         for name in release.sidecars
         if (root / name).is_file()
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+from converter.cached_release import CARD, known_snapshot
 from converter.errors import HubError, PlanError
 from converter.gguf_tokenizer import with_tokenizer
 from converter.sidecars import BESIDE_GGUF, choose_sidecars, list_sidecars
@@ -27,6 +28,7 @@ from converter.source import (
     select_weights,
 )
 from converter.source.gguf_files import FLAG, SUFFIX
+from converter.source.index import PICKLE_INDEX, SAFETENSORS_INDEX
 from converter.source.model import QUANT_CONFIG, with_quant_config
 from converter.source.strict_json import MAX_JSON_BYTES, parse_object
 
@@ -39,7 +41,6 @@ _PAGE = re.compile(
     rf"(?!datasets/|spaces/)(?P<id>{_REPO_ID.pattern})"
     r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+))?"
 )
-_CARD = "README.md"
 _NO_CONFIG = "has no config.json; it is not a transformers release"
 _GGUF_REPO = re.compile(r"[-_.]gguf$", re.IGNORECASE)
 
@@ -90,9 +91,9 @@ class Release:
 
     def card(self) -> str | None:
         """The release's own README.md, if it was fetched."""
-        if self.root is None or not (folder_of(self.root) / _CARD).is_file():
+        if self.root is None or not (folder_of(self.root) / CARD).is_file():
             return None
-        return (folder_of(self.root) / _CARD).read_text(encoding="utf-8", errors="replace")
+        return (folder_of(self.root) / CARD).read_text(encoding="utf-8", errors="replace")
 
     def local(self) -> Path:
         """The folder with the release's files, or its GGUF file."""
@@ -115,7 +116,8 @@ def open_release(
     HubError when the hub cannot be read.
     """
     folder = _as_path(hf_path)
-    if not folder.exists() and _REPO_ID.fullmatch(hf_path):
+    by_id = not folder.exists() and _REPO_ID.fullmatch(hf_path) is not None
+    if by_id:
         from converter.hub import cached_folder, is_offline
 
         if not is_offline():
@@ -123,13 +125,16 @@ def open_release(
         folder, revision = cached_folder(hf_path, revision=revision, cache=cache), None
     file = folder_of(folder) != folder
     if folder.is_dir() or file:
-        from converter.hub import cached_repo, cached_snapshot
+        from converter.hub import cached_repo
 
         if revision is not None:
             raise PlanError([f"--revision {revision}: {hf_path} is a folder, not a hub id"])
         if file and gguf is not None:
             raise PlanError([f"{FLAG} {gguf}: {hf_path} is a GGUF file itself"])
+        named = folder.name if file else gguf
+        snapshot, notes = known_snapshot(folder_of(folder), gguf=named, by_id=by_id)
         source = open_folder(folder, allow_mlx=allow_mlx, gguf=gguf)
+        source = replace(source, notes=(*source.notes, *notes))
         root = folder
         if source.kind == "gguf":
             root = folder_of(folder) / source.weight_files[0]
@@ -140,7 +145,6 @@ def open_release(
         if source.kind == "gguf":
             source = with_tokenizer(source, sidecars)
             name = folder.stem if file else _GGUF_REPO.sub("", name)
-        snapshot = cached_snapshot(folder_of(folder))
         return Release(
             name=name,
             source=source,
@@ -180,7 +184,8 @@ def fetch(
     """The release with its files on this machine, hashes checked; raises HubError.
 
     ``weights`` names the weight files that will be read, None for all. With ``stream`` the source
-    reads them from the hub instead.
+    reads them from the hub instead. A cache that was given as the source is only compared, and
+    PlanError raised where it differs.
     """
     from converter.hub import check_cached, download, open_stream
 
@@ -188,12 +193,13 @@ def fetch(
     files = release.source.weight_files if weights is None else sorted(weights)
     if snapshot is None or root is not None:
         if snapshot is not None and root is not None and release.unchecked:
-            known = [*files, *release.sidecars, "config.json", QUANT_CONFIG]
+            known = [*files, *release.sidecars, "config.json", QUANT_CONFIG, CARD]
+            known += [SAFETENSORS_INDEX, PICKLE_INDEX]
             known = [name for name in known if name in snapshot.by_path]
             check_cached(snapshot, folder_of(root), known, progress=progress)
         return replace(release, unchecked=False)
     wanted = [*([] if stream else files), *release.sidecars]
-    wanted += [n for n in ("config.json", QUANT_CONFIG, _CARD) if n in snapshot.by_path]
+    wanted += [n for n in ("config.json", QUANT_CONFIG, CARD) if n in snapshot.by_path]
     root = download(snapshot, wanted, progress=progress, cache_dir=release.cache)
     planned = {name: file.digest for name, file in release.source.files.items()}
     if stream:
@@ -242,7 +248,7 @@ def _open_hub(
     name = repo_id.rpartition("/")[2]
     if selection.kind == "pickle":  # their tensors are known only once the file is here
         weights = [n for n in top if n.endswith((".bin", ".pt", ".pth", ".bin.index.json"))]
-        cards = [_CARD] if _CARD in names else []
+        cards = [CARD] if CARD in names else []
         root = download(snapshot, ["config.json", *weights, *sidecars, *cards], cache_dir=cache)
         source = open_folder(root, allow_mlx=allow_mlx)
         return Release(name=name, source=source, sidecars=sidecars, root=root, snapshot=snapshot)

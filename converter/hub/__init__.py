@@ -4,6 +4,7 @@ from converter.hub.account import require_private, whoami, writer
 from converter.hub.api import Progress, client
 from converter.hub.cached import (
     cached_folder,
+    cached_names,
     cached_repo,
     cached_snapshot,
     check_cached,
@@ -22,6 +23,7 @@ __all__ = [
     "Progress",
     "StreamReader",
     "cached_folder",
+    "cached_names",
     "cached_repo",
     "cached_snapshot",
     "check_cached",

@@ -12,9 +12,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from converter.errors import HubError
+from converter.errors import HubError, PlanError
 from converter.hub.api import Progress
-from converter.hub.fetch import check_hash
+from converter.hub.errors import hub_errors
+from converter.hub.fetch import hash_of
 from converter.hub.snapshot import HubFile, HubSnapshot
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
@@ -32,21 +33,25 @@ def is_offline() -> bool:
 def cached_folder(repo_id: str, *, revision: str | None, cache: Path | None) -> Path:
     """Where the cache has a repo's files, at a branch, tag or commit; HubError where it has none.
 
-    ``cache`` takes the place of the client's own.
+    It need not have them all. ``cache`` takes the place of the client's own.
     """
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
-    try:
-        return Path(
-            snapshot_download(repo_id, revision=revision, cache_dir=cache, local_files_only=True)
-        )
-    except LocalEntryNotFoundError as error:
-        at = f" at {revision}" if revision else ""
-        raise HubError(
-            f"HF_HUB_OFFLINE is set, and {cache or constants.HF_HUB_CACHE} holds no {repo_id}{at}. "
-            "Unset it, or give a local folder instead of a repository name."
-        ) from error
+    with hub_errors(f"Looking up {repo_id}", repo_id=repo_id, endpoint=constants.ENDPOINT):
+        try:
+            found = snapshot_download(
+                repo_id, revision=revision, cache_dir=cache, local_files_only=True
+            )
+        except IncompleteSnapshotError as error:
+            found = error.snapshot_path
+        except LocalEntryNotFoundError as error:
+            at = f" at {revision}" if revision else ""
+            raise HubError(
+                f"HF_HUB_OFFLINE is set, and {cache or constants.HF_HUB_CACHE} holds no "
+                f"{repo_id}{at}. Unset it, or give a local folder instead of a repository name."
+            ) from error
+    return Path(found)
 
 
 def cached_repo(folder: Path) -> str | None:
@@ -97,6 +102,22 @@ def cached_snapshot(folder: Path) -> HubSnapshot | None:
     )
 
 
+def cached_names(snapshot: HubSnapshot, folder: Path) -> frozenset[str] | None:
+    """The files that the repo has at the commit of a cached snapshot, here or not.
+
+    None where the client has not kept their listing, as it does for downloads of whole repos.
+    """
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationError
+
+    cache = folder.resolve().parents[2]
+    try:
+        listed = get_cached_repo_tree(snapshot.repo_id, revision=snapshot.commit, cache_dir=cache)
+    except (CachedRepoTreeNotFoundError, HFValidationError):
+        return None
+    return frozenset(file.path for file in listed)
+
+
 def check_cached(
     snapshot: HubSnapshot,
     folder: Path,
@@ -105,15 +126,26 @@ def check_cached(
     progress: Progress | None = None,
     workers: int = 4,
 ) -> None:
-    """Check files of a cached snapshot by their hashes.
+    """Hold files of a cached snapshot against their hashes, and leave them as they are.
 
-    HubError for one that is damaged, which is removed from the cache.
+    PlanError names each that differs: a snapshot's files are links, so that whoever edits one
+    there edits the cache.
     """
+    problems = []
     files = [snapshot.file(path) for path in dict.fromkeys(paths)]
     done, total = 0, sum(file.size for file in files)
     with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="check") as pool:
-        checked = pool.map(lambda file: check_hash(snapshot, file, folder / file.path), files)
-        for file, _ in zip(files, checked, strict=True):
+        hashes = pool.map(lambda file: hash_of(file, folder / file.path), files)
+        for file, found in zip(files, hashes, strict=True):
+            if found != file.hash:
+                problems.append(
+                    f"{folder / file.path}: is not what the cache calls it: its {file.hash_kind} "
+                    f"is {found}, not {file.hash}. Undo the edit, or copy the folder (`cp -RL`) "
+                    "and convert the copy; if nobody edited it, it is damaged, and `hf download "
+                    f"{snapshot.repo_id} {file.path} --force-download` fetches it anew"
+                )
             done += file.size
             if progress is not None:
                 progress(done, total)
+    if problems:
+        raise PlanError(problems)

@@ -30,8 +30,9 @@ def download(
     """Bring files into the hub's cache, check their hashes, and return the snapshot's folder.
 
     What is cached already is only checked. A file with the wrong hash is removed from the cache,
-    so that the next run fetches it again. A cache of one's own, in ``cache_dir``, remembers what
-    was checked: such a file is read again only once its size or time of change is another.
+    so that the next run fetches it again, unless the hub is not to be asked. A cache of one's own,
+    in ``cache_dir``, remembers what was checked: such a file is read again only once its size or
+    time of change is another.
     """
     files = [snapshot.file(path) for path in dict.fromkeys(paths)]
     assert files, "nothing to download"
@@ -84,17 +85,37 @@ def _download(
 
 
 def check_hash(snapshot: HubSnapshot, file: HubFile, local: Path) -> None:
-    """`HubError`, after removing the file from the cache, unless it is what the hub announced."""
-    expected = file.sha256 or file.blob_id
-    actual = sha256_of(local) if file.sha256 else git_blob_id_of(local)
-    if actual == expected:
+    """`HubError` unless a downloaded file is what the hub announced; it leaves the cache then.
+
+    It stays where HF_HUB_OFFLINE would keep it from being fetched anew.
+    """
+    from huggingface_hub import constants
+
+    actual = hash_of(file, local)
+    if actual == file.hash:
         return
-    _remove_from_cache(local)
-    raise HubError(
-        f"{file.path} of {snapshot.repo_id} arrived damaged: its "
-        f"{'sha256' if file.sha256 else 'git sha1'} is {actual}, the hub announced {expected}. "
-        "The copy has been removed from the cache; run the same command again to fetch it anew."
+    told = (
+        f"{file.path} of {snapshot.repo_id} arrived damaged: its {file.hash_kind} is {actual}, "
+        f"the hub announced {file.hash}."
     )
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"{told} Unset HF_HUB_OFFLINE to fetch it anew.")
+    try:
+        _remove_from_cache(local)
+    except OSError as error:
+        raise HubError(
+            f"{told} It cannot be removed from the cache ({error.strerror}): remove {local} and "
+            "what it links to, then run the same command again."
+        ) from error
+    raise HubError(
+        f"{told} The copy has been removed from the cache; run the same command again to fetch "
+        "it anew."
+    )
+
+
+def hash_of(file: HubFile, local: Path) -> str:
+    """The hash that a local file has, of the kind that the hub gives for it."""
+    return sha256_of(local) if file.sha256 else git_blob_id_of(local)
 
 
 def _is_vouched_for(file: HubFile, local: Path, cache_dir: Path) -> bool:
@@ -127,7 +148,7 @@ def _entry(identity: str, local: Path) -> bytes:
 
 
 def _record(file: HubFile, cache_dir: Path) -> Path:
-    named = f"{file.path}\0{file.sha256 or file.blob_id}"  # which is the hub's word, and no name
+    named = f"{file.path}\0{file.hash}"  # which is the hub's word, and no name
     return cache_dir / ".verified" / hashlib.sha256(named.encode()).hexdigest()
 
 

@@ -35,6 +35,16 @@ class HubFile:
     sha256: str | None
     blob_id: str
 
+    @property
+    def hash(self) -> str:
+        """The sha256 where it is known, else git's sha1."""
+        return self.sha256 or self.blob_id
+
+    @property
+    def hash_kind(self) -> str:
+        """What `hash` is."""
+        return "sha256" if self.sha256 else "git sha1"
+
 
 @dataclass(frozen=True)
 class HubSnapshot:
